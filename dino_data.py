@@ -1,0 +1,298 @@
+"""From disk to crops: data sets, transforms, loaders, and the photographs that train with no data set at hand.
+
+The way of a training image: (epoch, index) from the sampler -> file -> PIL image, RGB -> crops, uint8 -> batch. What an
+image's crops are follows from (seed, epoch, index) alone, whichever process makes them and in whatever order.
+"""
+
+import importlib.util
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torchvision import datasets, transforms
+
+import utils
+from utils import UserError
+
+# ---- transforms ----
+
+
+class GaussianBlur:
+    """PIL's Gaussian blur with probability p, its radius in pixels uniform in [radius_min, radius_max]."""
+
+    def __init__(self, p=0.5, radius_min=0.1, radius_max=2.0):
+        self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
+
+    def __call__(self, image):
+        if random.random() > self.p:
+            return image
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(self.radius_min, self.radius_max)))
+
+
+class Solarization:
+    """Invert the levels from 128 up, with probability p."""
+
+    def __init__(self, p):
+        self.p = p
+
+    def __call__(self, image):
+        return ImageOps.solarize(image) if random.random() < self.p else image
+
+
+def eval_transform(image_size=224):
+    """PIL image -> uint8 [3, image_size, image_size]: the centre of the image resized to 8/7 of that (256 for 224)."""
+    return transforms.Compose(
+        [
+            transforms.Resize(image_size * 8 // 7, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(image_size),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+# ---- data sets ----
+
+
+def load_image(path):
+    """The file as a PIL image in RGB. Raises UserError, with its name, if it is not an image or damaged."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"can't read the image {path}: {e}. Repair or remove it") from e
+
+
+def image_folder(path, flag="--data_path"):
+    """The images below `path`, one folder a class, as a torchvision ImageFolder. Raises UserError if there are none."""
+    if not os.path.isdir(path):
+        raise UserError(f"{flag} {path} is no folder. Name one with a sub-folder of images for each class, or `sample`")
+    try:
+        folder = datasets.ImageFolder(path, loader=load_image, allow_empty=True)
+    except FileNotFoundError as e:
+        raise UserError(
+            f"{flag} {path} has no class folders in it. Put the images into sub-folders, one a class "
+            "(a single one will do for training)"
+        ) from e
+    if not folder.samples:
+        raise UserError(f"{flag} {path} has class folders but no image in them ({', '.join(folder.extensions)})")
+    return folder
+
+
+class MultiCropDataset(Dataset):
+    """Training crops of the images of a folder: dataset[epoch, index] -> (list of crops, index)."""
+
+    def __init__(self, folder, augment, seed):
+        self.folder, self.augment, self.seed = folder, augment, seed
+
+    def __len__(self):
+        return len(self.folder)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        utils.fix_random_seeds(utils.derive_seed(self.seed, utils.SAMPLE, epoch, index))
+        image, _ = self.folder[index]
+        return self.augment(image), index
+
+
+class ReturnIndexDataset(datasets.ImageFolder):
+    """A folder of labelled images for evaluation: dataset[index] -> (image, index); the labels are in `targets`."""
+
+    def __getitem__(self, index):
+        image, _ = super().__getitem__(index)
+        return image, index
+
+
+def labelled_folders(data_path, transform):
+    """`train` and `val` below data_path as ReturnIndexDatasets, and their labels by one numbering, as two tensors.
+
+    The classes are train's; val may lack some of them. Raises UserError if it has one that train has not.
+    """
+    sets = []
+    for part in ("train", "val"):
+        image_folder(os.path.join(data_path, part))  # for its messages
+        sets.append(ReturnIndexDataset(os.path.join(data_path, part), transform, loader=load_image, allow_empty=True))
+    train, val = sets
+    unknown = sorted(set(val.classes) - set(train.classes))
+    if unknown:
+        raise UserError(
+            f"{data_path}/val has classes that {data_path}/train has not: {', '.join(unknown[:5])}. Give both the same"
+        )
+    renumbered = [train.class_to_idx[name] for name in val.classes]
+    return train, val, torch.tensor(train.targets), torch.tensor([renumbered[t] for t in val.targets])
+
+
+# ---- samplers and loaders ----
+
+
+class EpochSampler(Sampler):
+    """(epoch, index) of the images that this rank sees in an epoch: every image at most once over all ranks.
+
+    The order follows from (seed, epoch). Step i of n ranks with b images each sees the same n·b images as step i of one
+    process with a batch of n·b. What does not fill a last global batch is left out.
+    """
+
+    def __init__(self, num_images, batch_size, seed=0, rank=0, world_size=1):
+        self.num_images, self.seed, self.epoch = num_images, seed, 0
+        self.rank, self.world_size = rank, world_size
+        self.used = num_images // (batch_size * world_size) * batch_size * world_size
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.used // self.world_size
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(utils.derive_seed(self.seed, utils.ORDER, self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)[: self.used]
+        for index in order[self.rank :: self.world_size].tolist():
+            yield self.epoch, index
+
+
+def train_loader(dataset, batch_size, seed, num_workers, device):
+    """Loader of this rank's training batches: (list of crops [B, 3, h, w] uint8, indices [B])."""
+    rank, world_size = utils.get_rank(), utils.get_world_size()
+    if len(dataset) < batch_size * world_size:
+        raise UserError(
+            f"the {len(dataset)} training images are fewer than one batch of {batch_size * world_size} "
+            f"(--batch_size_per_gpu {batch_size} × {world_size} processes). Lower it to {len(dataset) // world_size}"
+        )
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EpochSampler(len(dataset), batch_size, seed, rank, world_size),
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+    )
+
+
+def eval_loader(dataset, batch_size, num_workers, device):
+    """Loader of this rank's share of a labelled data set, in order, all shares of one length."""
+    sampler = DistributedSampler(dataset, shuffle=False) if utils.get_world_size() > 1 else None
+    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=num_workers, pin_memory=device.type == "cuda")
+
+
+# ---- the sample data set ----
+
+# Photographs inside the scikit-image wheel, each a class. Read as files: skimage.data's functions may download.
+PHOTOGRAPHS = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "cell.png",
+    "chelsea.png",
+    "clock_motion.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "page.png",
+    "retina.jpg",
+    "rocket.jpg",
+    "text.png",
+)
+SAMPLE_VERSION = 1  # part of the folder's name: raise it with any change to what is drawn
+SAMPLE_TRAIN, SAMPLE_VAL, SAMPLE_SIDE = 120, 40, 64  # crops per photograph, pixels
+
+
+def find_data(data_path, part=""):
+    """The folder that --data_path means, or, for `sample`, the `part` (train or val) of the embedded data set."""
+    return os.path.join(sample_dataset(), part) if data_path == "sample" else data_path
+
+
+def cache_dir():
+    """Where what is built once is kept: $DINO_CACHE, else dino/ in the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.environ.get("DINO_CACHE") or os.path.join(user_cache, "dino")
+
+
+def sample_dataset():
+    """The folder of the embedded data set, train/<class>/*.png and val/<class>/*.png; built at the first call.
+
+    One class per photograph; training crops come from its left 60 %, validation crops from its right 40 %. Each has its
+    own flip, light, contrast and colour baked in, and some are grey, so that colour alone does not give the class away.
+    Deterministic. It appears whole or not at all, also when several processes ask at once. Raises UserError if a
+    photograph is not installed or the cache can't be written.
+    """
+    target = os.path.join(cache_dir(), f"sample-v{SAMPLE_VERSION}")
+    if os.path.isdir(target):
+        return target
+    photographs = find_photographs()
+    building = None
+    try:
+        os.makedirs(cache_dir(), exist_ok=True)
+        building = tempfile.mkdtemp(prefix=".sample-", dir=cache_dir())
+        for number, path in enumerate(photographs):
+            write_sample_crops(path, building, random.Random(number))
+        os.chmod(building, 0o755)  # mkdtemp's is for its owner only
+        os.rename(building, target)
+    except OSError as e:
+        if not os.path.isdir(target):  # else another process was first, which is as good
+            raise UserError(
+                f"can't build the sample data set in {cache_dir()}: {e.strerror}. Set DINO_CACHE to a folder you may "
+                "write to"
+            ) from e
+    finally:
+        if building:
+            shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def find_photographs():
+    spec = importlib.util.find_spec("skimage")
+    if spec is None:
+        raise UserError("the sample data set is made from photographs in scikit-image: pip install scikit-image")
+    folder = os.path.join(os.path.dirname(spec.origin), "data")
+    paths = [os.path.join(folder, name) for name in PHOTOGRAPHS]
+    missing = [os.path.basename(path) for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise UserError(
+            f"this scikit-image has no {', '.join(missing)} in {folder}: pip install --force-reinstall scikit-image, "
+            "or give --data_path"
+        )
+    return paths
+
+
+def write_sample_crops(path, root, rng):
+    """Draw a photograph's crops and write them below root/train and root/val."""
+    image = load_image(path)
+    border = round(0.6 * image.width)
+    name = Path(path).stem
+    for part, number, left, right in (
+        ("train", SAMPLE_TRAIN, 0, border),
+        ("val", SAMPLE_VAL, border, image.width),
+    ):
+        folder = os.path.join(root, part, name)
+        os.makedirs(folder)
+        region = image.crop((left, 0, right, image.height))
+        for i in range(number):
+            sample_crop(region, rng).save(os.path.join(folder, f"{i:04}.png"))
+
+
+def sample_crop(region, rng):
+    """A square of a third to all of the region's short side, at SAMPLE_SIDE pixels, in light and colour of its own."""
+    side = round(rng.uniform(0.35, 0.8) * min(region.size))
+    left, top = rng.randint(0, region.width - side), rng.randint(0, region.height - side)
+    box = (left, top, left + side, top + side)
+    crop = region.resize((SAMPLE_SIDE, SAMPLE_SIDE), Image.Resampling.BICUBIC, box=box)
+    if rng.random() < 0.5:
+        crop = ImageOps.mirror(crop)
+    hue, saturation, value = crop.convert("HSV").split()
+    shift = rng.randrange(256)
+    hue = hue.point([(level + shift) % 256 for level in range(256)])
+    crop = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    gains = [rng.uniform(0.6, 1.4) for _ in range(3)]  # so that grey photographs get a colour too
+    crop = crop.point([min(255, round(gain * level)) for gain in gains for level in range(256)])
+    crop = ImageEnhance.Brightness(crop).enhance(rng.uniform(0.6, 1.4))
+    crop = ImageEnhance.Contrast(crop).enhance(rng.uniform(0.6, 1.4))
+    return ImageOps.grayscale(crop).convert("RGB") if rng.random() < 0.3 else crop

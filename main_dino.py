@@ -1,0 +1,460 @@
+"""Train a network by self-distillation with no labels (DINO, arXiv 2104.14294).
+
+    python main_dino.py --config recipes/demo.yaml --output_dir runs/demo       # some minutes on a CPU, no data needed
+    python main_dino.py --data_path imagenet/train --output_dir runs/vits16                            # one GPU
+    torchrun --nproc_per_node 8 main_dino.py --data_path imagenet/train --output_dir runs/vits16       # eight
+
+Writes checkpoint.pth (student, teacher, optimiser, center; the run goes on from it when started again) and log.txt
+(one JSON object an epoch) into --output_dir. ViT-S/16, 100 epochs on ImageNet: 69.3 % k-NN, 74.0 % linear.
+"""
+
+import argparse
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision import transforms
+
+import dino_data
+import utils
+from utils import UserError, bool_flag
+from vision_transformer import DINOHead
+
+# ---- arguments ----
+
+
+def get_args_parser():
+    """All flags, as a parser for `parents=[...]`; `utils.parse_args` also reads a recipe named by --config."""
+    parser = argparse.ArgumentParser("DINO", add_help=False)
+    # fmt: off
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", default="vit_small", metavar="NAME", help="""vit_nano (ours, for CPUs), vit_tiny,
+        vit_small, vit_base; deit_tiny and deit_small mean the same as the vits; or a torchvision classification
+        network such as resnet50.""")
+    model.add_argument("--patch_size", default=16, type=int, metavar="PIXELS", help="""Side of a ViT's patches. 8
+        instead of 16 gives better features for about five times the compute; prefer --use_fp16 true then.""")
+    model.add_argument("--out_dim", default=65536, type=int, metavar="K", help="""Width of the head's output, the number
+        of prototypes. Large data likes it large; a few thousand images are served by 1024 to 4096.""")
+    model.add_argument("--norm_last_layer", default=True, type=bool_flag, metavar="BOOL", help="""Keep the gain of the
+        head's last layer at 1. false trains a little better where training is stable (the long ViT-S runs), true is
+        the safe choice and what ViT-B wants.""")
+    model.add_argument("--use_bn_in_head", default=False, type=bool_flag, metavar="BOOL",
+        help="Batch normalisation inside the head's MLP.")
+    model.add_argument("--drop_path_rate", default=0.1, type=float, metavar="P",
+        help="Stochastic depth of the student, rising linearly to this over a ViT's blocks.")
+
+    teacher = parser.add_argument_group("teacher and temperatures")
+    teacher.add_argument("--momentum_teacher", default=0.996, type=float, metavar="M", help="""How slowly the teacher
+        follows the student (1 = not at all); rises to 1 over the run by a cosine. Small batches need it closer to 1:
+        0.9995 for 256 images a step.""")
+    teacher.add_argument("--warmup_teacher_temp", default=0.04, type=float, metavar="T", help="""Teacher temperature at
+        the start. If the loss does not come down, try lower.""")
+    teacher.add_argument("--teacher_temp", default=0.04, type=float, metavar="T", help="""Teacher temperature after the
+        warm-up. Up to 0.07 can pay in long runs; more tends to be unstable.""")
+    teacher.add_argument("--warmup_teacher_temp_epochs", default=0, type=int, metavar="EPOCHS",
+        help="Epochs over which the teacher temperature goes from the first to the second. 30 with 0.07.")
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--epochs", default=100, type=int, help="Length of the run.")
+    optim.add_argument("--batch_size_per_gpu", default=64, type=int, metavar="B",
+        help="Images a step in each process (one process per GPU).")
+    optim.add_argument("--lr", default=0.0005, type=float, help="""Learning rate after the warm-up, for 256 images a
+        step; it is scaled by (images a step)/256.""")
+    optim.add_argument("--warmup_epochs", default=10, type=int, metavar="EPOCHS",
+        help="Epochs of linear learning-rate warm-up from 0.")
+    optim.add_argument("--min_lr", default=1e-6, type=float, metavar="LR",
+        help="Learning rate at the end of the run, not scaled by the batch.")
+    optim.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
+        help="adamw suits ViTs; sgd (momentum 0.9) and lars are for convnets, lars for large batches.")
+    optim.add_argument("--weight_decay", default=0.04, type=float, metavar="WD",
+        help="Weight decay at the start. ViTs do well when it is low at first and high later.")
+    optim.add_argument("--weight_decay_end", default=0.4, type=float, metavar="WD",
+        help="Weight decay at the end, reached by a cosine.")
+    optim.add_argument("--clip_grad", default=3.0, type=float, metavar="NORM", help="""Largest L2 norm that the gradient
+        of any one parameter tensor may have; 0 does not clip. Lower (0.3 to 1) steadies a large ViT.""")
+    optim.add_argument("--freeze_last_layer", default=1, type=int, metavar="EPOCHS", help="""First epochs in which the
+        head's last layer stays as it is. If the loss does not come down, try 2 or 3.""")
+    optim.add_argument("--use_fp16", default=True, type=bool_flag, metavar="BOOL", help="""Mixed precision, in the dtype
+        of --amp_dtype. false computes in float32 throughout: slower, and a way out if the loss becomes NaN.""")
+    optim.add_argument("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16"], help="""Type of half precision.
+        auto: bf16 where the hardware computes in it, else fp16 (CUDA) or none (other devices).""")
+
+    crops = parser.add_argument_group("multi-crop")
+    crops.add_argument("--global_crops_scale", default=(0.4, 1.0), type=float, nargs=2, metavar=("MIN", "MAX"),
+        help="""Share of the image's area that a global crop covers. Without local crops take a wider range, such as
+        0.14 1.""")
+    crops.add_argument("--local_crops_number", default=8, type=int, metavar="N",
+        help="Small crops per image, seen by the student alone; 0 leaves only the two global ones.")
+    crops.add_argument("--local_crops_scale", default=(0.05, 0.4), type=float, nargs=2, metavar=("MIN", "MAX"),
+        help="Share of the image's area that a local crop covers; its maximum best meets the globals' minimum")
+    crops.add_argument("--global_crops_size", default=224, type=int, metavar="PIXELS",
+        help="Side of a global crop. Small images want small crops: 64 with local crops of 32.")
+    crops.add_argument("--local_crops_size", default=96, type=int, metavar="PIXELS", help="Side of a local crop.")
+
+    run = parser.add_argument_group("data, output and machine")
+    run.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines (see recipes/).
+        Flags on the command line win over it.""")
+    run.add_argument("--data_path", default="sample", metavar="DIR", help="""Training images, a sub-folder a class (the
+        labels are not used); `sample` is a small set made from photographs that are installed already.""")
+    run.add_argument("--output_dir", default=".", metavar="DIR",
+        help="Where checkpoints and logs go. If it has a checkpoint.pth, the run goes on from there.")
+    run.add_argument("--saveckp_freq", default=20, type=int, metavar="EPOCHS",
+        help="Every so many epochs keep the checkpoint under a name of its own as well; 0: never.")
+    run.add_argument("--seed", default=0, type=int, help="""Fixes everything random: initial weights, order, crops, drop
+        path. The same for any --num_workers.""")
+    run.add_argument("--num_workers", default=10, type=int, metavar="N",
+        help="Processes that prepare crops, for each GPU; 0: the training process does it.")
+    run.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+        help="auto takes a GPU if there is one.")
+    run.add_argument("--dist_url", default="env://", metavar="URL", help="""Where several processes meet: env:// (what
+        torchrun and Slurm set), tcp://host:port or file:///shared/file.""")
+    run.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
+        help="Accepted because launchers pass it; not used.")
+    # fmt: on
+    return parser
+
+
+def check_args(args):
+    """Raise UserError for settings that contradict each other or mean nothing, before any work is done."""
+    for flag in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+        if getattr(args, flag) > args.epochs:
+            raise UserError(
+                f"--{flag} {getattr(args, flag)} is longer than the run (--epochs {args.epochs}). Lower --{flag} or "
+                "train longer"
+            )
+    for flag in ("patch_size", "out_dim", "epochs", "batch_size_per_gpu", "global_crops_size", "local_crops_size"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    for flag in ("local_crops_number", "warmup_epochs", "warmup_teacher_temp_epochs", "num_workers", "seed"):
+        if getattr(args, flag) < 0:
+            raise UserError(f"--{flag} {getattr(args, flag)} must not be negative")
+    for flag in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(args, flag)
+        if not 0 < low <= high <= 1:
+            raise UserError(f"--{flag} {low} {high} must be two shares of the image, the smaller first, as in 0.4 1.0")
+    if not 0 <= args.momentum_teacher <= 1:
+        raise UserError(f"--momentum_teacher {args.momentum_teacher} must lie between 0 and 1")
+    if min(args.teacher_temp, args.warmup_teacher_temp) <= 0:
+        raise UserError("--teacher_temp and --warmup_teacher_temp must be above 0")
+    if not 0 <= args.drop_path_rate < 1:
+        raise UserError(f"--drop_path_rate {args.drop_path_rate} must be at least 0 and below 1")
+
+
+def check_crop_sizes(args):
+    """Raise UserError if a ViT's crops can't be cut into whole patches."""
+    if utils.vit_factory(args.arch) is None:
+        return
+    for flag in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
+        size = getattr(args, flag)
+        if size % args.patch_size:
+            below = size // args.patch_size * args.patch_size
+            near = f"{below} or {below + args.patch_size}" if below else f"{args.patch_size}"
+            raise UserError(f"--{flag} {size} is no multiple of --patch_size {args.patch_size}. Take {near}")
+
+
+# ---- crops ----
+
+
+class DataAugmentationDINO:
+    """PIL image -> 2 global crops and `local_crops_number` local ones, each augmented on its own (section 3.1).
+
+    Returns a list of tensors [3, size, size]: floats with ImageNet's mean and standard deviation, or, `as_uint8`, the
+    levels themselves, a quarter of the bytes, which `utils.normalize` turns into the same floats on any device.
+    """
+
+    def __init__(
+        self,
+        global_crops_scale,
+        local_crops_scale,
+        local_crops_number,
+        global_crops_size=224,
+        local_crops_size=96,
+        as_uint8=False,
+    ):
+        self.local_crops_number, self.as_uint8 = local_crops_number, as_uint8
+
+        def crop(size, scale, *effects):
+            resized = transforms.RandomResizedCrop(size, scale, interpolation=transforms.InterpolationMode.BICUBIC)
+            return transforms.Compose([resized, *flip_and_colour, *effects, transforms.PILToTensor()])
+
+        jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+        flip_and_colour = (
+            transforms.RandomHorizontalFlip(p=0.5),
+            transforms.RandomApply([jitter], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+        )
+        blur, solarize = dino_data.GaussianBlur, dino_data.Solarization
+        # The two global crops differ: one is always blurred, the other seldom, but it may be solarised.
+        self.global_transfo1 = crop(global_crops_size, global_crops_scale, blur(p=1.0))
+        self.global_transfo2 = crop(global_crops_size, global_crops_scale, blur(p=0.1), solarize(p=0.2))
+        self.local_transfo = crop(local_crops_size, local_crops_scale, blur(p=0.5))
+
+    def __call__(self, image):
+        views = [self.global_transfo1, self.global_transfo2] + [self.local_transfo] * self.local_crops_number
+        crops = [view(image) for view in views]
+        return crops if self.as_uint8 else [utils.normalize(crop) for crop in crops]
+
+
+# ---- loss ----
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between the centred, sharpened teacher and the student (equations 1-4 of the paper).
+
+    Each of the teacher's 2 views teaches every view of the student but the same one: 2 · ncrops - 2 pairs, averaged.
+    `forward` takes logits, crop by crop, student [ncrops · B, K] and teacher [2 · B, K], and the epoch, which sets the
+    teacher's temperature; returns the scalar loss in float32 and moves the center.
+    """
+
+    def __init__(
+        self,
+        out_dim,
+        ncrops,
+        warmup_teacher_temp,
+        teacher_temp,
+        warmup_teacher_temp_epochs,
+        nepochs,
+        student_temp=0.1,
+        center_momentum=0.9,
+    ):
+        super().__init__()
+        self.ncrops, self.student_temp, self.center_momentum = ncrops, student_temp, center_momentum
+        self.register_buffer("center", torch.zeros(1, out_dim))
+        rising = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        constant = np.full(max(nepochs - warmup_teacher_temp_epochs, 0), float(teacher_temp))
+        self.teacher_temp_schedule = np.concatenate((rising, constant))  # [nepochs]
+
+    def forward(self, student_output, teacher_output, epoch):
+        with torch.autocast(student_output.device.type, enabled=False):
+            logits = student_output.float().unflatten(0, (self.ncrops, -1)) / self.student_temp  # [ncrops, B, K]
+            teacher_output = teacher_output.detach().float()
+            sharpened = (teacher_output - self.center) / float(self.teacher_temp_schedule[epoch])
+            probs = sharpened.softmax(dim=-1).unflatten(0, (2, -1))  # [2, B, K]
+
+            # -Σ p log softmax(z) = logsumexp(z) - Σ p·z: no K-wide log-softmax is made, let alone kept, for each pair.
+            batch = logits.shape[1]
+            log_norm = logits.logsumexp(dim=-1).mean(dim=-1)  # [ncrops]
+            cross_entropy = log_norm - probs.flatten(1) @ logits.flatten(1).T / batch  # [2, ncrops]
+            pairs = torch.ones_like(cross_entropy).fill_diagonal_(0)  # view v against itself is not counted
+            loss = (cross_entropy * pairs).sum() / (2 * self.ncrops - 2)
+        self.update_center(teacher_output)
+        return loss
+
+    @torch.no_grad()
+    def update_center(self, teacher_output):
+        """Move the center a tenth of the way to the mean of the teacher's logits [n, K] over all processes."""
+        batch_sum = teacher_output.float().sum(dim=0, keepdim=True)
+        if utils.get_world_size() > 1:
+            dist.all_reduce(batch_sum)
+        batch_mean = batch_sum / (len(teacher_output) * utils.get_world_size())
+        self.center.lerp_(batch_mean, 1 - self.center_momentum)
+
+
+# ---- one epoch ----
+
+
+@torch.no_grad()
+def update_teacher(teacher, student, momentum):
+    """θ_teacher ← momentum · θ_teacher + (1 - momentum) · θ_student; buffers are left alone (section 3.1)."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+def train_one_epoch(
+    student, teacher, dino_loss, data_loader, optimizer, schedules, epoch, fp16_scaler, args, amp_dtype=None
+):
+    """One pass over the data; returns the means of what was logged, over all processes.
+
+    `schedules` holds `lr`, `weight_decay` and `momentum`, a value per iteration of the run. `fp16_scaler` is a
+    GradScaler, disabled unless amp_dtype is float16. Raises UserError (exit code 3) when the loss is not finite.
+    """
+    device = dino_loss.center.device
+    metrics, arrived = utils.MetricLogger(), utils.LaggedScalar()
+    batches = metrics.log_every(data_loader, 10, f"Epoch: [{epoch}/{args.epochs}]")
+    for step, (crops, _) in enumerate(batches, start=epoch * len(data_loader)):
+        # ---- schedules ----
+        for group in optimizer.param_groups:
+            group["lr"] = float(schedules["lr"][step])
+        optimizer.param_groups[0]["weight_decay"] = float(schedules["weight_decay"][step])  # group 1 has none
+
+        # ---- forward, loss ----
+        crops = [utils.normalize(crop.to(device, non_blocking=True)) for crop in crops]
+        utils.fix_random_seeds(utils.derive_seed(args.seed, utils.STEP, step, utils.get_rank()))  # for drop path
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            with torch.no_grad():
+                teacher_output = teacher(crops[:2])  # [2·B, K]
+            student_output = student(crops)  # [ncrops·B, K]
+        loss = dino_loss(student_output, teacher_output, epoch)
+        check_finite(arrived.push(loss), epoch, step)
+
+        # ---- backward, student ----
+        optimizer.zero_grad(set_to_none=True)
+        fp16_scaler.scale(loss).backward()
+        fp16_scaler.unscale_(optimizer)
+        if args.clip_grad:
+            utils.clip_gradients(student, args.clip_grad)
+        utils.cancel_gradients_last_layer(epoch, student, args.freeze_last_layer)
+        fp16_scaler.step(optimizer)
+        fp16_scaler.update()
+
+        # ---- teacher ----
+        update_teacher(teacher, student, float(schedules["momentum"][step]))
+        metrics.update(loss=loss, lr=optimizer.param_groups[0]["lr"], wd=optimizer.param_groups[0]["weight_decay"])
+
+    metrics.synchronize_between_processes()
+    means = {name: meter.global_avg for name, meter in metrics.meters.items()}
+    check_finite(means["loss"], epoch, step)
+    utils.log(f"Averaged stats: {metrics}")
+    return means
+
+
+def check_finite(loss, epoch, step):
+    if loss is not None and not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} in epoch {epoch}, step {step}. The last checkpoint is as it was; lower --lr or "
+            "--clip_grad, or try --use_fp16 false",
+            exit_code=3,
+        )
+
+
+# ---- the run ----
+
+
+def build_student_and_teacher(args, device, amp_dtype):
+    """Two networks of one shape and one start; the student has drop path, the teacher no gradients."""
+    networks = []
+    for drop_path_rate in (args.drop_path_rate, 0.0):
+        backbone, width = utils.build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate)
+        utils.use_fused_attention(backbone, device, amp_dtype)
+        # The gain of the teacher's last layer gets no gradient in any case: it is frozen by what the student is.
+        head = DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
+        networks.append(utils.MultiCropWrapper(backbone, head))
+    student, teacher = networks
+    teacher.load_state_dict(student.state_dict())
+    return student.to(device), teacher.to(device).requires_grad_(False)
+
+
+def distribute(student, teacher, device):
+    """Wrap the student for several processes, and let batch norms see the batches of all of them."""
+    if utils.get_world_size() == 1:
+        return student, teacher
+    if utils.has_batchnorms(student):
+        if device.type == "cuda":
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
+        else:
+            utils.log("note: torch synchronises batch norms on GPUs only; each process normalises its own batch")
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True), teacher
+
+
+def run_state(student, teacher, optimizer, epoch, args, dino_loss, fp16_scaler):
+    """What a checkpoint holds: the public release's keys and prefixes, and plain types only beside the tensors."""
+
+    def with_prefix(module):
+        return {f"module.{key.removeprefix('module.')}": value for key, value in module.state_dict().items()}
+
+    state = {
+        "student": with_prefix(student),
+        "teacher": with_prefix(teacher) if utils.has_batchnorms(teacher) else teacher.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "args": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()},
+        "dino_loss": dino_loss.state_dict(),
+    }
+    if fp16_scaler.is_enabled():
+        state["fp16_scaler"] = fp16_scaler.state_dict()
+    return state
+
+
+def train_dino(args):
+    """Train as `args` say (see get_args_parser), or go on with what --output_dir already holds. Raises UserError."""
+    check_args(args)
+    check_crop_sizes(args)
+    device = utils.init_distributed_mode(args)
+    amp_dtype = utils.pick_amp_dtype(device, args.use_fp16, args.amp_dtype)
+    utils.fix_random_seeds(args.seed)
+
+    # ---- student and teacher ----
+    student, teacher = build_student_and_teacher(args, device, amp_dtype)
+    student, teacher = distribute(student, teacher, device)
+
+    # ---- data ----
+    augment = DataAugmentationDINO(
+        args.global_crops_scale,
+        args.local_crops_scale,
+        args.local_crops_number,
+        args.global_crops_size,
+        args.local_crops_size,
+        as_uint8=True,
+    )
+    folder = dino_data.image_folder(dino_data.find_data(args.data_path, "train"))
+    dataset = dino_data.MultiCropDataset(folder, augment, args.seed)
+    data_loader = dino_data.train_loader(dataset, args.batch_size_per_gpu, args.seed, args.num_workers, device)
+    utils.check_output_dir(args.output_dir)
+
+    # ---- loss, optimiser, schedules ----
+    dino_loss = DINOLoss(
+        args.out_dim,
+        2 + args.local_crops_number,
+        args.warmup_teacher_temp,
+        args.teacher_temp,
+        args.warmup_teacher_temp_epochs,
+        args.epochs,
+    ).to(device)
+    optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(student), device)
+    fp16_scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    steps, global_batch = len(data_loader), args.batch_size_per_gpu * args.world_size
+    peak_lr = args.lr * global_batch / 256  # linear scaling rule
+    schedules = {
+        "lr": utils.cosine_scheduler(peak_lr, args.min_lr, args.epochs, steps, args.warmup_epochs),
+        "weight_decay": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps),
+        "momentum": utils.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps),
+    }
+
+    # ---- resume ----
+    progress = {"epoch": 0}
+    checkpoint_path = os.path.join(args.output_dir, "checkpoint.pth")
+    utils.restart_from_checkpoint(
+        checkpoint_path,
+        progress,
+        args=args,
+        student=student,
+        teacher=teacher,
+        optimizer=optimizer,
+        fp16_scaler=fp16_scaler if fp16_scaler.is_enabled() else None,
+        dino_loss=dino_loss,
+    )
+    utils.log(describe_run(args, device, amp_dtype, len(dataset), steps))
+
+    # ---- epochs ----
+    start = time.time()
+    for epoch in range(progress["epoch"], args.epochs):
+        data_loader.sampler.set_epoch(epoch)
+        means = train_one_epoch(
+            student, teacher, dino_loss, data_loader, optimizer, schedules, epoch, fp16_scaler, args, amp_dtype
+        )
+        if utils.is_main_process():
+            utils.write_log_line(args.output_dir, {**{f"train_{k}": v for k, v in means.items()}, "epoch": epoch})
+        state = run_state(student, teacher, optimizer, epoch + 1, args, dino_loss, fp16_scaler)
+        utils.save_on_master(state, checkpoint_path)
+        if args.saveckp_freq and epoch % args.saveckp_freq == 0:
+            utils.save_on_master(state, os.path.join(args.output_dir, f"checkpoint{epoch:04}.pth"))
+    utils.log(f"Training took {time.time() - start:.0f} s; weights are in {checkpoint_path}")
+
+
+def describe_run(args, device, amp_dtype, images, steps):
+    precision = str(amp_dtype).removeprefix("torch.") if amp_dtype else "float32"
+    flags = "\n".join(f"{k}: {v}" for k, v in sorted(vars(args).items()))
+    return (
+        f"{flags}\n{args.arch} on {args.world_size} × {device.type} in {precision}: {images} images, {steps} steps of "
+        f"{args.batch_size_per_gpu * args.world_size} in each of {args.epochs} epochs"
+    )
+
+
+if __name__ == "__main__":
+    utils.run(train_dino, get_args_parser(), __doc__)

@@ -1,0 +1,109 @@
+"""What the tests share: reference numbers and their inputs, small real data, real runs."""
+
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# A folder beside the checkout with goldens/ and data/; what needs it is skipped where there is none.
+SHARED = Path(os.environ.get("DINO_TEST_DATA", ROOT.parent / "shared"))
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # the tests themselves run side by side
+
+
+# ---- reference numbers ----
+
+
+def shared(part):
+    """The path of a file or folder of reference data; skips the test if it is not on this machine."""
+    path = SHARED / part
+    if not path.exists():
+        pytest.skip(f"no {part} in {SHARED} (set DINO_TEST_DATA)")
+    return path
+
+
+def array(name, shape, scale=1.0):
+    """The reference input of this name: float32 normal numbers that follow from the name alone."""
+    state = np.random.RandomState(zlib.crc32(name.encode()))
+    return (state.standard_normal(shape) * scale).astype(np.float32)
+
+
+def tensor(name, shape, scale=1.0):
+    return torch.from_numpy(array(f"open/{name}", shape, scale))
+
+
+def fill(module, tag):
+    """Give a module the reference weights of this tag."""
+    state = module.state_dict()
+    for key, value in state.items():
+        if value.is_floating_point():
+            filled = torch.from_numpy(array(f"{tag}/{key}", tuple(value.shape), 0.05))
+            if key.endswith("weight_g"):
+                filled = torch.ones_like(filled)
+            elif key.endswith("running_var"):
+                filled = 1 + filled.abs()
+            elif key.endswith("weight") and filled.ndim == 1:
+                filled = filled + 1
+            state[key] = filled
+    module.load_state_dict(state)
+    return module
+
+
+def assert_near(got, want, tolerance, what=""):
+    """Relative error in the L2 norm at most `tolerance`, shapes equal."""
+    got, want = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x, dtype=np.float64) for x in (got, want))
+    assert got.shape == want.shape, f"{what}: {got.shape} for {want.shape}"
+    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-12)
+    assert error <= tolerance, f"{what}: relative error {error:.1e}"
+
+
+# ---- real data ----
+
+
+@pytest.fixture(scope="session")
+def sample_root(tmp_path_factory):
+    """The embedded data set, built once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "dino-cache"
+    os.environ["DINO_CACHE"] = str(cache)
+    import dino_data
+
+    return Path(dino_data.sample_dataset())
+
+
+@pytest.fixture(scope="session")
+def tiny_root(sample_root, tmp_path_factory):
+    """A small part of the embedded data: 4 classes with 10 training and 5 validation images each."""
+    root = tmp_path_factory.mktemp("tiny")
+    for part, number in (("train", 10), ("val", 5)):
+        for name in ("astronaut", "brick", "coffee", "text"):
+            (root / part / name).mkdir(parents=True)
+            for source in sorted((sample_root / part / name).iterdir())[:number]:
+                (root / part / name / source.name).symlink_to(source)
+    return root
+
+
+# ---- real runs ----
+
+
+def run_script(*words, timeout=300, env=None, check=True):
+    """Run `python <words>` in the checkout; returns the finished process, its output as text."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    if check:
+        assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+# A training run of seconds: 2 + 2 crops of a few patches, batches of 8, K = 64.
+SMALL_RUN = """--arch vit_nano --patch_size 16 --out_dim 64 --global_crops_size 32 --local_crops_size 16
+    --local_crops_number 2 --batch_size_per_gpu 8 --epochs 2 --warmup_epochs 1 --num_workers 0 --device cpu
+    --saveckp_freq 0""".split()

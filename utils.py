@@ -1,0 +1,882 @@
+"""What the scripts share: errors and arguments, randomness, devices and processes, meters and logs, schedules and
+optimisers, checkpoints, backbones and weights, multi-crop and features. One of each.
+"""
+
+import argparse
+import datetime
+import difflib
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict, deque
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import yaml
+
+import vision_transformer as vits
+
+# ---- errors and arguments ----
+
+
+class UserError(ValueError):
+    """What the user can put right: printed as one line, without a traceback, and the process ends with `exit_code`."""
+
+    def __init__(self, message, exit_code=2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def bool_flag(text):
+    """argparse type of an on/off flag: on, true, 1 or off, false, 0, in any case."""
+    value = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on/true/1 nor off/false/0")
+    return value
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser that answers a mistake with one line instead of a page of usage."""
+
+    source = ""  # where the arguments being parsed stand, if not on the command line
+
+    def error(self, message):
+        self.exit(2, f"error: {self.source}{message} (--help lists the flags)\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind the help texts, the description as it stands."""
+
+
+def parse_args(parser, argv=None):
+    """Parse the command line; a recipe named by --config is read as if its settings stood in front of it.
+
+    So argparse itself checks the recipe's values, and what stands on the command line wins.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(argv)
+    if not getattr(args, "config", None):
+        return args
+    recipe = read_recipe(args.config, known=set(vars(args)) - {"config"})
+    flags = []
+    for key, value in recipe.items():
+        flags += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    parser.source = f"in {args.config}: "
+    parser.parse_args(flags)
+    parser.source = ""
+    return parser.parse_args(flags + argv)
+
+
+def read_recipe(path, known):
+    """The settings in the YAML file `path`, a dict. Raises UserError if unreadable or a key is not in `known`."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"can't read the recipe --config {path}: {' '.join(str(e).split())}") from e
+    if not isinstance(recipe, dict):
+        raise UserError(f"the recipe {path} is no list of `flag: value` lines")
+    for key in recipe:
+        if key not in known:
+            raise UserError(f"in {path}: unknown key {key!r}{did_you_mean(str(key), known)}")
+    return recipe
+
+
+def did_you_mean(name, known):
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def run(main, flags, description):
+    """What every script does under `__main__`: parse, run `main(args)`, turn a UserError into one line and a code."""
+    parser = OneLineParser(description=description, parents=[flags], formatter_class=HelpFormatter)
+    try:
+        main(parse_args(parser))
+    except UserError as e:
+        # From a loader's worker the message arrives inside a traceback, of which it is the last line.
+        message = str(e).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        rank = f" (rank {get_rank()})" if get_world_size() > 1 else ""
+        print(f"error{rank}: {message}", file=sys.stderr, flush=True)
+        sys.exit(e.exit_code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_output_dir(path):
+    """Make the folder `path` and make sure that files can be written there, or raise UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / f".can_write.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"can't write to --output_dir {path}: {e.strerror}. Name a folder that you may write to") from e
+
+
+# ---- randomness ----
+
+
+def derive_seed(*parts):
+    """A 63-bit seed that depends on all of the non-negative integers `parts` and on their order."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def fix_random_seeds(seed=0):
+    """Seed torch (all devices), numpy and Python alike."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+# What a seed is for, as the second part of derive_seed, so that no two uses share a stream.
+ORDER, SAMPLE, STEP = range(3)
+
+
+# ---- devices and processes ----
+
+
+def init_distributed_mode(args):
+    """Find out which process of how many this is, pick its device, and join the others if there are any.
+
+    Sets args.rank, args.world_size and args.gpu (rank on this machine); returns the torch.device. torchrun and
+    torch.distributed.launch say it by RANK, WORLD_SIZE and LOCAL_RANK, a Slurm step by SLURM_*. A single process makes
+    no process group and opens no port.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        args.rank, args.world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        args.gpu = int(env.get("LOCAL_RANK", 0))
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun only: a plain python in an sbatch script is alone
+        args.rank, args.world_size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+        args.gpu = int(env["SLURM_LOCALID"])
+        if args.dist_url == "env://":
+            name_slurm_master()
+    else:
+        args.rank, args.world_size, args.gpu = 0, 1, 0
+
+    device = pick_device(args.device, args.gpu)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if args.world_size > 1:
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            init_method=args.dist_url,
+            world_size=args.world_size,
+            rank=args.rank,
+        )
+        dist.barrier()
+    return device
+
+
+def name_slurm_master():
+    """Point env:// at the first node of this Slurm step, with a port that follows from the job's number."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    os.environ.setdefault("MASTER_ADDR", shown.stdout.split()[0])
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+
+
+def pick_device(name, local_rank=0):
+    """torch.device for --device auto|cuda|mps|cpu; auto takes the first of cuda, mps and cpu that is there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = " and ".join(kind for kind in available if available[kind])
+        raise UserError(f"--device {name} is not available here. Use --device auto; this machine has {there}")
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. "
+            "Start one process per GPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def get_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process():
+    return get_rank() == 0
+
+
+def log(*words):
+    """print, on rank 0 only."""
+    if is_main_process():
+        print(*words, flush=True)
+
+
+def pick_amp_dtype(device, use_fp16, amp_dtype):
+    """dtype of mixed precision, or None for float32 throughout.
+
+    "auto" is bf16 where the hardware computes in it, else fp16 on CUDA; a CPU without bf16 instructions, and mps,
+    stay in float32.
+    """
+    if not use_fp16:
+        return None
+    if amp_dtype != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_computes_bf16() else None
+
+
+def cpu_computes_bf16():
+    """Whether this CPU multiplies bf16 in hardware. Without, bf16 is correct but slower than float32."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
+# ---- meters and logs ----
+
+
+class SmoothedValue:
+    """A series of scalars: median and mean of the last `window_size`, and the mean of all.
+
+    Tensors are taken in without being read: reading waits for the device, and happens when a statistic is asked for.
+    """
+
+    def __init__(self, window_size=20, fmt="{median:.6f} ({global_avg:.6f})"):
+        self.window = deque(maxlen=window_size)
+        self.unread = []
+        self.total, self.count = 0.0, 0
+        self.fmt = fmt
+
+    def update(self, value, n=1):
+        if isinstance(value, torch.Tensor):
+            self.unread.append((value.detach(), n))
+        else:
+            self._count(value, n)
+
+    def _count(self, value, n):
+        self.window.append(value)
+        self.total += value * n
+        self.count += n
+
+    def read(self):
+        """Fetch what still lies on the device, in one transfer."""
+        if self.unread:
+            values = torch.stack([v.float() for v, _ in self.unread]).tolist()
+            for value, (_, n) in zip(values, self.unread, strict=True):
+                self._count(value, n)
+            self.unread.clear()
+        return self
+
+    def synchronize_between_processes(self):
+        """Add up total and count over all processes; the window stays each process's own."""
+        self.read()
+        if get_world_size() > 1:
+            both = torch.tensor([self.count, self.total], dtype=torch.float64, device=collective_device())
+            dist.all_reduce(both)
+            self.count, self.total = int(both[0]), float(both[1])
+
+    @property
+    def median(self):
+        return statistics.median(self.read().window)
+
+    @property
+    def avg(self):
+        return statistics.fmean(self.read().window)
+
+    @property
+    def global_avg(self):
+        return self.read().total / max(self.count, 1)
+
+    @property
+    def max(self):
+        return max(self.read().window)
+
+    @property
+    def value(self):
+        return self.read().window[-1]
+
+    def __str__(self):
+        named = ("median", "avg", "global_avg", "max", "value")
+        return self.fmt.format(**{name: getattr(self, name) for name in named})
+
+
+def collective_device():
+    """Where tensors must lie to travel between processes: nccl moves CUDA tensors only."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+class MetricLogger:
+    """Named SmoothedValues and the console line over a loop."""
+
+    def __init__(self, delimiter="  "):
+        self.meters = defaultdict(SmoothedValue)
+        self.delimiter = delimiter
+
+    def update(self, **values):
+        for name, value in values.items():
+            self.meters[name].update(value)
+
+    def add_meter(self, name, meter):
+        self.meters[name] = meter
+
+    def synchronize_between_processes(self):
+        for meter in self.meters.values():
+            meter.synchronize_between_processes()
+
+    def __str__(self):
+        return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def log_every(self, iterable, print_freq, header=""):
+        """Yield from `iterable`; every `print_freq` items, and at the last, print progress and the meters on rank 0.
+
+        `time` is seconds an item, `data` the part of it spent waiting for the item, `max mem` MB: of the GPU's
+        memory, or of the process where there is no GPU.
+        """
+        step_time, data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
+        number = len(iterable)
+        start = end = time.time()
+        for i, item in enumerate(iterable):
+            data_time.update(time.time() - end)
+            yield item
+            step_time.update(time.time() - end)
+            due = i % print_freq == 0 or i == number - 1
+            if due and is_main_process():  # the other ranks' devices need not wait for a line that they don't print
+                eta = datetime.timedelta(seconds=int(step_time.global_avg * (number - 1 - i)))
+                progress = f"[{i:{len(str(number))}d}/{number}]"
+                cells = (header, progress, f"eta: {eta}", str(self), f"time: {step_time}", f"data: {data_time}")
+                print(self.delimiter.join((*cells, f"max mem: {peak_memory_mb():.0f}")), flush=True)
+            end = time.time()
+        total = time.time() - start
+        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(number, 1):.6f} s / it)")
+
+
+def peak_memory_mb():
+    """Highest memory use so far: of this process's GPU if it uses one, else of the process itself."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # not on Windows, where only this figure is missing
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class LaggedScalar:
+    """Reads a scalar of the training step without making the host wait for the step.
+
+    `push` starts the new value's way to the host and returns the newest that has arrived: on a CPU the value itself,
+    on a GPU the one pushed a step ago (None at first), so that the device always has a step of work in its queue.
+    """
+
+    def __init__(self):
+        self.previous = None
+
+    def push(self, tensor):
+        if tensor.device.type != "cuda":
+            return tensor.item()
+        arriving = tensor.detach().to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        previous, self.previous = self.previous, (arriving, event)
+        if previous is None:
+            return None
+        previous[1].synchronize()
+        return previous[0].item()
+
+
+def write_log_line(output_dir, stats):
+    """Append one JSON object to log.txt, in place of the lines of the same or later epochs that a lost run left."""
+    path = Path(output_dir) / "log.txt"
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                keep = json.loads(line)["epoch"] < stats["epoch"]
+            except (ValueError, KeyError, TypeError):
+                keep = False  # the torn last line of a run that was killed
+            if keep:
+                kept.append(line)
+    write_whole(path, lambda f: f.write("".join(f"{line}\n" for line in [*kept, json.dumps(stats)]).encode()))
+
+
+# ---- schedules ----
+
+
+def cosine_scheduler(base_value, final_value, epochs, niter_per_ep, warmup_epochs=0, start_warmup_value=0):
+    """One value per iteration: linear from start to base over the warm-up, then half a cosine from base to final.
+
+    Returns a float64 array of epochs · niter_per_ep values. Raises UserError if the warm-up is longer than the run.
+    """
+    warmup_iters, iters = warmup_epochs * niter_per_ep, epochs * niter_per_ep
+    if warmup_iters > iters:
+        raise UserError(
+            f"warmup_epochs {warmup_epochs} is longer than the run ({epochs} epochs). Shorten it or train longer"
+        )
+    warmup = np.linspace(start_warmup_value, base_value, warmup_iters)
+    progress = np.arange(iters - warmup_iters) / max(iters - warmup_iters, 1)
+    decay = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(math.pi * progress))
+    return np.concatenate((warmup, decay))
+
+
+# ---- optimisers and gradients ----
+
+
+def get_params_groups(model):
+    """Two parameter groups for an optimiser: the regularised, then biases and other 1-d parameters without decay."""
+    decayed, plain = [], []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            (plain if param.ndim == 1 or name.endswith(".bias") else decayed).append(param)
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build_optimizer(name, params_groups, device):
+    """AdamW, SGD or LARS by the name of --optimizer. Learning rate and decay are set by the schedules at each step."""
+    if name == "adamw":
+        return torch.optim.AdamW(params_groups, fused=device.type in ("cuda", "cpu"))
+    if name == "sgd":
+        return torch.optim.SGD(params_groups, lr=0.0, momentum=0.9)
+    return LARS(params_groups)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (arXiv 1708.03888), as used for large batches of convnets.
+
+    Parameters with ndim != 1 get weight decay and a step scaled by eta · ‖p‖ / ‖g + wd·p‖; vectors get plain momentum.
+    """
+
+    def __init__(self, params, lr=0, weight_decay=0, momentum=0.9, eta=0.001):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+        return loss
+
+    def _step_group(self, group, params):
+        for p in params:
+            if "mu" not in self.state[p]:
+                self.state[p]["mu"] = torch.zeros_like(p)
+        directions = [p.grad.clone() for p in params]
+        shaped = [i for i, p in enumerate(params) if p.ndim != 1]
+        if shaped:
+            weights, updates = [params[i] for i in shaped], [directions[i] for i in shaped]
+            torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+            weight_norms = torch.stack(torch._foreach_norm(weights))
+            update_norms = torch.stack(torch._foreach_norm(updates))
+            trust = group["eta"] * weight_norms / update_norms
+            trust = torch.where((weight_norms > 0) & (update_norms > 0), trust, 1.0)
+            torch._foreach_mul_(updates, list(trust.unbind()))
+        momenta = [self.state[p]["mu"] for p in params]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, directions)
+        torch._foreach_add_(params, momenta, alpha=-group["lr"])
+
+
+@torch.no_grad()
+def clip_gradients(model, clip):
+    """Scale each parameter's gradient to an L2 norm of at most `clip`, one by one.
+
+    Not the global-norm clipping of torch.nn.utils: a large gradient in one layer leaves the others alone. Returns the
+    norms before clipping, one per parameter with a gradient, as a tensor on the device (no host sync).
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not gradients:
+        return torch.zeros(0)
+    norms = torch.stack(torch._foreach_norm(gradients))
+    factors = (clip / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, list(factors.unbind()))
+    return norms
+
+
+def cancel_gradients_last_layer(epoch, model, freeze_last_layer):
+    """While epoch < freeze_last_layer, drop the gradients of the head's last layer, so that it keeps its start."""
+    if epoch < freeze_last_layer:
+        for name, param in model.named_parameters():
+            if "last_layer" in name:
+                param.grad = None
+
+
+# ---- checkpoints ----
+
+
+def write_whole(path, write):
+    """Call `write(file)` such that `path` then holds all of it, or, whatever happens, what it held before."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_on_master(state, path):
+    """torch.save on rank 0, whole or not at all."""
+    if is_main_process():
+        write_whole(path, lambda file: torch.save(state, file))
+
+
+def _allow_public_checkpoints():
+    """Let weights_only loading accept what the public checkpoints hold besides tensors, and nothing more.
+
+    That is the arguments as a Namespace, and learning rates as numpy float64 scalars, by the names of old numpy and
+    new. None of them runs code when unpickled.
+    """
+    from _codecs import encode
+
+    scalar = np.float64(0).__reduce__()[0]
+    allowed = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), encode, scalar]
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5):  # where a name may stand beside the object
+        allowed += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+    torch.serialization.add_safe_globals(allowed)
+
+
+def load_checkpoint(path):
+    """Everything in a checkpoint file, on the CPU. Unpickles tensors, plain types and Namespaces only.
+
+    Raises UserError if the file is missing, torn, or holds anything else.
+    """
+    _allow_public_checkpoints()
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f"there is no file {path}") from e
+    except Exception as e:  # torch raises a dozen types here, by where the damage is
+        reason = " ".join(str(e).split())
+        unsafe = "Unsupported global: GLOBAL " in reason
+        what = reason.split("Unsupported global: GLOBAL ")[1].split()[0] if unsafe else reason[:200]
+        if unsafe:
+            raise UserError(f"{path} holds a {what}, which could run code when loaded, and was not loaded") from e
+        raise UserError(f"{path} can't be read as a checkpoint; is it complete? ({what or type(e).__name__})") from e
+
+
+# Arguments that decide which tensors a run has: with others, a checkpoint can't be gone on from.
+SHAPING_ARGS = (
+    "arch",
+    "patch_size",
+    "out_dim",
+    "norm_last_layer",
+    "use_bn_in_head",
+    "optimizer",
+    "global_crops_size",
+)
+
+
+def check_same_shape(path, checkpoint, args):
+    """Raise UserError if the checkpoint of an earlier run was made with arguments that make other tensors."""
+    before = checkpoint.get("args") or {}
+    before = before if isinstance(before, dict) else vars(before)
+    changed = [name for name in SHAPING_ARGS if name in before and before[name] != getattr(args, name)]
+    if changed:
+        then = " ".join(f"--{name} {before[name]}" for name in changed)
+        now = " ".join(f"--{name} {getattr(args, name)}" for name in changed)
+        raise UserError(f"{path} was made with {then}, this run has {now}. Use the same, or another --output_dir")
+
+
+def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
+    """If there is a checkpoint at `path`, load each object's state from it and update the dict `run_variables`.
+
+    `objects` are modules, optimisers or scalers (None is passed over), by their keys in the file; `module.` in front
+    of a module's keys doesn't matter. `args` are this run's, to be held against those in the file. Returns whether a
+    checkpoint was there. Raises UserError if one does not fit.
+    """
+    if not os.path.isfile(path):
+        return False
+    checkpoint = load_checkpoint(path)
+    if args is not None:
+        check_same_shape(path, checkpoint, args)
+    log(f"resuming from {path}")
+    for name, target in objects.items():
+        if target is None:
+            continue
+        if name not in checkpoint:
+            log(f"warning: {path} has no {name!r}; it starts afresh")
+            continue
+        state = checkpoint[name]
+        if isinstance(target, nn.Module):
+            prefix = "module." if any(key.startswith("module.") for key in target.state_dict()) else ""
+            state = {prefix + key.removeprefix("module."): value for key, value in state.items()}
+        try:
+            target.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as e:
+            problem = " ".join(str(e).split())[:300]
+            raise UserError(
+                f"{path} does not fit this run: {name}: {problem}. Give the arguments of that run, or another "
+                "--output_dir"
+            ) from e
+    for name in run_variables or {}:
+        if name in checkpoint:
+            run_variables[name] = checkpoint[name]
+    return True
+
+
+# ---- backbones ----
+
+
+def vit_names():
+    return [name for name in vars(vits) if name.startswith("vit_")]
+
+
+def vit_factory(arch):
+    """The function that builds one of our ViTs, under either of its names; None for any other network."""
+    name = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}.get(arch, arch)
+    return vars(vits)[name] if name in vit_names() else None
+
+
+def convnet_names():
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0):
+    """A network [B, 3, H, W] -> [B, width] by its name, and its width.
+
+    `arch` is one of our ViTs (deit_tiny and deit_small are other names of two of them) or a torchvision classification
+    network, whose last layer is taken off; `patch_size`, `img_size` (of the positional grid) and `drop_path_rate`
+    apply to ViTs only. Raises UserError for an unknown name.
+    """
+    vit = vit_factory(arch)
+    if vit:
+        model = vit(patch_size=patch_size, img_size=[img_size], drop_path_rate=drop_path_rate, num_classes=0)
+        return model, model.embed_dim
+    if arch not in convnet_names():
+        known = [*vit_names(), *convnet_names()]
+        raise UserError(f"unknown --arch {arch}{did_you_mean(arch, known) or '; vit_small and resnet50 are two'}")
+    from torchvision import models
+
+    return take_off_classifier(models.get_model(arch, weights=None), arch)
+
+
+def take_off_classifier(model, arch):
+    """Replace the last linear layer of a torchvision network by Identity; returns the network and its width."""
+    for name in ("fc", "classifier", "head", "heads"):
+        layer, parent = getattr(model, name, None), model
+        if isinstance(layer, nn.Sequential):
+            layer, parent, name = layer[-1], layer, list(layer._modules)[-1]
+        if isinstance(layer, nn.Linear):
+            setattr(parent, name, nn.Identity())
+            return model, layer.in_features
+    raise UserError(f"--arch {arch} does not end in a linear classifier that could be taken off; choose another")
+
+
+def is_vit(model):
+    return isinstance(model, vits.VisionTransformer)
+
+
+def use_fused_attention(model, device, amp_dtype=None):
+    """Turn on torch's fused attention on a ViT that we build, where it was measured to be faster.
+
+    On the CPU its bf16 backward is slower than written-out attention; everywhere else it is faster.
+    """
+    if is_vit(model):
+        model.set_fused_attention(device.type != "cpu" or amp_dtype is None)
+
+
+def has_batchnorms(model):
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+# ---- weights ----
+
+
+def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None, patch_size=None):
+    """Load a backbone's weights from a checkpoint or a plain state dict, and say how many tensors matched.
+
+    `pretrained_weights` is a file; or "", for the weights that the paper's authors published for `arch` and
+    `patch_size` (downloaded once; random, with a warning, where they published none); or "random". `checkpoint_key`
+    picks the network in a training checkpoint. The projection head is passed over. A ViT takes on the positional
+    grid of the file. Returns (tensors matched, tensors of the model). Raises UserError if none matches, if a shape
+    differs, or if the file can't be read.
+    """
+    if pretrained_weights == "random":
+        log("random weights, as asked for")
+        return 0, len(model.state_dict())
+    if pretrained_weights:
+        source, state = pretrained_weights, load_checkpoint(pretrained_weights)
+    else:
+        source, state = load_published(arch, patch_size)
+        if state is None:
+            return 0, len(model.state_dict())
+    state, source = pick_state_dict(state, checkpoint_key, source)
+    adopt_positional_grid(model, state)
+
+    wanted = model.state_dict()
+    matched = [key for key in wanted if key in state]
+    if not matched:
+        raise UserError(
+            f"none of the {len(wanted)} tensors of {arch or 'the model'} is in {source} (it has "
+            f"{', '.join(list(state)[:3]) or 'nothing'}, …). Check --arch, --patch_size and --checkpoint_key"
+        )
+    for key in matched:
+        if state[key].shape != wanted[key].shape:
+            theirs, ours = list(state[key].shape), list(wanted[key].shape)
+            raise UserError(
+                f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. Check --arch and --patch_size"
+            )
+    model.load_state_dict({key: state[key] for key in matched}, strict=False)
+    log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}")
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        log(f"warning: not in the file, left as initialised: {', '.join(missing)}")
+    unused = [key for key in state if key not in wanted and not key.startswith(("head.", "fc."))]
+    if unused:
+        log(f"warning: in the file but not in the model: {', '.join(unused)}")
+    return len(matched), len(wanted)
+
+
+load_pretrained_weights = load_weights  # the public name
+
+
+def load_published(arch, patch_size):
+    """(URL, state dict) of the authors' weights for a backbone; (None, None) if there are none."""
+    import hubconf
+
+    arch = {"deit_small": "vit_small"}.get(arch, arch)
+    name = hubconf.published_name(arch, patch_size)
+    if name is None:
+        what = f"{arch} with patch size {patch_size}" if patch_size and arch in vit_names() else arch
+        log(f"warning: no weights were published for {what}: going on with random weights")
+        return None, None
+    url = hubconf.BASE_URL + hubconf.PUBLISHED[name]["backbone"]
+    log(f"no --pretrained_weights: taking the published ones, {url}")
+    try:
+        return url, hubconf.download(url)
+    except OSError as e:
+        raise UserError(
+            f"can't download {url}: {e}. Give a file as --pretrained_weights, or `random` for an untrained network"
+        ) from e
+
+
+def pick_state_dict(state, checkpoint_key, source):
+    """The network's own tensors in what a file held, without the wrappers' prefixes, and where they came from."""
+    if not isinstance(state, dict):
+        raise UserError(f"{source} holds a {type(state).__name__}, not a state dict")
+    if checkpoint_key and checkpoint_key in state:
+        state, source = state[checkpoint_key], f"{source} [{checkpoint_key}]"
+    elif any(isinstance(value, dict) for value in state.values()):
+        networks = ", ".join(key for key, value in state.items() if isinstance(value, dict))
+        raise UserError(f"{source} has no {checkpoint_key!r}; --checkpoint_key could be one of {networks}")
+    tensors = {}
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            tensors[key.removeprefix("module.").removeprefix("backbone.")] = value
+    return tensors, source
+
+
+def adopt_positional_grid(model, state):
+    """Give a ViT the positional grid that the weights were trained on; other image sizes are interpolated from it."""
+    learned = state.get("pos_embed")
+    if not is_vit(model) or learned is None or learned.shape == model.pos_embed.shape:
+        return
+    side = math.isqrt(max(learned.shape[1] - 1, 0))
+    if learned.ndim == 3 and learned.shape[2] == model.embed_dim and side * side == learned.shape[1] - 1:
+        model.pos_embed = nn.Parameter(torch.empty_like(learned))
+        model.patch_embed.num_patches = side * side
+        model.patch_embed.img_size = side * model.patch_embed.patch_size
+
+
+# ---- multi-crop and features ----
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalize(images):
+    """uint8 images [..., 3, H, W] -> float32 with ImageNet's mean and standard deviation; floats are left alone."""
+    if images.dtype != torch.uint8:
+        return images
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+class MultiCropWrapper(nn.Module):
+    """A backbone and a projection head over a list of crops (section 3.1).
+
+    forward: list of [B, 3, h, w] -> [number of crops · B, out_dim], crop by crop. Consecutive crops of one size go
+    through the backbone as one batch. The backbone's own classifiers `fc` and `head` become Identity.
+    """
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        backbone.fc, backbone.head = nn.Identity(), nn.Identity()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, crops):
+        if isinstance(crops, torch.Tensor):
+            crops = [crops]
+        features, first = [], 0
+        for i in range(1, len(crops) + 1):
+            if i == len(crops) or crops[i].shape[-2:] != crops[first].shape[-2:]:
+                output = self.backbone(torch.cat(crops[first:i]))
+                features.append(output[0] if isinstance(output, tuple) else output)
+                first = i
+        return self.head(torch.cat(features))
+
+
+def multi_scale(images, model):
+    """Mean of a model's features [B, D] over the scales 1, 1/√2 and 1/2 of the images, L2-normalised."""
+    features = [model(images)]
+    for scale in (2**-0.5, 0.5):
+        features.append(model(F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)))
+    return F.normalize(torch.stack(features).mean(0), dim=1)
+
+
+@torch.no_grad()
+def extract_features(model, data_loader, use_cuda=True, multiscale=False):
+    """Features of a whole data set, in its order: [N, D] float32 on rank 0, None on the other ranks.
+
+    `data_loader` yields (images, indices into the data set), images as uint8 or normalised floats; in a distributed
+    run each rank's loader covers its share, all shares of one length. `use_cuda` leaves the features on the model's
+    GPU, if it has one, instead of in main memory. What the ranks found is gathered once, at the end.
+    """
+    weight = next(model.parameters(), torch.empty(0))
+    store = weight.device if use_cuda else torch.device("cpu")
+    parts, places = [], []
+    for images, indices in MetricLogger().log_every(data_loader, 10, "Features:"):
+        images = normalize(images.to(weight.device, non_blocking=True))
+        features = multi_scale(images, model) if multiscale else model(images)
+        features = features[0] if isinstance(features, tuple) else features
+        parts.append(features.float().to(store))
+        places.append(indices)
+    found, places = torch.cat(parts), torch.cat(places)
+    if get_world_size() > 1:
+        found, places = gather_rows(found), gather_rows(places)
+        if found is None:
+            return None
+    ordered = torch.empty(len(data_loader.dataset), found.shape[1], device=store)
+    ordered[places.to(store)] = found.to(store)
+    return ordered
+
+
+def gather_rows(rows):
+    """The rows of all ranks (each as many) one below the other, on the CPU of rank 0; None elsewhere."""
+    group = dist.new_group(backend="gloo")  # main memory on every rank, whatever the training runs on
+    rows = rows.cpu()
+    everyone = [torch.empty_like(rows) for _ in range(get_world_size())] if is_main_process() else None
+    dist.gather(rows, everyone, group=group)
+    return torch.cat(everyone) if everyone else None

@@ -1,0 +1,362 @@
+"""Vision transformers and the DINO projection head (arXiv 2104.14294, sections 3.1-3.2 and appendix C).
+
+    import vision_transformer as vits
+    model = vits.vit_small(patch_size=16)          # [B, 3, H, W] -> [B, 384]
+    model.get_last_selfattention(images)           # [B, 6, N+1, N+1]
+
+Needs torch and nothing else, so that this file can be copied into, or imported beside, any other project.
+"""
+
+import math
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---- one block ----
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop a whole residual branch for a random part of the samples.
+
+    The branches that stay are divided by the keep probability, so that the expectation does not change.
+    """
+
+    def __init__(self, drop_prob=0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        if not self.training or not self.drop_prob:
+            return x
+        keep = 1.0 - self.drop_prob
+        mask = x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(keep)  # [B, 1, 1]
+        return x * (mask / keep)
+
+    def extra_repr(self):
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear; dropout behind both linears. [..., in_features] -> [..., out_features]."""
+
+    def __init__(self, in_features, hidden_features=None, out_features=None, act_layer=nn.GELU, drop=0.0):
+        super().__init__()
+        hidden = hidden_features or in_features
+        self.fc1 = nn.Linear(in_features, hidden)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden, out_features or in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x):
+        hidden = self.drop(self.act(self.fc1(x)))
+        return self.drop(self.fc2(hidden))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. `forward` returns the new tokens [B, N, D] and the attention map.
+
+    The map [B, heads, N, N] is written out by default: it passes through `attn_drop`, where hooks can see it and
+    gradients flow through it. With `fused = True` torch's scaled_dot_product_attention computes the same tokens
+    without ever holding the map, and None is returned in its place.
+    """
+
+    def __init__(self, dim, num_heads=8, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} can't be split into {num_heads} heads of equal width")
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.fused = False
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def split_heads(self, x):
+        """Queries, keys and values of the tokens x [B, N, D], each [B, heads, N, D / heads]."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def attention_map(self, queries, keys):
+        """Softmax over the keys of the scaled products: [B, heads, N, N], rows sum to 1 (before dropout)."""
+        scores = (queries * self.scale) @ keys.transpose(-2, -1)
+        return self.attn_drop(scores.softmax(dim=-1))
+
+    def forward(self, x):
+        queries, keys, values = self.split_heads(x)
+        if self.fused:
+            attn = None
+            dropout = self.attn_drop.p if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, scale=self.scale)
+        else:
+            attn = self.attention_map(queries, keys)
+            mixed = attn @ values
+        mixed = mixed.transpose(1, 2).flatten(2)  # [B, heads, N, d] -> [B, N, D]
+        return self.proj_drop(self.proj(mixed)), attn
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each on a residual branch that may be dropped."""
+
+    def __init__(
+        self,
+        dim,
+        num_heads,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        qk_scale=None,
+        drop=0.0,
+        attn_drop=0.0,
+        drop_path=0.0,
+        act_layer=nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, hidden_features=int(mlp_ratio * dim), act_layer=act_layer, drop=drop)
+
+    def forward(self, x, return_attention=False):
+        normed = self.norm1(x)
+        branch, attn = self.attn(normed)
+        if return_attention:
+            if attn is None:  # fused: the map was never made
+                queries, keys, _ = self.attn.split_heads(normed)
+                attn = self.attn.attention_map(queries, keys)
+            return attn
+        # Not in place: clients keep the output of every block.
+        x = x + self.drop_path(branch)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image into square patches and project each: [B, C, H, W] -> [B, (H/patch)·(W/patch), D]."""
+
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768):
+        super().__init__()
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.num_patches = (img_size // patch_size) ** 2
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+# ---- the backbone ----
+
+
+class VisionTransformer(nn.Module):
+    """ViT with a CLS token and learned positions (sizes: table 1 of the paper).
+
+    forward: images [B, C, H, W] -> the normalised CLS token [B, D]. Any image size of at least one patch is
+    accepted: the positional encoding, learned on a grid of (img_size / patch_size)² patches, is interpolated.
+
+    `fused_attention=True` computes attention without writing out the maps: faster in most settings, the same
+    numbers to rounding, but hooks on `attn_drop` see nothing.
+    """
+
+    def __init__(
+        self,
+        img_size=[224],  # noqa: B006 - never written to; a list because the public signature has one
+        patch_size=16,
+        in_chans=3,
+        num_classes=0,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        qk_scale=None,
+        drop_rate=0.0,
+        attn_drop_rate=0.0,
+        drop_path_rate=0.0,
+        norm_layer=nn.LayerNorm,
+        fused_attention=False,
+        **kwargs,
+    ):
+        super().__init__()
+        self.num_features = self.embed_dim = embed_dim
+        image_side = img_size if isinstance(img_size, int) else img_size[0]
+        self.patch_embed = PatchEmbed(image_side, patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
+        self.pos_drop = nn.Dropout(p=drop_rate)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                qk_scale,
+                drop_rate,
+                attn_drop_rate,
+                drop_path_rate * i / max(depth - 1, 1),  # deeper blocks are dropped more often
+                norm_layer=norm_layer,
+            )
+            for i in range(depth)
+        )
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(_init_linear)
+        self.set_fused_attention(fused_attention)
+
+    def set_fused_attention(self, fused):
+        """Switch every block between written-out attention maps and torch's fused kernels."""
+        for block in self.blocks:
+            block.attn.fused = fused
+
+    def interpolate_pos_encoding(self, x, w, h):
+        """The positional encoding [1, N+1, D] for tokens x [B, N+1, D] of an image of w × h pixels.
+
+        `w` is the image's extent along dimension 2 of the batch and `h` along dimension 3: public code calls and
+        replaces this method in that order, so the order stays.
+        """
+        num_patches = x.shape[1] - 1
+        grid_patches = self.pos_embed.shape[1] - 1
+        if num_patches == grid_patches and w == h:
+            return self.pos_embed
+
+        side = math.isqrt(grid_patches)
+        wanted = (w // self.patch_embed.patch_size, h // self.patch_embed.patch_size)
+        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        if grid.dtype in (torch.float16, torch.bfloat16):
+            grid = grid.float()  # a bicubic kernel in half precision moves positions, and not every device has one
+        # The published weights were trained with this 0.1. It keeps floor(side * scale) from rounding down.
+        scale = tuple((n + 0.1) / math.sqrt(grid_patches) for n in wanted)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        if grid.shape[-2:] != wanted:
+            raise ValueError(f"positional encoding became {tuple(grid.shape[-2:])} patches, the image has {wanted}")
+        patch_pos = grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+        return torch.cat((self.pos_embed[:, :1], patch_pos), dim=1)
+
+    def prepare_tokens(self, x):
+        """Images [B, C, H, W] -> CLS and patch tokens with their positions [B, N+1, D]."""
+        size = x.shape[2:]
+        tokens = self.patch_embed(x)
+        tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        return self.pos_drop(tokens + self.interpolate_pos_encoding(tokens, *size))
+
+    def forward(self, x):
+        x = self.prepare_tokens(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)[:, 0]
+
+    def get_last_selfattention(self, x):
+        """Attention map of the last block, [B, heads, N+1, N+1]; row and column 0 belong to CLS (figure 1)."""
+        x = self.prepare_tokens(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1](x, return_attention=True)
+
+    def get_intermediate_layers(self, x, n=1):
+        """Tokens behind each of the last n blocks, through the final norm: a list of n [B, N+1, D]."""
+        x = self.prepare_tokens(x)
+        first_kept = len(self.blocks) - n
+        kept = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= first_kept:
+                kept.append(self.norm(x))
+        return kept
+
+
+def _init_linear(module):
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _vit(patch_size, embed_dim, depth, num_heads, kwargs):
+    paper = {"mlp_ratio": 4, "qkv_bias": True, "norm_layer": partial(nn.LayerNorm, eps=1e-6)}
+    size = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    return VisionTransformer(**{**paper, **size, **kwargs})
+
+
+def vit_nano(patch_size=16, **kwargs):
+    """0.8 M parameters. Ours, not the paper's: small enough to learn something on a CPU in minutes."""
+    return _vit(patch_size, 128, 4, 4, kwargs)
+
+
+def vit_tiny(patch_size=16, **kwargs):
+    """ViT-Ti: 5.5 M parameters."""
+    return _vit(patch_size, 192, 12, 3, kwargs)
+
+
+def vit_small(patch_size=16, **kwargs):
+    """ViT-S: 21.7 M parameters, the paper's main model."""
+    return _vit(patch_size, 384, 12, 6, kwargs)
+
+
+def vit_base(patch_size=16, **kwargs):
+    """ViT-B: 85.8 M parameters."""
+    return _vit(patch_size, 768, 12, 12, kwargs)
+
+
+# ---- the projection head ----
+
+
+class WeightNormLinear(nn.Module):
+    """Linear without bias whose weight is weight_g · weight_v / ‖weight_v‖, row by row (arXiv 1602.07868).
+
+    The same parameters and numbers as torch's weight_norm wrapper, without its forward hook: can be deep-copied,
+    traced and pickled.
+    """
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_g = nn.Parameter(torch.ones(out_features, 1))
+        self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # what nn.Linear does
+
+    @property
+    def weight(self):
+        return self.weight_g * F.normalize(self.weight_v, dim=1)
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class DINOHead(nn.Module):
+    """Projection head: MLP to a bottleneck, L2 normalisation, weight-normalised linear to K = `out_dim` logits.
+
+    [B, in_dim] -> [B, out_dim]. With `norm_last_layer` the gain of the last layer stays 1 and gets no gradient,
+    which costs a little accuracy and makes training more stable.
+    """
+
+    def __init__(
+        self, in_dim, out_dim, use_bn=False, norm_last_layer=True, nlayers=3, hidden_dim=2048, bottleneck_dim=256
+    ):
+        super().__init__()
+        widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1)
+        layers = []
+        for width_in, width_out in pairwise(widths):
+            layers.append(nn.Linear(width_in, width_out))
+            if use_bn:
+                layers.append(nn.BatchNorm1d(width_out))
+            layers.append(nn.GELU())
+        to_bottleneck = nn.Linear(widths[-1], bottleneck_dim)
+        # A head of one layer has no Sequential: its keys are mlp.weight and mlp.bias.
+        self.mlp = nn.Sequential(*layers, to_bottleneck) if layers else to_bottleneck
+        self.apply(_init_linear)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        if norm_last_layer:
+            self.last_layer.weight_g.requires_grad = False
+
+    def forward(self, x):
+        x = self.mlp(x)
+        tiny = 1e-6 if x.dtype == torch.float16 else 1e-12  # 1e-12 is 0 in half precision
+        return self.last_layer(F.normalize(x, dim=-1, eps=tiny))
