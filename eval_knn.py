@@ -191,16 +191,17 @@ def main(args):
     sets = dino_data.labelled_folders(dino_data.find_data(args.data_path), dino_data.eval_transform(args.image_size))
     utils.log(f"{len(sets[0])} training and {len(sets[1])} validation images in {len(sets[0].classes)} classes")
     utils.fix_random_seeds(0)  # what is called untrained is the same network each time
-    rows = {"these weights": build_model(args, device, args.pretrained_weights)}
+    trained = f"trained {args.checkpoint_key}"
+    rows = {trained: build_model(args, device, args.pretrained_weights)}
     if args.baselines:
         rows = {"raw pixels": raw_pixels(), "untrained network": build_model(args, device, "random"), **rows}
     features = {name: labelled_features(model, sets, args, device) for name, model in rows.items()}
     if not utils.is_main_process():
         return
     if args.dump_features:
-        dump_features(features["these weights"], args.dump_features)
+        dump_features(features[trained], args.dump_features)
         utils.log(f"features are in {args.dump_features}")
-    print_accuracies(features["these weights"], args)
+    print_accuracies(features[trained], args)
     if args.baselines:
         print_table(features, args)
 
@@ -216,7 +217,7 @@ def print_accuracies(features, args):
 
 def print_table(features, args):
     """Top-1 of each row, a column per k, below chance."""
-    test_labels = features["these weights"][3]
+    test_labels = next(iter(features.values()))[3]
     chance = 100.0 * torch.bincount(test_labels).max().item() / len(test_labels)  # always saying the commonest class
     print("\nk-NN top-1 (%)      " + "".join(f"{f'k={k}':>8}" for k in args.nb_knn))
     print(f"{'chance':20}" + f"{chance:8.1f}" * len(args.nb_knn))

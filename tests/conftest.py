@@ -99,11 +99,16 @@ def run_script(*words, timeout=300, env=None, check=True):
         [sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
     if check:
-        assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        said = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{said}"
     return done
 
 
 # A training run of seconds: 2 + 2 crops of a few patches, batches of 8, K = 64.
-SMALL_RUN = """--arch vit_nano --patch_size 16 --out_dim 64 --global_crops_size 32 --local_crops_size 16
-    --local_crops_number 2 --batch_size_per_gpu 8 --epochs 2 --warmup_epochs 1 --num_workers 0 --device cpu
-    --saveckp_freq 0""".split()
+# fmt: off
+SMALL_RUN = [
+    "--arch", "vit_nano", "--patch_size", "16", "--out_dim", "64", "--global_crops_size", "32",
+    "--local_crops_size", "16", "--local_crops_number", "2", "--batch_size_per_gpu", "8", "--epochs", "2",
+    "--warmup_epochs", "1", "--num_workers", "0", "--device", "cpu", "--saveckp_freq", "0",
+]
+# fmt: on

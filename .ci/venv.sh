@@ -1,0 +1,26 @@
+# Sourced by demo.sh and test.sh, from the checkout's root: `. .ci/venv.sh FILE` makes .venv, installs the requirements
+# in FILE if they are not installed yet, and leaves the interpreter in $python. PYTHON names another Python to make it of.
+requirements=$1
+python=.venv/bin/python
+stamp=.venv/.installed-$requirements
+wanted=$(cat requirements*.txt | cksum)
+
+if ! [ -x "$python" ]; then
+  base=${PYTHON:-python3}
+  if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "error: $base is not Python 3.10 or newer ($("$base" --version 2>&1)). Name one: PYTHON=/path/to/python3.12 $0" >&2
+    exit 2
+  fi
+  if ! "$base" -m venv .venv; then
+    rm -rf .venv
+    echo "error: $base can't make virtual environments (on Debian and Ubuntu: apt install python3-venv)" >&2
+    exit 2
+  fi
+fi
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  echo "installing $requirements into .venv (once)"
+  "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+  echo "$wanted" >"$stamp"
+  # The developers' requirements include the users'.
+  [ "$requirements" = requirements.txt ] || echo "$wanted" >.venv/.installed-requirements.txt
+fi

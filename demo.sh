@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Train a small vision transformer by DINO on photographs that are installed with the requirements, and hold its features
+# against raw pixels and against the same network untrained. No GPU and no data needed. ./demo.sh [OUTPUT_DIR]
+set -euo pipefail
+cd "$(dirname "$0")"
+. .ci/venv.sh requirements.txt
+
+output=${1:-runs/demo}
+"$python" main_dino.py --config recipes/demo.yaml --output_dir "$output"
+"$python" eval_knn.py --arch vit_nano --image_size 64 --nb_knn 5 10 20 50 --num_workers 2 --baselines true \
+  --pretrained_weights "$output/checkpoint.pth"

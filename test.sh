@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Lint, and the whole test suite with its coverage. Words after ./test.sh go to pytest: ./test.sh -m 'not slow' -k loss
+set -euo pipefail
+cd "$(dirname "$0")"
+. .ci/venv.sh requirements-dev.txt
+
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+if [ $# -gt 0 ]; then
+  exec "$python" -m pytest "$@"
+fi
+modules="main_dino utils vision_transformer dino_data eval_knn hubconf"
+"$python" -m pytest -n 2 --durations 8 --cov-report= $(printf -- '--cov=%s ' $modules)
+for module in $modules; do
+  "$python" -m coverage report --include="$module.py" --fail-under=90 --show-missing | tail -n +3 | head -n 1
+done

@@ -1,0 +1,199 @@
+"""hubconf.py: the entry points build the right networks and load the right files, strictly."""
+
+import inspect
+import json
+
+import pytest
+import torch
+from conftest import ROOT, run_script, tensor
+
+import hubconf
+import vision_transformer as vits
+
+BASE = "https://dl.fbaipublicfiles.com/dino/"
+# name: (folder and stem of the backbone's file, width, patch size)
+PUBLISHED = {
+    "dino_vits16": ("dino_deitsmall16", 384, 16),
+    "dino_vits8": ("dino_deitsmall8", 384, 8),
+    "dino_vitb16": ("dino_vitbase16", 768, 16),
+    "dino_vitb8": ("dino_vitbase8", 768, 8),
+    "dino_resnet50": ("dino_resnet50", 2048, None),
+    "dino_xcit_small_12_p16": ("dino_xcit_small_12_p16", 384, 16),
+    "dino_xcit_small_12_p8": ("dino_xcit_small_12_p8", 384, 8),
+    "dino_xcit_medium_24_p16": ("dino_xcit_medium_24_p16", 512, 16),
+    "dino_xcit_medium_24_p8": ("dino_xcit_medium_24_p8", 512, 8),
+}
+VITS = [name for name in PUBLISHED if "_vit" in name]
+
+
+def load(name, **kwargs):
+    return torch.hub.load(str(ROOT), name, source="local", **kwargs)
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """Stands in for the network: `published.state` is what every URL holds, `published.urls` what was asked for."""
+
+    class Published:
+        state, urls = None, []
+
+    def fetch(url, **options):
+        assert options.get("weights_only") is True
+        Published.urls.append(url)
+        return Published.state
+
+    Published.urls = []
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    return Published
+
+
+@pytest.fixture(scope="module")
+def vits16():
+    return vits.vit_small(patch_size=16).eval()
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_hub_builds_each_vit_without_the_network(name):
+    model = load(name, pretrained=False)
+    _, width, patch_size = PUBLISHED[name]
+    assert (type(model).__name__, model.embed_dim, len(model.blocks)) == ("VisionTransformer", width, 12)
+    assert model.patch_embed.patch_size == patch_size
+    assert {block.attn.num_heads for block in model.blocks} == {width // 64}
+    assert not [key for key in model.state_dict() if key.startswith("head")]
+
+
+def test_hub_builds_resnet50_without_its_classifier():
+    model = load("dino_resnet50", pretrained=False).eval()
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2048)
+    assert not [key for key in model.state_dict() if key.startswith("fc")]
+
+
+def test_hub_works_offline_and_imports_neither_timm_nor_a_module_called_utils():
+    code = f"""
+import json, socket, sys
+def refuse(*args, **kwargs):
+    raise AssertionError("the network was asked")
+socket.socket.connect = socket.getaddrinfo = refuse
+del sys.path[0]  # the checkout, where python -c runs
+import torch
+for name in ("dino_vits16", "dino_resnet50"):
+    torch.hub.load({str(ROOT)!r}, name, source="local", pretrained=False)
+print(json.dumps(sorted(sys.modules)))
+"""
+    modules = json.loads(run_script("-c", code).stdout.splitlines()[-1])
+    assert "vision_transformer" in modules
+    assert not {"utils", "dino_data", "main_dino", "timm", "yaml"} & set(modules)
+
+
+def test_pretrained_is_the_default_and_loads_what_was_published(published, vits16):
+    published.state = vits16.state_dict()
+    model = load("dino_vits16").eval()
+    assert published.urls == [BASE + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"]
+    images = tensor("images", (2, 3, 48, 32))
+    with torch.no_grad():
+        assert torch.equal(model(images), vits16(images))
+
+
+def test_published_resnet_has_no_classifier_and_loads_strictly(published):
+    state = hubconf.dino_resnet50(pretrained=False).state_dict()
+    published.state = {key: torch.full_like(value, 2) for key, value in state.items()}
+    model = hubconf.dino_resnet50()
+    assert published.urls == [BASE + "dino_resnet50_pretrain/dino_resnet50_pretrain.pth"]
+    assert all((value == 2).all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("change", ["lacks", "adds"])
+def test_a_file_with_one_tensor_more_or_less_is_refused(published, vits16, change):
+    published.state = dict(vits16.state_dict())
+    if change == "lacks":
+        del published.state["blocks.11.norm2.weight"]
+    else:
+        published.state["head.weight"] = torch.zeros(1000, 384)
+    with pytest.raises(RuntimeError, match=r"blocks\.11\.norm2\.weight|head\.weight"):
+        hubconf.dino_vits16()
+
+
+def test_without_pretraining_nothing_is_downloaded(published):
+    hubconf.dino_vits16(pretrained=False)
+    assert published.urls == []
+
+
+def test_every_entry_point_asks_for_its_own_file(monkeypatch):
+    """Builds on the meta device; a ValueError stands for the download."""
+
+    def download(url):
+        raise ValueError(url)
+
+    monkeypatch.setattr(hubconf, "download", download)
+    for name in hubconf.PUBLISHED:
+        stem = PUBLISHED[name][0]
+        with torch.device("meta"), pytest.raises(ValueError, match="https") as asked:
+            getattr(hubconf, name)()
+        assert str(asked.value) == f"{BASE}{stem}_pretrain/{stem}_pretrain.pth"
+
+
+def test_the_table_has_the_published_backbones():
+    assert {*VITS, "dino_resnet50"} <= set(hubconf.PUBLISHED) <= set(PUBLISHED)
+
+
+def test_the_table_names_the_three_published_files_of_each_backbone():
+    assert hubconf.BASE_URL == BASE
+    for name, files in hubconf.PUBLISHED.items():
+        stem, _, patch_size = PUBLISHED[name]
+        folder = f"{stem}_pretrain/{stem}"
+        assert files["backbone"] == f"{folder}_pretrain.pth"
+        assert files["linear"] == f"{folder}_linearweights.pth"
+        assert files["full_checkpoint"] == f"{folder}_pretrain_full_checkpoint.pth"
+        assert files["patch_size"] == patch_size
+
+
+@pytest.mark.parametrize(
+    ("arch", "patch_size", "name"),
+    [
+        ("vit_small", 16, "dino_vits16"),
+        ("vit_small", 8, "dino_vits8"),
+        ("vit_base", 16, "dino_vitb16"),
+        ("vit_base", 8, "dino_vitb8"),
+        ("resnet50", 16, "dino_resnet50"),
+        ("vit_small", 32, None),
+        ("vit_small", None, None),
+        ("vit_tiny", 16, None),
+        ("resnet18", None, None),
+    ],
+)
+def test_published_weights_are_found_by_architecture_and_patch_size(arch, patch_size, name):
+    assert hubconf.published_name(arch, patch_size) == name
+
+
+def test_keywords_reach_the_vit():
+    model = load("dino_vits16", pretrained=False, drop_path_rate=0.2, img_size=[96])
+    assert model.blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
+    assert model.pos_embed.shape == (1, 37, 384)
+
+
+def test_keywords_reach_the_resnet():
+    dilated = load("dino_resnet50", pretrained=False, replace_stride_with_dilation=[False, False, True])
+    assert dilated.layer4[0].conv2.stride == (1, 1)
+    assert dilated.layer4[1].conv2.dilation == (2, 2)
+
+
+def test_download_is_read_onto_the_cpu_as_plain_tensors(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **options: asked.update(options, url=url))
+    hubconf.download("https://example.org/file.pth")
+    assert asked["url"] == "https://example.org/file.pth"
+    assert str(asked["map_location"]) == "cpu"
+    assert asked["weights_only"] is True
+
+
+def test_every_entry_point_of_the_table_is_a_documented_function_with_pretrained_first():
+    for name in hubconf.PUBLISHED:
+        entry = getattr(hubconf, name)
+        pretrained, keywords = inspect.signature(entry).parameters.values()
+        assert (pretrained.name, pretrained.default) == ("pretrained", True)
+        assert keywords.kind is inspect.Parameter.VAR_KEYWORD
+        assert "ImageNet" in entry.__doc__
+
+
+def test_dependencies_are_what_hub_has_to_find():
+    assert {"torch", "torchvision"} == set(hubconf.dependencies)

@@ -1,0 +1,759 @@
+"""The recipe: arguments, crops, loss, steps, runs, restarts, several processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ROOT, SMALL_RUN, assert_near, fill, run_script, shared, tensor
+from PIL import Image, ImageFilter, ImageOps
+from torchvision import transforms
+from torchvision.transforms import functional as TF
+
+import main_dino
+import utils
+import vision_transformer as vits
+from vision_transformer import DINOHead
+
+
+def arguments(*flags):
+    parser = utils.OneLineParser(parents=[main_dino.get_args_parser()])
+    return utils.parse_args(parser, [str(flag) for flag in flags])
+
+
+def train(root, output, *flags):
+    """A small run in this process; returns its checkpoint."""
+    main_dino.train_dino(arguments(*SMALL_RUN, "--data_path", root / "train", "--output_dir", output, *flags))
+    return torch.load(output / "checkpoint.pth", weights_only=True)
+
+
+def assert_same_tensors(one, other):
+    """Bit for bit, through nested dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_same_tensors(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same_tensors(a, b)
+    else:
+        assert one == other
+
+
+def assert_same_run(one, other):
+    for part in ("student", "teacher", "optimizer", "epoch", "dino_loss"):
+        assert_same_tensors(one[part], other[part])
+
+
+# ---- arguments ----
+
+# Names, defaults: what commands written for the authors' release rely on.
+PUBLIC_DEFAULTS = {
+    "arch": "vit_small",
+    "patch_size": 16,
+    "out_dim": 65536,
+    "norm_last_layer": True,
+    "momentum_teacher": 0.996,
+    "use_bn_in_head": False,
+    "warmup_teacher_temp": 0.04,
+    "teacher_temp": 0.04,
+    "warmup_teacher_temp_epochs": 0,
+    "use_fp16": True,
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "clip_grad": 3.0,
+    "batch_size_per_gpu": 64,
+    "epochs": 100,
+    "freeze_last_layer": 1,
+    "lr": 0.0005,
+    "warmup_epochs": 10,
+    "min_lr": 1e-6,
+    "optimizer": "adamw",
+    "drop_path_rate": 0.1,
+    "global_crops_scale": (0.4, 1.0),
+    "local_crops_number": 8,
+    "local_crops_scale": (0.05, 0.4),
+    "output_dir": ".",
+    "saveckp_freq": 20,
+    "seed": 0,
+    "num_workers": 10,
+    "dist_url": "env://",
+}
+
+
+def test_flags_have_the_published_names_and_defaults():
+    args = vars(arguments())
+    assert {name: args[name] for name in PUBLIC_DEFAULTS} == PUBLIC_DEFAULTS
+    assert (args["global_crops_size"], args["local_crops_size"], args["device"]) == (224, 96, "auto")
+
+
+def test_parser_can_be_a_parent_of_another():
+    import argparse
+
+    args = argparse.ArgumentParser(parents=[main_dino.get_args_parser()]).parse_args(["--local-rank=3"])
+    assert args.local_rank == 3
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_accepted(recipe):
+    args = arguments("--config", recipe)
+    main_dino.check_args(args)
+    main_dino.check_crop_sizes(args)
+
+
+def fails(monkeypatch, capsys, *flags):
+    """Exit code and the one line of a run that must not start."""
+    monkeypatch.setattr(sys, "argv", ["main_dino.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        utils.run(main_dino.train_dino, main_dino.get_args_parser(), "")
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0, error
+    assert error.startswith("error: ")
+    return stop.value.code, error
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--epochs 5", "--warmup_epochs 10 is longer than the run (--epochs 5)"),
+        ("--epochs 20 --warmup_teacher_temp_epochs 30", "--warmup_teacher_temp_epochs 30 is longer"),
+        ("--global_crops_size 100", "--global_crops_size 100 is no multiple of --patch_size 16. Take 96 or 112"),
+        ("--local_crops_size 8", "--local_crops_size 8 is no multiple of --patch_size 16. Take 16"),
+        ("--arch vit_smal", "vit_small"),
+        ("--arch resnet5", "resnet50"),
+        ("--use_fp16 maybe", "'maybe' is neither"),
+        ("--optimizer adam", "invalid choice: 'adam'"),
+        ("--data_path /nowhere/at/all", "--data_path /nowhere/at/all is no folder"),
+        ("--momentum_teacher 1.5", "--momentum_teacher 1.5 must lie between 0 and 1"),
+        ("--batch_size_per_gpu 0", "--batch_size_per_gpu 0 must be at least 1"),
+        ("--local_crops_number -1", "--local_crops_number -1 must not be negative"),
+        ("--local_crops_scale 0.5 0.1", "--local_crops_scale 0.5 0.1"),
+        ("--teacher_temp 0", "--teacher_temp"),
+        ("--drop_path_rate 1", "--drop_path_rate 1.0"),
+        ("--unknown_flag 1", "--unknown_flag"),
+        ("--config /nowhere.yaml", "/nowhere.yaml"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_and_code_2(monkeypatch, capsys, tmp_path, flags, says):
+    # Flags given twice: the last counts, so that each case meets an otherwise good run.
+    code, error = fails(monkeypatch, capsys, "--device", "cpu", "--output_dir", tmp_path / "out", *flags.split())
+    assert code == 2
+    assert says in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_without_a_gpu_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, error = fails(monkeypatch, capsys, "--device", "cuda")
+    assert code == 2
+    assert "--device cuda is not available" in error
+
+
+def test_folders_that_hold_no_training_images_are_errors(monkeypatch, capsys, tmp_path):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    assert "has no class folders" in fails(monkeypatch, capsys, *SMALL_RUN, "--data_path", tmp_path / "flat")[1]
+    assert "no image in them" in fails(monkeypatch, capsys, *SMALL_RUN, "--data_path", tmp_path / "empty")[1]
+
+
+def test_fewer_images_than_a_batch_is_an_error_that_names_a_batch_that_fits(monkeypatch, capsys, tiny_root):
+    flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--batch_size_per_gpu", 64]
+    code, error = fails(monkeypatch, capsys, *flags)
+    assert code == 2
+    assert "the 40 training images are fewer than one batch of 64" in error
+    assert error.endswith("Lower it to 40")
+
+
+def test_an_output_folder_that_can_not_be_written_is_an_error(monkeypatch, capsys, tiny_root, tmp_path):
+    (tmp_path / "file").touch()
+    flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "file" / "run"]
+    code, error = fails(monkeypatch, capsys, *flags)
+    assert code == 2
+    assert "can't write to --output_dir" in error
+
+
+def test_a_broken_image_ends_the_run_with_its_name(monkeypatch, capsys, tiny_root, tmp_path):
+    folder = tmp_path / "train" / "class"
+    folder.mkdir(parents=True)
+    whole = next((tiny_root / "train" / "brick").iterdir()).read_bytes()
+    for i in range(8):
+        (folder / f"{i}.png").write_bytes(whole if i != 3 else whole[: len(whole) // 2])
+    for workers in (0, 1):
+        flags = [*SMALL_RUN, "--data_path", tmp_path / "train", "--output_dir", tmp_path, "--num_workers", workers]
+        code, error = fails(monkeypatch, capsys, *flags)
+        assert code == 2
+        assert str(folder / "3.png") in error
+
+
+def test_help_needs_no_network_and_imports_nothing_heavy():
+    guard = """
+import socket, sys, runpy
+def refuse(*a, **k): raise OSError("network is off")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    heavy = {"timm", "skimage", "scipy", "submitit", "matplotlib", "transformers"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+    for script in ("main_dino.py", "eval_knn.py"):
+        done = run_script("-c", guard, ROOT / script)
+        assert "--data_path" in done.stdout
+        assert "(default: " in done.stdout
+
+
+# ---- crops ----
+
+
+def test_crops_match_the_reference_numbers():
+    reference = np.load(shared("goldens/augmentation.npz"))
+    image = Image.fromarray(reference["image"])
+    seeds = sorted({int(key.split("_")[0][4:]) for key in reference.files if key.startswith("seed")})
+    for seed in seeds:
+        for as_uint8 in (False, True):
+            utils.fix_random_seeds(seed)
+            augment = main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 2, as_uint8=as_uint8)
+            for i, crop in enumerate(augment(image)):
+                every = 4 if i < 2 else 1
+                levels = reference[f"seed{seed}_crop{i}"]
+                if as_uint8:
+                    got = crop[:, ::every, ::every].numpy()
+                    got = got if got.shape == levels.shape else got.transpose(1, 2, 0)
+                    np.testing.assert_array_equal(got, levels)
+                normalised = utils.normalize(crop)
+                assert_near(normalised.mean((1, 2)), reference[f"seed{seed}_crop{i}_mean"], 1e-5)
+                assert_near(normalised.std((1, 2)), reference[f"seed{seed}_crop{i}_std"], 1e-5)
+
+
+def test_crops_equal_the_operations_written_out_one_by_one(sample_root):
+    image = Image.open(next((sample_root / "train" / "astronaut").iterdir())).convert("RGB").resize((160, 120))
+
+    def crop_by_hand(size, scale, blur_p, solarize_p=None):
+        box = transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
+        x = TF.resized_crop(image, *box, [size, size], transforms.InterpolationMode.BICUBIC)
+        x = TF.hflip(x) if torch.rand(1) < 0.5 else x
+        if not torch.rand(1) > 0.8:
+            x = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)(x)
+        x = TF.rgb_to_grayscale(x, 3) if torch.rand(1) < 0.2 else x
+        if random.random() <= blur_p:
+            x = x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        if solarize_p is not None and random.random() < solarize_p:
+            x = ImageOps.solarize(x, 128)
+        return TF.pil_to_tensor(x)
+
+    augment = main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 3, 48, 32, as_uint8=True)
+    for seed in range(12):
+        utils.fix_random_seeds(seed)
+        got = augment(image)
+        utils.fix_random_seeds(seed)
+        want = [crop_by_hand(48, (0.4, 1.0), 1.0), crop_by_hand(48, (0.4, 1.0), 0.1, 0.2)]
+        want += [crop_by_hand(32, (0.05, 0.4), 0.5) for _ in range(3)]
+        assert len(got) == 5
+        for crop, expected in zip(got, want, strict=True):
+            assert torch.equal(crop, expected)
+
+
+# ---- loss ----
+
+
+def loss_by_hand(student, teacher, center, student_temp, teacher_temp, ncrops):
+    """The loss in float64, pair by pair, with the log-softmax written out."""
+    student = student.double().chunk(ncrops)
+    teacher = ((teacher.double() - center.double()) / teacher_temp).softmax(-1).chunk(2)
+    terms = [
+        -(p * (s / student_temp).log_softmax(-1)).sum(-1).mean()
+        for i, p in enumerate(teacher)
+        for v, s in enumerate(student)
+        if v != i
+    ]
+    assert len(terms) == 2 * ncrops - 2
+    return sum(terms) / len(terms)
+
+
+def test_loss_gradient_and_center_match_the_reference_numbers():
+    reference = np.load(shared("goldens/loss.npz"))
+    for ncrops, batch, width in ((10, 4, 128), (2, 3, 64)):
+        loss_module = main_dino.DINOLoss(width, ncrops, 0.04, 0.07, 3, 6)
+        for epoch in range(4):
+            student = tensor(f"loss_s{ncrops}_{epoch}", (ncrops * batch, width), 2.0).requires_grad_()
+            teacher = tensor(f"loss_t{ncrops}_{epoch}", (2 * batch, width), 0.5)
+            loss = loss_module(student, teacher, epoch)
+            loss.backward()
+            key = f"c{ncrops}_ep{epoch}"
+            assert_near(loss, reference[f"{key}_loss"], 1e-6, key)
+            assert_near(student.grad, reference[f"{key}_grad"], 1e-5, key)
+            assert_near(loss_module.center, reference[f"{key}_center"], 1e-6, key)
+
+
+def test_teacher_temperatures_match_the_reference_numbers():
+    reference = json.loads(shared("goldens/schedules.json").read_text())
+    (cases,) = (cases for name, cases in reference.items() if name != "meta" and not name.startswith("cosine"))
+    for case, want in cases.items():
+        assert_near(main_dino.DINOLoss(8, 4, *json.loads(case)).teacher_temp_schedule, want, 1e-12)
+
+
+@pytest.mark.parametrize("ncrops", [2, 5])
+def test_loss_and_gradient_equal_a_float64_loop_over_pairs(ncrops):
+    torch.manual_seed(ncrops)
+    student, teacher = torch.randn(ncrops * 3, 40, requires_grad=True), torch.randn(6, 40)
+    module = main_dino.DINOLoss(40, ncrops, 0.04, 0.07, 2, 4)
+    module.center.copy_(torch.randn(1, 40) * 0.3)
+    want = loss_by_hand(student, teacher, module.center, 0.1, 0.07, ncrops)
+    (want_gradient,) = torch.autograd.grad(want, student)
+    got = module(student, teacher, epoch=2)
+    (gradient,) = torch.autograd.grad(got, student)
+    assert_near(got, want, 1e-6)
+    assert_near(gradient, want_gradient, 1e-5)
+
+
+def test_center_moves_by_a_tenth_towards_the_teachers_mean():
+    module = main_dino.DINOLoss(8, 2, 0.04, 0.04, 0, 1)
+    module.center.fill_(1.0)
+    teacher = torch.randn(6, 8)
+    module(torch.randn(6, 8), teacher, 0)
+    assert_near(module.center, 0.9 + 0.1 * teacher.double().mean(0, keepdim=True), 1e-6)
+
+
+def test_loss_uses_the_center_from_before_this_batch():
+    student, teacher = torch.randn(4, 8), torch.randn(4, 8)
+    module = main_dino.DINOLoss(8, 2, 0.04, 0.04, 0, 1)
+    assert_near(module(student, teacher, 0), loss_by_hand(student, teacher, torch.zeros(1, 8), 0.1, 0.04, 2), 1e-6)
+
+
+def test_teacher_temperature_rises_linearly_and_stays():
+    schedule = main_dino.DINOLoss(4, 2, 0.04, 0.07, 4, 6).teacher_temp_schedule
+    np.testing.assert_allclose(schedule, [0.04, 0.05, 0.06, 0.07, 0.07, 0.07], rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_half_precision_logits_is_computed_in_float32_even_under_autocast(dtype):
+    student, teacher = torch.randn(8, 512).to(dtype), torch.randn(4, 512).to(dtype)
+    module = main_dino.DINOLoss(512, 4, 0.04, 0.04, 0, 1)
+    want = loss_by_hand(student, teacher, module.center, 0.1, 0.04, 4)
+    with torch.autocast("cpu", dtype=dtype):
+        got = module(student, teacher, 0)
+    assert got.dtype == module.center.dtype == torch.float32
+    assert_near(got, want, 1e-6)
+
+
+def test_loss_gives_the_teacher_no_gradient():
+    student, teacher = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    main_dino.DINOLoss(8, 2, 0.04, 0.04, 0, 1)(student, teacher, 0).backward()
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+
+
+# ---- steps ----
+
+
+def test_teacher_is_the_moving_average_of_parameters_and_keeps_its_buffers():
+    def network():
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+    teacher, student = network(), network()
+    before = {name: p.detach().double().clone() for name, p in teacher.named_parameters()}
+    student[1].running_mean.fill_(7.0)
+    main_dino.update_teacher(teacher, student, 0.9)
+    for name, p in teacher.named_parameters():
+        assert_near(p, 0.9 * before[name] + 0.1 * dict(student.named_parameters())[name].detach().double(), 1e-6)
+    assert torch.equal(teacher[1].running_mean, torch.zeros(4))
+
+
+@pytest.mark.parametrize("case", ["adamw", "sgd"])
+def test_six_steps_match_the_reference_trajectory(case):
+    reference = json.loads(shared("goldens/trajectory.json").read_text())
+    names = [name for name in reference if name.startswith(case)]
+    assert names
+    for name in names:
+        check_trajectory(name, reference[name])
+
+
+def check_trajectory(name, want):
+    opt_name, clip, freeze = name.split("_")
+    tag = f"traj_{opt_name}_{clip[4:]}_{freeze[6:]}"
+
+    def network():
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        size = {"img_size": [64], "patch_size": 16, "embed_dim": 96, "depth": 3, "num_heads": 3}
+        backbone = vits.VisionTransformer(**size, mlp_ratio=4, qkv_bias=True, norm_layer=norm)
+        return fill(utils.MultiCropWrapper(backbone, DINOHead(96, 256)), f"open/{tag}")
+
+    student, teacher = network(), network().requires_grad_(False)
+    steps = len(want["losses"])
+    batches = []
+    for step in range(steps):
+        shapes = [(4, 3, 64, 64)] * 2 + [(4, 3, 32, 32)] * 4
+        batches.append([tensor(f"{tag}_im{step}_{i}", shape) for i, shape in enumerate(shapes)])
+    per_epoch = steps // 3
+    schedules = {
+        "lr": utils.cosine_scheduler(0.002, 1e-5, 3, per_epoch, warmup_epochs=1),
+        "weight_decay": utils.cosine_scheduler(0.04, 0.4, 3, per_epoch),
+        "momentum": utils.cosine_scheduler(0.9, 1, 3, per_epoch),
+    }
+    optimizer = utils.build_optimizer(opt_name, utils.get_params_groups(student), torch.device("cpu"))
+    loss = main_dino.DINOLoss(256, 6, 0.04, 0.07, 2, 3)
+    losses = []
+    loss.register_forward_hook(lambda module, inputs, output: losses.append(output.item()))
+    args = arguments("--epochs", 3, "--clip_grad", clip[4:], "--freeze_last_layer", freeze[6:])
+    for epoch in range(3):
+        loader = [(crops, None) for crops in batches[epoch * per_epoch : (epoch + 1) * per_epoch]]
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        main_dino.train_one_epoch(student, teacher, loss, loader, optimizer, schedules, epoch, scaler, args)
+    assert_near(losses, want["losses"], 1e-5, name)
+    for side, network in (("student", student), ("teacher", teacher)):
+        state = network.state_dict()
+        sums = [[v.double().sum(), v.double().pow(2).sum()] for v in (state[key] for key in want[side])]
+        squares = np.array(sums)[:, 1]
+        assert_near(squares, [v[1] for v in want[side].values()], 1e-4, f"{name} {side}")
+
+
+def one_epoch_of(monkeypatch, tmp_path, tiny_root, *flags):
+    """The dtypes of logits that the loss saw in a small run, and the run's checkpoint."""
+    seen = set()
+    forward = main_dino.DINOLoss.forward
+
+    def spy(self, student, teacher, epoch):
+        seen.update((student.dtype, teacher.dtype))
+        return forward(self, student, teacher, epoch)
+
+    monkeypatch.setattr(main_dino.DINOLoss, "forward", spy)
+    checkpoint = train(tiny_root, tmp_path, "--epochs", 1, "--warmup_epochs", 0, *flags)
+    for value in checkpoint["teacher"].values():
+        assert value.isfinite().all()
+    return seen, checkpoint
+
+
+def test_fp16_trains_with_a_gradient_scaler_that_is_saved(monkeypatch, tmp_path, tiny_root):
+    seen, checkpoint = one_epoch_of(monkeypatch, tmp_path, tiny_root, "--amp_dtype", "fp16")
+    assert seen == {torch.float16}
+    assert checkpoint["fp16_scaler"]["scale"] > 0
+    steps = [state["step"].item() for state in checkpoint["optimizer"]["state"].values()]
+    assert max(steps) > 0
+
+
+def test_bf16_trains_without_a_scaler(monkeypatch, tmp_path, tiny_root):
+    seen, checkpoint = one_epoch_of(monkeypatch, tmp_path, tiny_root, "--amp_dtype", "bf16")
+    assert seen == {torch.bfloat16}
+    assert "fp16_scaler" not in checkpoint
+
+
+def test_use_fp16_false_is_float32_whatever_the_amp_dtype(monkeypatch, tmp_path, tiny_root):
+    flags = ("--use_fp16", "false", "--amp_dtype", "fp16")
+    seen, checkpoint = one_epoch_of(monkeypatch, tmp_path, tiny_root, *flags)
+    assert seen == {torch.float32}
+    assert "fp16_scaler" not in checkpoint
+
+
+def test_last_layer_stands_still_while_frozen_and_moves_after(tmp_path, tiny_root):
+    flags = ("--freeze_last_layer", 1, "--saveckp_freq", 1)
+    train(tiny_root, tmp_path, *flags)
+    torch.manual_seed(0)
+    args = arguments(*SMALL_RUN)
+    start, _ = main_dino.build_student_and_teacher(args, torch.device("cpu"), None)
+    first = torch.load(tmp_path / "checkpoint0000.pth", weights_only=True)["student"]
+    second = torch.load(tmp_path / "checkpoint0001.pth", weights_only=True)["student"]
+    key = "head.last_layer.weight_v"
+    assert torch.equal(first[f"module.{key}"], start.state_dict()[key])
+    assert not torch.equal(first["module.head.mlp.0.weight"], start.state_dict()["head.mlp.0.weight"])
+    assert not torch.equal(second[f"module.{key}"], first[f"module.{key}"])
+    gain = second["module.head.last_layer.weight_g"]
+    assert torch.equal(gain, torch.ones_like(gain))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_code_3_and_keeps_the_checkpoint(
+    monkeypatch, capsys, tmp_path, tiny_root
+):
+    train(tiny_root, tmp_path, "--epochs", 1, "--warmup_epochs", 0)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    forward = main_dino.DINOLoss.forward
+    monkeypatch.setattr(main_dino.DINOLoss, "forward", lambda *a: forward(*a) * float("nan"))
+    flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path, "--warmup_epochs", 0]
+    code, error = fails(monkeypatch, capsys, *flags)
+    assert code == 3
+    assert "the loss is nan in epoch 1, step 5" in error
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+# ---- runs ----
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_root, tmp_path_factory):
+    """A small run and its folder."""
+    output = tmp_path_factory.mktemp("finished")
+    return train(tiny_root, output), output
+
+
+def test_checkpoint_has_the_published_form_in_plain_types(finished):
+    checkpoint, _ = finished
+    assert set(checkpoint) == {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"}
+    assert checkpoint["epoch"] == 2
+    student, teacher = checkpoint["student"], checkpoint["teacher"]
+    assert set(student) == {f"module.{key}" for key in teacher}
+    assert {key.split(".")[0] for key in teacher} == {"backbone", "head"}
+    assert checkpoint["dino_loss"]["center"].shape == (1, 64)
+    assert checkpoint["args"]["arch"] == "vit_nano"
+    for value in checkpoint["args"].values():
+        assert isinstance(value, str | int | float | bool | list | None)
+    assert [g["weight_decay"] == 0 for g in checkpoint["optimizer"]["param_groups"]] == [False, True]
+
+
+def test_log_has_a_json_object_for_each_epoch(finished):
+    lines = [json.loads(line) for line in (finished[1] / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    for line in lines:
+        assert {"train_loss", "train_lr", "train_wd", "epoch"} <= set(line)
+    # 5 steps an epoch at 8 images a step: warm-up over the first, weight decay half-way through its cosine at step 5.
+    peak = 0.0005 * 8 / 256
+    assert_near(lines[0]["train_lr"], np.linspace(0, peak, 5).mean(), 1e-9)
+    assert_near(lines[1]["train_wd"], utils.cosine_scheduler(0.04, 0.4, 2, 5)[5:].mean(), 1e-9)
+
+
+def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(finished, tiny_root, tmp_path):
+    assert_same_run(train(tiny_root, tmp_path / "again"), finished[0])
+    other = train(tiny_root, tmp_path / "other", "--seed", 1)
+    key = "backbone.blocks.0.attn.qkv.weight"
+    assert not torch.equal(other["teacher"][key], finished[0]["teacher"][key])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_run_does_not_depend_on_the_number_of_workers(finished, tiny_root, tmp_path, workers):
+    assert_same_run(train(tiny_root, tmp_path, "--num_workers", workers), finished[0])
+
+
+def test_the_run_does_not_depend_on_the_random_state_of_the_caller(finished, tiny_root, tmp_path, monkeypatch):
+    normalize = utils.normalize
+
+    def disturb(images):
+        torch.rand(3), random.random(), np.random.rand()
+        return normalize(images)
+
+    monkeypatch.setattr(utils, "normalize", disturb)
+    assert_same_run(train(tiny_root, tmp_path), finished[0])
+
+
+def test_drop_path_differs_between_steps_and_ranks_but_not_between_runs(monkeypatch):
+    draws = {}
+    for step, rank in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        utils.fix_random_seeds(utils.derive_seed(7, utils.STEP, step, rank))
+        draw = vits.DropPath(0.5).train()(torch.ones(64, 1, 1)).flatten()
+        assert torch.equal(draws.setdefault((step, rank), draw), draw)
+    assert len({tuple(draw.tolist()) for draw in draws.values()}) == 3
+
+
+def test_extra_checkpoints_are_kept_every_so_many_epochs(tiny_root, tmp_path):
+    train(tiny_root, tmp_path, "--epochs", 3, "--saveckp_freq", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.pth",
+        "checkpoint0000.pth",
+        "checkpoint0002.pth",
+        "log.txt",
+    ]
+
+
+def test_without_local_crops_the_two_global_ones_train(tiny_root, tmp_path):
+    assert train(tiny_root, tmp_path, "--local_crops_number", 0, "--epochs", 1)["epoch"] == 1
+
+
+def test_one_process_makes_no_process_group(finished):
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_other_optimisers_train_and_go_on_from_their_checkpoints(tiny_root, tmp_path, optimizer, finished):
+    flags = ("--optimizer", optimizer, "--lr", 0.03)
+    whole = train(tiny_root, tmp_path / "whole", *flags)
+    assert_same_run(interrupted(tiny_root, tmp_path / "cut", *flags), whole)
+    key = "backbone.blocks.0.attn.qkv.weight"
+    assert not torch.equal(whole["teacher"][key], finished[0]["teacher"][key])
+
+
+# ---- restarts ----
+
+
+def interrupted(root, output, *flags):
+    """The small run, ended by an exception at the start of its second epoch, and then gone on with."""
+    epoch_by_epoch = main_dino.train_one_epoch
+
+    def stop_in_second(*args):
+        if args[6] == 1:
+            raise KeyboardInterrupt
+        return epoch_by_epoch(*args)
+
+    main_dino.train_one_epoch = stop_in_second
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(root, output, *flags)
+    finally:
+        main_dino.train_one_epoch = epoch_by_epoch
+    return train(root, output, *flags)
+
+
+def test_a_run_resumed_by_epoch_is_bit_identical_to_one_that_never_stopped(finished, tiny_root, tmp_path):
+    assert_same_run(interrupted(tiny_root, tmp_path), finished[0])
+    assert (tmp_path / "log.txt").read_text() == (finished[1] / "log.txt").read_text()
+
+
+def test_a_finished_run_started_again_changes_nothing(tiny_root, tmp_path):
+    train(tiny_root, tmp_path, "--epochs", 1)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    train(tiny_root, tmp_path, "--epochs", 1)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--out_dim 128", "--out_dim 64, this run has --out_dim 128"),
+        ("--arch vit_tiny", "--arch vit_nano, this run has --arch vit_tiny"),
+        ("--optimizer sgd --patch_size 8", "--patch_size 16 --optimizer adamw"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_names_what_differs(monkeypatch, capsys, finished, tiny_root, flags, says):
+    _, output = finished
+    before = (output / "checkpoint.pth").read_bytes()
+    run = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", output, *flags.split()]
+    code, error = fails(monkeypatch, capsys, *run)
+    assert code == 2
+    assert says in error
+    assert (output / "checkpoint.pth").read_bytes() == before
+
+
+def test_goes_on_from_a_checkpoint_of_the_authors_release(finished, tiny_root, tmp_path):
+    """That is: arguments as a Namespace, learning rates as numpy scalars, a plain student."""
+    import argparse
+
+    interrupted(tiny_root, tmp_path / "ours")
+    half = tmp_path / "half"
+    train(tiny_root, half, "--saveckp_freq", 1)
+    checkpoint = torch.load(half / "checkpoint0000.pth", weights_only=True)
+    args = {k: v for k, v in checkpoint["args"].items() if k not in ("device", "amp_dtype", "global_crops_size")}
+    checkpoint["args"] = argparse.Namespace(**args)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group["lr"] = np.float64(group["lr"])
+    (half / "checkpoint0000.pth").unlink()
+    torch.save(checkpoint, half / "checkpoint.pth")
+    assert_same_run(train(tiny_root, half), finished[0])
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(finished, tiny_root, tmp_path):
+    command = [sys.executable, ROOT / "main_dino.py", *SMALL_RUN, "--data_path", tiny_root / "train"]
+    command += ["--output_dir", tmp_path, "--num_workers", 1]
+    for wait_for in ("log.txt", "checkpoint.pth"):  # killed between log and checkpoint, and behind the checkpoint
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / wait_for).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run_script(*command[1:])
+    assert_same_run(torch.load(tmp_path / "checkpoint.pth", weights_only=True), finished[0])
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert epochs == [0, 1]
+
+
+# ---- several processes ----
+
+# Trains with main_dino and writes the loss of each step, averaged over the processes, as JSON to the first argument.
+RECORDER = """
+import json, sys
+import torch, torch.distributed as dist
+import main_dino, utils
+losses, forward = [], main_dino.DINOLoss.forward
+def record(self, *inputs):
+    loss = forward(self, *inputs)
+    mean = loss.detach().clone().double()
+    if utils.get_world_size() > 1:
+        dist.all_reduce(mean)
+    losses.append(mean.item() / utils.get_world_size())
+    return loss
+main_dino.DINOLoss.forward = record
+path, sys.argv = sys.argv[1], sys.argv[1:]
+def main(args):
+    main_dino.train_dino(args)
+    if utils.is_main_process():
+        open(path, "w").write(json.dumps(losses))
+utils.run(main, main_dino.get_args_parser(), "")
+"""
+
+
+def recorded_losses(tmp_path, launcher, name, *flags):
+    script = tmp_path / "recorder.py"
+    script.write_text(RECORDER)
+    output = tmp_path / name
+    flags = [*SMALL_RUN, "--output_dir", output, *flags]
+    run_script(*launcher, script, tmp_path / f"{name}.json", *flags, env={"PYTHONPATH": str(ROOT)})
+    return json.loads((tmp_path / f"{name}.json").read_text()), torch.load(output / "checkpoint.pth", weights_only=True)
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("sgd", 1e-6), ("adamw", 1e-4)])
+def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(tmp_path, tiny_root, optimizer, tolerance):
+    flags = [
+        "--data_path",
+        tiny_root / "train",
+        "--optimizer",
+        optimizer,
+        "--lr",
+        0.05 if optimizer == "sgd" else 0.002,
+    ]
+    flags += ["--drop_path_rate", 0, "--use_fp16", "false"]
+    one, state = recorded_losses(tmp_path, (), "one", *flags, "--batch_size_per_gpu", 8)
+    two, states = recorded_losses(tmp_path, TORCHRUN, "two", *flags, "--batch_size_per_gpu", 4)
+    assert len(one) == 10
+    assert_near(two, one, tolerance)
+    assert one[0] != one[-1]
+    assert_near(states["dino_loss"]["center"], state["dino_loss"]["center"], 1e-3)
+    assert set(states["student"]) == set(state["student"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_resnet50_trains_three_steps_on_two_processes(tmp_path, tiny_root):
+    flags = ["--config", "recipes/imagenet_resnet50.yaml", *SMALL_RUN, "--arch", "resnet50", "--local_crops_size", 32]
+    flags += ["--data_path", tiny_root / "train", "--output_dir", tmp_path, "--batch_size_per_gpu", 6, "--epochs", 1]
+    done = run_script(*TORCHRUN, "main_dino.py", *flags)
+    assert "[2/3]" in done.stdout
+    assert done.stdout.count("each process normalises its own batch") == 1
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert all(key.startswith("module.backbone.") or key.startswith("module.head.") for key in checkpoint["teacher"])
+    evaluated = run_script(
+        *("eval_knn.py", "--arch", "resnet50", "--data_path", tiny_root, "--image_size", 32, "--nb_knn", 5),
+        *("--pretrained_weights", tmp_path / "checkpoint.pth", "--num_workers", 0, "--device", "cpu"),
+    )
+    assert "loaded 318 of 318 tensors" in evaluated.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["--local_rank", "--local-rank"])
+def test_the_old_launcher_and_its_spellings_of_local_rank_work(tmp_path, tiny_root, spelling):
+    port = random.randint(2**15, 2**16 - 1)
+    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node", 2, "--master_port", port)
+    flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path, "--epochs", 1]
+    run_script(*launcher, "main_dino.py", f"{spelling}=0", *flags, "--warmup_epochs", 0)
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.slow
+def test_an_error_ends_all_processes_without_a_traceback_of_ours(tmp_path):
+    done = run_script(*TORCHRUN, "main_dino.py", *SMALL_RUN, "--data_path", tmp_path / "none", check=False)
+    assert done.returncode != 0
+    assert "error (rank 0): --data_path" in done.stderr
+    assert "in train_dino" not in done.stderr
