@@ -41,22 +41,15 @@ PUBLISHED = {
 }
 
 
-def published_name(arch, patch_size=None):
-    """The entry point with this backbone, or None if the authors published none."""
-    for name, files in PUBLISHED.items():
-        if files["arch"] == arch and files["patch_size"] in (None, patch_size):
-            return name
-    return None
-
-
-def download(url):
+# With an underscore, so that torch.hub.list shows the entry points alone.
+def _download(url):
     """The state dict at `url`, on the CPU, by torch.hub's cache. Plain tensors only: nothing in the file can run."""
     return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
 
 
 def _with_weights(model, name, pretrained):
     if pretrained:
-        model.load_state_dict(download(BASE_URL + PUBLISHED[name]["backbone"]), strict=True)
+        model.load_state_dict(_download(BASE_URL + PUBLISHED[name]["backbone"]), strict=True)
     return model
 
 

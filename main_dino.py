@@ -92,6 +92,9 @@ def get_args_parser():
         help="Small crops per image, seen by the student alone; 0 leaves only the two global ones.")
     crops.add_argument("--local_crops_scale", default=(0.05, 0.4), type=float, nargs=2, metavar=("MIN", "MAX"),
         help="Share of the image's area that a local crop covers; its maximum best meets the globals' minimum")
+    crops.add_argument("--blur_radius", default=(0.1, 2.0), type=float, nargs=2, metavar=("MIN", "MAX"),
+        help="""Radius of the Gaussian blur, in pixels of the crop. The paper's is for crops of 224; on crops of 64 or
+        less it wipes out all texture: take 0.1 0.5.""")
     crops.add_argument("--global_crops_size", default=224, type=int, metavar="PIXELS",
         help="Side of a global crop. Small images want small crops: 64 with local crops of 32.")
     crops.add_argument("--local_crops_size", default=96, type=int, metavar="PIXELS", help="Side of a local crop.")
@@ -137,6 +140,9 @@ def check_args(args):
         low, high = getattr(args, flag)
         if not 0 < low <= high <= 1:
             raise UserError(f"--{flag} {low} {high} must be two shares of the image, the smaller first, as in 0.4 1.0")
+    low, high = args.blur_radius
+    if not 0 <= low <= high:
+        raise UserError(f"--blur_radius {low} {high} must be two radii in pixels, the smaller first, as in 0.1 2.0")
     if not 0 <= args.momentum_teacher <= 1:
         raise UserError(f"--momentum_teacher {args.momentum_teacher} must lie between 0 and 1")
     if min(args.teacher_temp, args.warmup_teacher_temp) <= 0:
@@ -174,6 +180,7 @@ class DataAugmentationDINO:
         local_crops_number,
         global_crops_size=224,
         local_crops_size=96,
+        blur_radius=(0.1, 2.0),
         as_uint8=False,
     ):
         self.local_crops_number, self.as_uint8 = local_crops_number, as_uint8
@@ -188,10 +195,13 @@ class DataAugmentationDINO:
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
         )
-        blur, solarize = dino_data.GaussianBlur, dino_data.Solarization
+
+        def blur(p):
+            return dino_data.GaussianBlur(p, *blur_radius)
+
         # The two global crops differ: one is always blurred, the other seldom, but it may be solarised.
         self.global_transfo1 = crop(global_crops_size, global_crops_scale, blur(p=1.0))
-        self.global_transfo2 = crop(global_crops_size, global_crops_scale, blur(p=0.1), solarize(p=0.2))
+        self.global_transfo2 = crop(global_crops_size, global_crops_scale, blur(p=0.1), dino_data.Solarization(p=0.2))
         self.local_transfo = crop(local_crops_size, local_crops_scale, blur(p=0.5))
 
     def __call__(self, image):
@@ -390,6 +400,7 @@ def train_dino(args):
         args.local_crops_number,
         args.global_crops_size,
         args.local_crops_size,
+        args.blur_radius,
         as_uint8=True,
     )
     folder = dino_data.image_folder(dino_data.find_data(args.data_path, "train"))
@@ -398,14 +409,8 @@ def train_dino(args):
     utils.check_output_dir(args.output_dir)
 
     # ---- loss, optimiser, schedules ----
-    dino_loss = DINOLoss(
-        args.out_dim,
-        2 + args.local_crops_number,
-        args.warmup_teacher_temp,
-        args.teacher_temp,
-        args.warmup_teacher_temp_epochs,
-        args.epochs,
-    ).to(device)
+    temperatures = (args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
+    dino_loss = DINOLoss(args.out_dim, 2 + args.local_crops_number, *temperatures, args.epochs).to(device)
     optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(student), device)
     fp16_scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     steps, global_batch = len(data_loader), args.batch_size_per_gpu * args.world_size

@@ -9,8 +9,9 @@ cd "$(dirname "$0")"
 if [ $# -gt 0 ]; then
   exec "$python" -m pytest "$@"
 fi
-modules="main_dino utils vision_transformer dino_data eval_knn hubconf"
-"$python" -m pytest -n 2 --durations 8 --cov-report= $(printf -- '--cov=%s ' $modules)
-for module in $modules; do
-  "$python" -m coverage report --include="$module.py" --fail-under=90 --show-missing | tail -n +3 | head -n 1
+modules=(main_dino utils vision_transformer dino_data eval_knn hubconf)
+"$python" -m pytest -n 2 --durations 8 --cov-report= "${modules[@]/#/--cov=}"
+for module in "${modules[@]}"; do
+  covered=$("$python" -m coverage report --include="$module.py" --format=total --fail-under=90)
+  echo "$module.py: $covered % of lines covered"
 done

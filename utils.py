@@ -5,10 +5,13 @@ optimisers, checkpoints, backbones and weights, multi-crop and features. One of 
 import argparse
 import datetime
 import difflib
+import functools
+import hashlib
 import json
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -69,7 +72,7 @@ def parse_args(parser, argv=None):
     recipe = read_recipe(args.config, known=set(vars(args)) - {"config"})
     flags = []
     for key, value in recipe.items():
-        flags += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+        flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     parser.source = f"in {args.config}: "
     parser.parse_args(flags)
     parser.source = ""
@@ -87,6 +90,8 @@ def read_recipe(path, known):
     for key in recipe:
         if key not in known:
             raise UserError(f"in {path}: unknown key {key!r}{did_you_mean(str(key), known)}")
+        if recipe[key] is None:
+            raise UserError(f"in {path}: {key} has no value. Give one, or take the line out")
     return recipe
 
 
@@ -101,8 +106,9 @@ def run(main, flags, description):
     try:
         main(parse_args(parser))
     except UserError as e:
-        # From a loader's worker the message arrives inside a traceback, of which it is the last line.
-        message = str(e).strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        message = str(e)
+        if message.startswith("Caught UserError in DataLoader worker"):  # inside a traceback, as its last line
+            message = message.strip().splitlines()[-1].removeprefix("utils.UserError: ")
         rank = f" (rank {get_rank()})" if get_world_size() > 1 else ""
         print(f"error{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(e.exit_code)
@@ -126,7 +132,8 @@ def check_output_dir(path):
 
 def derive_seed(*parts):
     """A 63-bit seed that depends on all of the non-negative integers `parts` and on their order."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    words = repr(tuple(map(int, parts))).encode()  # SeedSequence(parts) would take (1, 2) and (1, 2, 0) for the same
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little") >> 1
 
 
 def fix_random_seeds(seed=0):
@@ -263,6 +270,8 @@ class SmoothedValue:
     def update(self, value, n=1):
         if isinstance(value, torch.Tensor):
             self.unread.append((value.detach(), n))
+        elif self.unread:  # behind tensors that are still to be read, so that the order stays
+            self.unread.append((value, n))
         else:
             self._count(value, n)
 
@@ -274,9 +283,10 @@ class SmoothedValue:
     def read(self):
         """Fetch what still lies on the device, in one transfer."""
         if self.unread:
-            values = torch.stack([v.float() for v, _ in self.unread]).tolist()
-            for value, (_, n) in zip(values, self.unread, strict=True):
-                self._count(value, n)
+            tensors = [v.float().reshape(()) for v, _ in self.unread if isinstance(v, torch.Tensor)]
+            fetched = iter(torch.stack(tensors).tolist())
+            for value, n in self.unread:
+                self._count(next(fetched) if isinstance(value, torch.Tensor) else value, n)
             self.unread.clear()
         return self
 
@@ -356,8 +366,9 @@ class MetricLogger:
             if due and is_main_process():  # the other ranks' devices need not wait for a line that they don't print
                 eta = datetime.timedelta(seconds=int(step_time.global_avg * (number - 1 - i)))
                 progress = f"[{i:{len(str(number))}d}/{number}]"
-                cells = (header, progress, f"eta: {eta}", str(self), f"time: {step_time}", f"data: {data_time}")
-                print(self.delimiter.join((*cells, f"max mem: {peak_memory_mb():.0f}")), flush=True)
+                meters = [str(self)] * bool(self.meters)
+                timing = (f"time: {step_time}", f"data: {data_time}", f"max mem: {peak_memory_mb():.0f}")
+                print(self.delimiter.join((header, progress, f"eta: {eta}", *meters, *timing)), flush=True)
             end = time.time()
         total = time.time() - start
         log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(number, 1):.6f} s / it)")
@@ -567,11 +578,13 @@ def load_checkpoint(path):
         raise UserError(f"there is no file {path}") from e
     except Exception as e:  # torch raises a dozen types here, by where the damage is
         reason = " ".join(str(e).split())
-        unsafe = "Unsupported global: GLOBAL " in reason
-        what = reason.split("Unsupported global: GLOBAL ")[1].split()[0] if unsafe else reason[:200]
+        # torch has one message for what it does not know and another for modules such as os that it blocks.
+        unsafe = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", reason, re.IGNORECASE)
         if unsafe:
+            what = unsafe[1]
             raise UserError(f"{path} holds a {what}, which could run code when loaded, and was not loaded") from e
-        raise UserError(f"{path} can't be read as a checkpoint; is it complete? ({what or type(e).__name__})") from e
+        what = reason[:200] or type(e).__name__
+        raise UserError(f"{path} can't be read as a checkpoint; is it complete? ({what})") from e
 
 
 # Arguments that decide which tensors a run has: with others, a checkpoint can't be gone on from.
@@ -589,7 +602,9 @@ SHAPING_ARGS = (
 def check_same_shape(path, checkpoint, args):
     """Raise UserError if the checkpoint of an earlier run was made with arguments that make other tensors."""
     before = checkpoint.get("args") or {}
-    before = before if isinstance(before, dict) else vars(before)
+    before = dict(before) if isinstance(before, dict) else dict(vars(before))
+    if vit_factory(before.get("arch")) is vit_factory(args.arch) is not None:
+        before["arch"] = args.arch  # deit_small is another name of vit_small
     changed = [name for name in SHAPING_ARGS if name in before and before[name] != getattr(args, name)]
     if changed:
         then = " ".join(f"--{name} {before[name]}" for name in changed)
@@ -756,16 +771,18 @@ def load_published(arch, patch_size):
     """(URL, state dict) of the authors' weights for a backbone; (None, None) if there are none."""
     import hubconf
 
-    arch = {"deit_small": "vit_small"}.get(arch, arch)
-    name = hubconf.published_name(arch, patch_size)
-    if name is None:
-        what = f"{arch} with patch size {patch_size}" if patch_size and arch in vit_names() else arch
+    factory = vit_factory(arch)
+    arch = factory.__name__ if factory else arch
+    networks = [(arch, patch_size), (arch, None)]  # convnets are listed without a patch size
+    found = [files for files in hubconf.PUBLISHED.values() if (files["arch"], files["patch_size"]) in networks]
+    if not found:
+        what = f"{arch} with patch size {patch_size}" if factory else arch
         log(f"warning: no weights were published for {what}: going on with random weights")
         return None, None
-    url = hubconf.BASE_URL + hubconf.PUBLISHED[name]["backbone"]
+    url = hubconf.BASE_URL + found[0]["backbone"]
     log(f"no --pretrained_weights: taking the published ones, {url}")
     try:
-        return url, hubconf.download(url)
+        return url, hubconf._download(url)
     except OSError as e:
         raise UserError(
             f"can't download {url}: {e}. Give a file as --pretrained_weights, or `random` for an untrained network"
@@ -776,16 +793,21 @@ def pick_state_dict(state, checkpoint_key, source):
     """The network's own tensors in what a file held, without the wrappers' prefixes, and where they came from."""
     if not isinstance(state, dict):
         raise UserError(f"{source} holds a {type(state).__name__}, not a state dict")
-    if checkpoint_key and checkpoint_key in state:
+    networks = [key for key, value in state.items() if is_network_state(value)]
+    if checkpoint_key in networks:
         state, source = state[checkpoint_key], f"{source} [{checkpoint_key}]"
-    elif any(isinstance(value, dict) for value in state.values()):
-        networks = ", ".join(key for key, value in state.items() if isinstance(value, dict))
-        raise UserError(f"{source} has no {checkpoint_key!r}; --checkpoint_key could be one of {networks}")
+    elif networks or any(isinstance(value, dict) for value in state.values()):
+        could = f"could be one of {', '.join(networks)}" if networks else "can't be any"
+        raise UserError(f"{source} has no network {checkpoint_key!r}; --checkpoint_key {could}")
     tensors = {}
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
             tensors[key.removeprefix("module.").removeprefix("backbone.")] = value
     return tensors, source
+
+
+def is_network_state(value):
+    return isinstance(value, dict) and any(key.endswith((".weight", ".bias")) for key in value if isinstance(key, str))
 
 
 def adopt_positional_grid(model, state):
@@ -795,7 +817,7 @@ def adopt_positional_grid(model, state):
         return
     side = math.isqrt(max(learned.shape[1] - 1, 0))
     if learned.ndim == 3 and learned.shape[2] == model.embed_dim and side * side == learned.shape[1] - 1:
-        model.pos_embed = nn.Parameter(torch.empty_like(learned))
+        model.pos_embed = nn.Parameter(model.pos_embed.new_empty(learned.shape), model.pos_embed.requires_grad)
         model.patch_embed.num_patches = side * side
         model.patch_embed.img_size = side * model.patch_embed.patch_size
 
@@ -809,9 +831,19 @@ def normalize(images):
     """uint8 images [..., 3, H, W] -> float32 with ImageNet's mean and standard deviation; floats are left alone."""
     if images.dtype != torch.uint8:
         return images
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
+    mean, std = imagenet_statistics(images.device)
     return images.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache  # sending them to a GPU again with every batch would make the host wait for it
+def imagenet_statistics(device):
+    return [torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)]
+
+
+def first_output(model, images):
+    """The features [B, D] of a model that may return others beside them."""
+    output = model(images)
+    return output[0] if isinstance(output, tuple) else output
 
 
 class MultiCropWrapper(nn.Module):
@@ -832,17 +864,17 @@ class MultiCropWrapper(nn.Module):
         features, first = [], 0
         for i in range(1, len(crops) + 1):
             if i == len(crops) or crops[i].shape[-2:] != crops[first].shape[-2:]:
-                output = self.backbone(torch.cat(crops[first:i]))
-                features.append(output[0] if isinstance(output, tuple) else output)
+                features.append(first_output(self.backbone, torch.cat(crops[first:i])))
                 first = i
         return self.head(torch.cat(features))
 
 
 def multi_scale(images, model):
     """Mean of a model's features [B, D] over the scales 1, 1/√2 and 1/2 of the images, L2-normalised."""
-    features = [model(images)]
+    features = [first_output(model, images)]
     for scale in (2**-0.5, 0.5):
-        features.append(model(F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)))
+        smaller = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
+        features.append(first_output(model, smaller))
     return F.normalize(torch.stack(features).mean(0), dim=1)
 
 
@@ -859,8 +891,7 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False):
     parts, places = [], []
     for images, indices in MetricLogger().log_every(data_loader, 10, "Features:"):
         images = normalize(images.to(weight.device, non_blocking=True))
-        features = multi_scale(images, model) if multiscale else model(images)
-        features = features[0] if isinstance(features, tuple) else features
+        features = multi_scale(images, model) if multiscale else first_output(model, images)
         parts.append(features.float().to(store))
         places.append(indices)
     found, places = torch.cat(parts), torch.cat(places)

@@ -241,7 +241,7 @@ class VisionTransformer(nn.Module):
         """Images [B, C, H, W] -> CLS and patch tokens with their positions [B, N+1, D]."""
         size = x.shape[2:]
         tokens = self.patch_embed(x)
-        tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         return self.pos_drop(tokens + self.interpolate_pos_encoding(tokens, *size))
 
     def forward(self, x):

@@ -124,7 +124,7 @@ def test_every_entry_point_asks_for_its_own_file(monkeypatch):
     def download(url):
         raise ValueError(url)
 
-    monkeypatch.setattr(hubconf, "download", download)
+    monkeypatch.setattr(hubconf, "_download", download)
     for name in hubconf.PUBLISHED:
         stem = PUBLISHED[name][0]
         with torch.device("meta"), pytest.raises(ValueError, match="https") as asked:
@@ -147,28 +147,16 @@ def test_the_table_names_the_three_published_files_of_each_backbone():
         assert files["patch_size"] == patch_size
 
 
-@pytest.mark.parametrize(
-    ("arch", "patch_size", "name"),
-    [
-        ("vit_small", 16, "dino_vits16"),
-        ("vit_small", 8, "dino_vits8"),
-        ("vit_base", 16, "dino_vitb16"),
-        ("vit_base", 8, "dino_vitb8"),
-        ("resnet50", 16, "dino_resnet50"),
-        ("vit_small", 32, None),
-        ("vit_small", None, None),
-        ("vit_tiny", 16, None),
-        ("resnet18", None, None),
-    ],
-)
-def test_published_weights_are_found_by_architecture_and_patch_size(arch, patch_size, name):
-    assert hubconf.published_name(arch, patch_size) == name
-
-
-def test_keywords_reach_the_vit():
-    model = load("dino_vits16", pretrained=False, drop_path_rate=0.2, img_size=[96])
+@pytest.mark.parametrize("name", VITS)
+def test_keywords_reach_the_vit(name):
+    with torch.device("meta"):
+        model = load(name, pretrained=False, drop_path_rate=0.2, img_size=[96])
     assert model.blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
-    assert model.pos_embed.shape == (1, 37, 384)
+    assert model.pos_embed.shape[1] == 1 + (96 // PUBLISHED[name][2]) ** 2
+
+
+def test_torch_hub_lists_the_entry_points_alone():
+    assert sorted(torch.hub.list(str(ROOT), source="local")) == sorted(hubconf.PUBLISHED)
 
 
 def test_keywords_reach_the_resnet():
@@ -180,7 +168,7 @@ def test_keywords_reach_the_resnet():
 def test_download_is_read_onto_the_cpu_as_plain_tensors(monkeypatch):
     asked = {}
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **options: asked.update(options, url=url))
-    hubconf.download("https://example.org/file.pth")
+    hubconf._download("https://example.org/file.pth")
     assert asked["url"] == "https://example.org/file.pth"
     assert str(asked["map_location"]) == "cpu"
     assert asked["weights_only"] is True
