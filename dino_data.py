@@ -202,7 +202,7 @@ PHOTOGRAPHS = (
     "text.png",
 )
 SAMPLE_VERSION = 1  # part of the folder's name: raise it with any change to what is drawn
-SAMPLE_TRAIN, SAMPLE_VAL, SAMPLE_SIDE = 120, 40, 64  # crops per photograph, pixels
+SAMPLE_TRAIN, SAMPLE_VAL, SAMPLE_SIDE = 240, 60, 64  # crops per photograph, pixels
 
 
 def find_data(data_path, part=""):
@@ -280,7 +280,11 @@ def write_sample_crops(path, root, rng):
 
 
 def sample_crop(region, rng):
-    """A square of a third to all of the region's short side, at SAMPLE_SIDE pixels, in light and colour of its own."""
+    """A random square of the region at SAMPLE_SIDE pixels, with a flip, light and colour of its own, or grey.
+
+    Light and colour vary no more than in the training augmentation. A stronger tint would outlast the augmentation, and
+    tell which crops come from one image without a look at what they show: such a set teaches nothing.
+    """
     side = round(rng.uniform(0.35, 0.8) * min(region.size))
     left, top = rng.randint(0, region.width - side), rng.randint(0, region.height - side)
     box = (left, top, left + side, top + side)
@@ -288,11 +292,11 @@ def sample_crop(region, rng):
     if rng.random() < 0.5:
         crop = ImageOps.mirror(crop)
     hue, saturation, value = crop.convert("HSV").split()
-    shift = rng.randrange(256)
-    hue = hue.point([(level + shift) % 256 for level in range(256)])
+    turn = rng.randint(-25, 25)  # of 256 levels
+    hue = hue.point([(level + turn) % 256 for level in range(256)])
     crop = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    gains = [rng.uniform(0.6, 1.4) for _ in range(3)]  # so that grey photographs get a colour too
+    gains = [rng.uniform(0.8, 1.2) for _ in range(3)]  # so that grey photographs get a colour too
     crop = crop.point([min(255, round(gain * level)) for gain in gains for level in range(256)])
     crop = ImageEnhance.Brightness(crop).enhance(rng.uniform(0.6, 1.4))
     crop = ImageEnhance.Contrast(crop).enhance(rng.uniform(0.6, 1.4))
-    return ImageOps.grayscale(crop).convert("RGB") if rng.random() < 0.3 else crop
+    return ImageOps.grayscale(crop).convert("RGB") if rng.random() < 0.4 else crop

@@ -168,7 +168,7 @@ def test_dumped_features_give_the_same_result_without_a_network(monkeypatch, cap
 def test_images_and_weights_left_out_mean_the_sample_and_random_ones(monkeypatch, capsys, sample_root):
     evaluate(monkeypatch, "--batch_size_per_gpu", 512)
     out = capsys.readouterr().out
-    assert "2160 training and 720 validation images in 18 classes" in out
+    assert "4320 training and 1080 validation images in 18 classes" in out
     assert "warning: no weights were published for vit_nano" in out
     assert len(RESULT.findall(out)) == 2
 
