@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import datasets, transforms
 
@@ -63,23 +63,25 @@ def load_image(path):
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:  # Pillow's decoders raise almost anything on damaged data
         raise UserError(f"can't read the image {path}: {e}. Repair or remove it") from e
 
 
-def image_folder(path, flag="--data_path"):
+def image_folder(path, kind=datasets.ImageFolder, transform=None):
     """The images below `path`, one folder a class, as a torchvision ImageFolder. Raises UserError if there are none."""
     if not os.path.isdir(path):
-        raise UserError(f"{flag} {path} is no folder. Name one with a sub-folder of images for each class, or `sample`")
+        raise UserError(
+            f"--data_path {path} is no folder. Name one with a sub-folder of images for each class, or `sample`"
+        )
     try:
-        folder = datasets.ImageFolder(path, loader=load_image, allow_empty=True)
+        folder = kind(path, transform, loader=load_image, allow_empty=True)
     except FileNotFoundError as e:
         raise UserError(
-            f"{flag} {path} has no class folders in it. Put the images into sub-folders, one a class "
+            f"--data_path {path} has no class folders in it. Put the images into sub-folders, one a class "
             "(a single one will do for training)"
         ) from e
     if not folder.samples:
-        raise UserError(f"{flag} {path} has class folders but no image in them ({', '.join(folder.extensions)})")
+        raise UserError(f"--data_path {path} has class folders but no image in them ({', '.join(folder.extensions)})")
     return folder
 
 
@@ -112,11 +114,8 @@ def labelled_folders(data_path, transform):
 
     The classes are train's; val may lack some of them. Raises UserError if it has one that train has not.
     """
-    sets = []
-    for part in ("train", "val"):
-        image_folder(os.path.join(data_path, part))  # for its messages
-        sets.append(ReturnIndexDataset(os.path.join(data_path, part), transform, loader=load_image, allow_empty=True))
-    train, val = sets
+    parts = (os.path.join(data_path, part) for part in ("train", "val"))
+    train, val = (image_folder(part, ReturnIndexDataset, transform) for part in parts)
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         raise UserError(

@@ -8,6 +8,7 @@
 """
 
 import argparse
+import math
 import os
 
 import torch
@@ -59,14 +60,12 @@ def get_args_parser():
 
 
 def check_args(args):
-    for k in args.nb_knn:
-        if k < 1:
-            raise UserError(f"--nb_knn {k} must be at least 1")
-    if args.temperature <= 0:
+    at_least_1 = ("nb_knn", "patch_size", "image_size", "batch_size_per_gpu")
+    utils.check_limits(args, {**dict.fromkeys(at_least_1, (1, math.inf)), "num_workers": (0, math.inf)})
+    if not 0 < args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature} must be above 0")
-    for flag in ("patch_size", "image_size", "batch_size_per_gpu"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
+    if args.load_features is not None and (args.dump_features is not None or args.baselines):
+        raise UserError("--load_features needs no network: leave out --dump_features and --baselines")
     if args.image_size < args.patch_size and utils.vit_factory(args.arch):
         raise UserError(f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size})")
 
@@ -75,10 +74,11 @@ def check_args(args):
 
 
 def build_model(args, device, weights):
+    """The network with these weights, and what to call it."""
     model, _ = utils.build_backbone(args.arch, args.patch_size, args.image_size)
-    utils.load_weights(model, weights, args.checkpoint_key, args.arch, args.patch_size)
+    matched, _ = utils.load_weights(model, weights, args.checkpoint_key, args.arch, args.patch_size)
     utils.use_fused_attention(model, device)
-    return model.to(device).eval()
+    return model.to(device).eval(), f"trained {args.checkpoint_key}" if matched else "untrained network"
 
 
 def raw_pixels():
@@ -104,79 +104,76 @@ FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels
 
 
 def dump_features(tensors, folder):
-    utils.check_output_dir(folder)
     for tensor, name in zip(tensors, FEATURE_FILES, strict=True):
         utils.save_on_master(tensor.cpu(), os.path.join(folder, name))
 
 
 def load_features(folder, device):
+    """What --dump_features left in a folder. Raises UserError if the files do not hold features and labels."""
     tensors = [utils.load_checkpoint(os.path.join(folder, name)) for name in FEATURE_FILES]
     for part, features, labels in (("train", *tensors[:2]), ("test", *tensors[2:])):
-        if not (isinstance(features, torch.Tensor) and isinstance(labels, torch.Tensor) and features.ndim == 2):
-            raise UserError(f"{folder}/{part}feat.pth and {part}labels.pth must hold tensors, [N, D] and [N]")
+        both = isinstance(features, torch.Tensor) and isinstance(labels, torch.Tensor)
+        if not both or features.ndim != 2 or labels.ndim != 1 or not features.is_floating_point():
+            raise UserError(f"{folder}/{part}feat.pth and {part}labels.pth must hold tensors, floats [N, D] and [N]")
+        if labels.is_floating_point() or (len(labels) and labels.min() < 0):
+            raise UserError(f"{folder}/{part}labels.pth must hold class numbers from 0")
         if len(features) != len(labels) or not len(features):
             raise UserError(f"{folder} has {len(features)} {part} features and {len(labels)} labels")
     if tensors[0].shape[1] != tensors[2].shape[1]:
         raise UserError(f"{folder}: train features are {tensors[0].shape[1]} wide, test features {tensors[2].shape[1]}")
-    return [tensor.to(device) for tensor in tensors]
+    return [tensor.to(device, torch.float32 if tensor.is_floating_point() else torch.long) for tensor in tensors]
 
 
 # ---- classifier ----
 
-SIMILARITIES_AT_ONCE = 2**25  # test × train similarities held at a time: 128 MB
-
-
-@torch.no_grad()
-def nearest_neighbours(train_features, train_labels, test_features, k):
-    """Cosine similarities and labels of each test image's k nearest training images, best first: two [N_test, k]."""
-    rows = max(SIMILARITIES_AT_ONCE // len(train_features), 1)
-    similarities, labels = [], []
-    for chunk in test_features.split(rows):
-        similarity, index = (chunk @ train_features.T).topk(k, dim=1)
-        similarities.append(similarity)
-        labels.append(train_labels[index])
-    return torch.cat(similarities), torch.cat(labels)
-
-
-@torch.no_grad()
-def vote(similarities, neighbour_labels, test_labels, T, num_classes):
-    """(top-1, top-5) in per cent, where neighbour j votes for its class with weight exp(similarity_j / T).
-
-    With k < 5 neighbours top-5 is top-k. Classes with equal votes rank by their number.
-    """
-    k = similarities.shape[1]
-    rows = max(SIMILARITIES_AT_ONCE // num_classes, 1)
-    class_numbers = torch.arange(num_classes, device=test_labels.device)
-    top1 = top5 = 0
-    for sims, neighbours, target in zip(
-        similarities.split(rows), neighbour_labels.split(rows), test_labels.split(rows), strict=True
-    ):
-        weights = ((sims - sims[:, :1]) / T).exp()  # relative to the nearest: no overflow, the same ranks
-        votes = weights.new_zeros(len(sims), num_classes).scatter_add_(1, neighbours, weights)
-        target = target[:, None]
-        votes_of_target = votes.gather(1, target)
-        before = (votes > votes_of_target) | ((votes == votes_of_target) & (class_numbers < target))
-        rank = before.sum(dim=1)  # of the right class; 0 is the best
-        top1 += (rank < 1).sum().item()
-        top5 += (rank < min(5, k)).sum().item()
-    return 100.0 * top1 / len(test_labels), 100.0 * top5 / len(test_labels)
+NUMBERS_AT_ONCE = 2**25  # similarities, or votes, held at a time: 128 MB
 
 
 def knn_classifier(train_features, train_labels, test_features, test_labels, k, T, num_classes=1000):
     """Weighted k-NN accuracy of L2-normalised features: (top-1, top-5) in per cent.
 
-    Features [N, D], labels [N] of class numbers from 0; more than `num_classes` classes are counted from the labels.
-    A k above the number of training images means all of them. Memory is bounded for any number of images.
+    Features [N, D], labels [N] of class numbers from 0; `num_classes` is taken from the labels and kept for callers
+    that give it. A k above the number of training images means all of them. Raises UserError for NaN or infinite
+    features. Memory is bounded for any number of images, classes and neighbours.
     """
-    return knn_accuracies(train_features, train_labels, test_features, test_labels, [k], T, num_classes)[k]
+    return knn_accuracies(train_features, train_labels, test_features, test_labels, [k], T)[k]
 
 
-def knn_accuracies(train_features, train_labels, test_features, test_labels, ks, T, num_classes=1):
+@torch.no_grad()
+def knn_accuracies(train_features, train_labels, test_features, test_labels, ks, T):
     """{k: (top-1, top-5)} as `knn_classifier` gives them for each k of a list, from one search."""
-    num_classes = max(num_classes, int(train_labels.max()) + 1, int(test_labels.max()) + 1)
-    most = min(max(ks), len(train_features))
-    similarities, labels = nearest_neighbours(train_features, train_labels, test_features, most)
-    return {k: vote(similarities[:, :k], labels[:, :k], test_labels, T, num_classes) for k in ks}
+    if not (train_features.isfinite().all() and test_features.isfinite().all()):
+        raise UserError(
+            "the features hold NaN or infinite numbers: the network has diverged, or its weights are damaged"
+        )
+    classes, labels = torch.cat((train_labels, test_labels)).unique(return_inverse=True)  # renumbered without gaps
+    train_labels, test_labels = labels.split((len(train_labels), len(test_labels)))
+    rows = max(NUMBERS_AT_ONCE // max(len(train_features), len(classes)), 1)
+    hits = torch.zeros(len(ks), 2, device=test_features.device)
+    for chunk, target in zip(test_features.split(rows), test_labels.split(rows), strict=True):
+        # Cosine similarities and labels of the nearest training images, best first: [rows, largest k].
+        similarity, nearest = (chunk @ train_features.T).topk(min(max(ks), len(train_features)), dim=1)
+        for i, k in enumerate(ks):
+            rank = rank_of_target(similarity[:, :k], train_labels[nearest[:, :k]], target, T, classes)
+            hits[i] += torch.stack(((rank < 1).sum(), (rank < min(5, k)).sum()))
+    per_cent = (100.0 * hits.double().cpu() / len(test_labels)).tolist()
+    return {k: tuple(accuracies) for k, accuracies in zip(ks, per_cent, strict=True)}
+
+
+def rank_of_target(similarities, neighbour_labels, target, T, classes):
+    """Place of the right class, 0 being the best, where neighbour j votes with weight exp(similarity_j / T): [rows].
+
+    Labels count the sorted class numbers in `classes`. Classes with equal votes rank by their number; so do those
+    without any, numbers that no image has included, as where votes are kept for all of 1000 classes.
+    """
+    weights = ((similarities - similarities[:, :1]) / T).exp()  # relative to the nearest: no overflow, the same ranks
+    votes = weights.new_zeros(len(weights), len(classes)).scatter_add_(1, neighbour_labels, weights)
+    target = target[:, None]
+    votes_of_target = votes.gather(1, target)
+    voted, lower = votes > 0, torch.arange(len(classes), device=votes.device) < target
+    before = (votes > votes_of_target) | (voted & lower & (votes == votes_of_target))
+    lower_without_votes = classes[target[:, 0]] - (voted & lower).sum(dim=1)
+    return before.sum(dim=1) + torch.where(votes_of_target[:, 0] > 0, 0, lower_without_votes)
 
 
 # ---- the evaluation ----
@@ -184,24 +181,27 @@ def knn_accuracies(train_features, train_labels, test_features, test_labels, ks,
 
 def main(args):
     check_args(args)
+    if args.dump_features is not None:
+        utils.check_output_dir(args.dump_features, "--dump_features", FEATURE_FILES)
     device = utils.init_distributed_mode(args)
-    if args.load_features:
+    if args.load_features is not None:
         print_accuracies(load_features(args.load_features, device if args.use_cuda else "cpu"), args)
         return
     sets = dino_data.labelled_folders(dino_data.find_data(args.data_path), dino_data.eval_transform(args.image_size))
     utils.log(f"{len(sets[0])} training and {len(sets[1])} validation images in {len(sets[0].classes)} classes")
     utils.fix_random_seeds(0)  # what is called untrained is the same network each time
-    trained = f"trained {args.checkpoint_key}"
-    rows = {trained: build_model(args, device, args.pretrained_weights)}
+    model, name = build_model(args, device, args.pretrained_weights)
+    rows = {name: model}
     if args.baselines:
-        rows = {"raw pixels": raw_pixels(), "untrained network": build_model(args, device, "random"), **rows}
-    features = {name: labelled_features(model, sets, args, device) for name, model in rows.items()}
+        untrained, _ = build_model(args, device, "random")
+        rows = {"raw pixels": raw_pixels(), "untrained network": untrained, **rows}
+    features = {row: labelled_features(network, sets, args, device) for row, network in rows.items()}
     if not utils.is_main_process():
         return
-    if args.dump_features:
-        dump_features(features[trained], args.dump_features)
+    if args.dump_features is not None:
+        dump_features(features[name], args.dump_features)
         utils.log(f"features are in {args.dump_features}")
-    print_accuracies(features[trained], args)
+    print_accuracies(features[name], args)
     if args.baselines:
         print_table(features, args)
 

@@ -122,45 +122,45 @@ def get_args_parser():
     return parser
 
 
+# Lowest and highest value that a flag may have.
+LIMITS = {
+    **dict.fromkeys(("patch_size", "out_dim", "epochs", "batch_size_per_gpu"), (1, math.inf)),
+    **dict.fromkeys(("global_crops_size", "local_crops_size"), (1, math.inf)),
+    **dict.fromkeys(("local_crops_number", "warmup_epochs", "warmup_teacher_temp_epochs"), (0, math.inf)),
+    **dict.fromkeys(("freeze_last_layer", "saveckp_freq", "num_workers", "clip_grad"), (0, math.inf)),
+    **dict.fromkeys(("lr", "min_lr", "weight_decay", "weight_decay_end"), (0, math.inf)),
+    **dict.fromkeys(("teacher_temp", "warmup_teacher_temp"), (1e-6, math.inf)),
+    **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (1e-6, 1)),
+    "momentum_teacher": (0, 1),
+    "drop_path_rate": (0, 0.999),
+    "blur_radius": (0, 1e4),
+    "seed": (0, 2**63 - 1),
+}
+
+
 def check_args(args):
     """Raise UserError for settings that contradict each other or mean nothing, before any work is done."""
+    utils.check_limits(args, LIMITS)
     for flag in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         if getattr(args, flag) > args.epochs:
             raise UserError(
                 f"--{flag} {getattr(args, flag)} is longer than the run (--epochs {args.epochs}). Lower --{flag} or "
                 "train longer"
             )
-    for flag in ("patch_size", "out_dim", "epochs", "batch_size_per_gpu", "global_crops_size", "local_crops_size"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be at least 1")
-    for flag in ("local_crops_number", "warmup_epochs", "warmup_teacher_temp_epochs", "num_workers", "seed"):
-        if getattr(args, flag) < 0:
-            raise UserError(f"--{flag} {getattr(args, flag)} must not be negative")
-    for flag in ("global_crops_scale", "local_crops_scale"):
+    for flag in ("global_crops_scale", "local_crops_scale", "blur_radius"):
         low, high = getattr(args, flag)
-        if not 0 < low <= high <= 1:
-            raise UserError(f"--{flag} {low} {high} must be two shares of the image, the smaller first, as in 0.4 1.0")
-    low, high = args.blur_radius
-    if not 0 <= low <= high:
-        raise UserError(f"--blur_radius {low} {high} must be two radii in pixels, the smaller first, as in 0.1 2.0")
-    if not 0 <= args.momentum_teacher <= 1:
-        raise UserError(f"--momentum_teacher {args.momentum_teacher} must lie between 0 and 1")
-    if min(args.teacher_temp, args.warmup_teacher_temp) <= 0:
-        raise UserError("--teacher_temp and --warmup_teacher_temp must be above 0")
-    if not 0 <= args.drop_path_rate < 1:
-        raise UserError(f"--drop_path_rate {args.drop_path_rate} must be at least 0 and below 1")
+        if low > high:
+            raise UserError(f"--{flag} {low} {high}: the smaller number comes first")
+    if utils.vit_factory(args.arch):
+        for flag in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
+            check_whole_patches(flag, getattr(args, flag), args.patch_size)
 
 
-def check_crop_sizes(args):
-    """Raise UserError if a ViT's crops can't be cut into whole patches."""
-    if utils.vit_factory(args.arch) is None:
-        return
-    for flag in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
-        size = getattr(args, flag)
-        if size % args.patch_size:
-            below = size // args.patch_size * args.patch_size
-            near = f"{below} or {below + args.patch_size}" if below else f"{args.patch_size}"
-            raise UserError(f"--{flag} {size} is no multiple of --patch_size {args.patch_size}. Take {near}")
+def check_whole_patches(flag, size, patch_size):
+    if size % patch_size:
+        below = size // patch_size * patch_size
+        near = f"{below} or {below + patch_size}" if below else f"{patch_size}"
+        raise UserError(f"--{flag} {size} is no multiple of --patch_size {patch_size}. Take {near}")
 
 
 # ---- crops ----
@@ -348,6 +348,20 @@ def build_student_and_teacher(args, device, amp_dtype):
     return student.to(device), teacher.to(device).requires_grad_(False)
 
 
+def check_network_takes_crops(network, args, device):
+    """Raise UserError if the backbone can't digest crops of these sizes: some convnets have one size, or a least."""
+    sizes = [args.global_crops_size] + [args.local_crops_size] * (args.local_crops_number > 0)
+    network.eval()
+    for size in sizes:
+        try:
+            with torch.no_grad():
+                utils.first_output(network.backbone, torch.zeros(2, 3, size, size, device=device))
+        except (RuntimeError, ValueError, AssertionError) as e:
+            problem = " ".join(str(e).split())[:200]
+            raise UserError(f"--arch {args.arch} does not take crops of {size} pixels: {problem}") from e
+    network.train()
+
+
 def distribute(student, teacher, device):
     """Wrap the student for several processes, and let batch norms see the batches of all of them."""
     if utils.get_world_size() == 1:
@@ -358,8 +372,10 @@ def distribute(student, teacher, device):
             teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
         else:
             utils.log("note: torch synchronises batch norms on GPUs only; each process normalises its own batch")
+    # Buffers are the batch norms': synchronised already, or each process's own.
+    settings = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True), teacher
+    return DistributedDataParallel(student, device_ids=device_ids, **settings), teacher
 
 
 def run_state(student, teacher, optimizer, epoch, args, dino_loss, fp16_scaler):
@@ -381,60 +397,63 @@ def run_state(student, teacher, optimizer, epoch, args, dino_loss, fp16_scaler):
     return state
 
 
+def build_data(args, device):
+    """Loader of this process's crops, and the number of images."""
+    sizes = (args.global_crops_size, args.local_crops_size)
+    scales = (args.global_crops_scale, args.local_crops_scale, args.local_crops_number)
+    augment = DataAugmentationDINO(*scales, *sizes, args.blur_radius, as_uint8=True)
+    folder = dino_data.image_folder(dino_data.find_data(args.data_path, "train"))
+    if folder.classes == ["train", "val"]:
+        raise UserError(f"--data_path {args.data_path} holds train and val. Training takes {args.data_path}/train")
+    dataset = dino_data.MultiCropDataset(folder, augment, args.seed)
+    loader = dino_data.train_loader(dataset, args.batch_size_per_gpu, args.seed, args.num_workers, device)
+    return loader, len(dataset)
+
+
+def build_schedules(args, steps):
+    """Learning rate, weight decay and teacher momentum for each iteration of the run, `steps` an epoch."""
+    peak_lr = args.lr * args.batch_size_per_gpu * args.world_size / 256  # linear scaling rule
+    return {
+        "lr": utils.cosine_scheduler(peak_lr, args.min_lr, args.epochs, steps, args.warmup_epochs),
+        "weight_decay": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps),
+        "momentum": utils.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps),
+    }
+
+
 def train_dino(args):
     """Train as `args` say (see get_args_parser), or go on with what --output_dir already holds. Raises UserError."""
     check_args(args)
-    check_crop_sizes(args)
+    utils.check_arch(args.arch)
+    utils.check_output_dir(args.output_dir, files=("checkpoint.pth", "log.txt"))
     device = utils.init_distributed_mode(args)
     amp_dtype = utils.pick_amp_dtype(device, args.use_fp16, args.amp_dtype)
     utils.fix_random_seeds(args.seed)
 
+    # ---- data ----
+    data_loader, images = build_data(args, device)
+
     # ---- student and teacher ----
     student, teacher = build_student_and_teacher(args, device, amp_dtype)
+    check_network_takes_crops(teacher, args, device)
     student, teacher = distribute(student, teacher, device)
-
-    # ---- data ----
-    augment = DataAugmentationDINO(
-        args.global_crops_scale,
-        args.local_crops_scale,
-        args.local_crops_number,
-        args.global_crops_size,
-        args.local_crops_size,
-        args.blur_radius,
-        as_uint8=True,
-    )
-    folder = dino_data.image_folder(dino_data.find_data(args.data_path, "train"))
-    dataset = dino_data.MultiCropDataset(folder, augment, args.seed)
-    data_loader = dino_data.train_loader(dataset, args.batch_size_per_gpu, args.seed, args.num_workers, device)
-    utils.check_output_dir(args.output_dir)
 
     # ---- loss, optimiser, schedules ----
     temperatures = (args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
     dino_loss = DINOLoss(args.out_dim, 2 + args.local_crops_number, *temperatures, args.epochs).to(device)
     optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(student), device)
     fp16_scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
-    steps, global_batch = len(data_loader), args.batch_size_per_gpu * args.world_size
-    peak_lr = args.lr * global_batch / 256  # linear scaling rule
-    schedules = {
-        "lr": utils.cosine_scheduler(peak_lr, args.min_lr, args.epochs, steps, args.warmup_epochs),
-        "weight_decay": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps),
-        "momentum": utils.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps),
-    }
+    schedules = build_schedules(args, len(data_loader))
 
     # ---- resume ----
     progress = {"epoch": 0}
     checkpoint_path = os.path.join(args.output_dir, "checkpoint.pth")
-    utils.restart_from_checkpoint(
-        checkpoint_path,
-        progress,
-        args=args,
-        student=student,
-        teacher=teacher,
-        optimizer=optimizer,
-        fp16_scaler=fp16_scaler if fp16_scaler.is_enabled() else None,
-        dino_loss=dino_loss,
-    )
-    utils.log(describe_run(args, device, amp_dtype, len(dataset), steps))
+    scaler_if_used = fp16_scaler if fp16_scaler.is_enabled() else None
+    trained = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": dino_loss}
+    utils.restart_from_checkpoint(checkpoint_path, progress, args, **trained, fp16_scaler=scaler_if_used)
+    utils.check_same_everywhere(progress["epoch"], f"the epoch in {checkpoint_path}")
+    utils.log(describe_run(args, device, amp_dtype, images, len(data_loader)))
+    if progress["epoch"] >= args.epochs:
+        utils.log(f"{checkpoint_path} already holds {progress['epoch']} epochs of {args.epochs}: nothing to do")
 
     # ---- epochs ----
     start = time.time()

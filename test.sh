@@ -12,6 +12,7 @@ fi
 modules=(main_dino utils vision_transformer dino_data eval_knn hubconf)
 "$python" -m pytest -n 2 --durations 8 --cov-report= "${modules[@]/#/--cov=}"
 for module in "${modules[@]}"; do
-  covered=$("$python" -m coverage report --include="$module.py" --format=total --fail-under=90)
+  covered=$("$python" -m coverage report --include="$module.py" --format=total)
   echo "$module.py: $covered % of lines covered"
+  [ "$covered" -ge 90 ] || { echo "error: less than the 90 % that are wanted" >&2; exit 1; }
 done

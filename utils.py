@@ -15,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict, deque
 from pathlib import Path
@@ -67,7 +68,7 @@ def parse_args(parser, argv=None):
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(argv)
-    if not getattr(args, "config", None):
+    if getattr(args, "config", None) is None:
         return args
     recipe = read_recipe(args.config, known=set(vars(args)) - {"config"})
     flags = []
@@ -102,6 +103,8 @@ def did_you_mean(name, known):
 
 def run(main, flags, description):
     """What every script does under `__main__`: parse, run `main(args)`, turn a UserError into one line and a code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
     parser = OneLineParser(description=description, parents=[flags], formatter_class=HelpFormatter)
     try:
         main(parse_args(parser))
@@ -116,15 +119,27 @@ def run(main, flags, description):
         dist.destroy_process_group()
 
 
-def check_output_dir(path):
-    """Make the folder `path` and make sure that files can be written there, or raise UserError."""
+def check_limits(args, limits):
+    """Raise UserError for a flag, or one of its values, that lies outside its (lowest, highest), NaN included."""
+    for flag, (lowest, highest) in limits.items():
+        value = getattr(args, flag)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if not (lowest <= number <= highest and math.isfinite(number)):
+                between = f"between {lowest} and {highest}" if math.isfinite(highest) else f"at least {lowest}"
+                raise UserError(f"--{flag} {number} must be {between}")
+
+
+def check_output_dir(path, flag="--output_dir", files=()):
+    """Make the folder `path` and make sure that `files` can be written there, or raise UserError naming the flag."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        probe = Path(path) / f".can_write.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as e:
-        raise UserError(f"can't write to --output_dir {path}: {e.strerror}. Name a folder that you may write to") from e
+        raise UserError(f"can't write to {flag} {path}: {e.strerror}. Name a folder that you may write to") from e
+    for name in files:
+        if (Path(path) / name).is_dir():
+            raise UserError(f"{flag} {path} has a folder named {name}, where a file is to be written. Move it away")
 
 
 # ---- randomness ----
@@ -157,31 +172,44 @@ def init_distributed_mode(args):
     torch.distributed.launch say it by RANK, WORLD_SIZE and LOCAL_RANK, a Slurm step by SLURM_*. A single process makes
     no process group and opens no port.
     """
+    try:
+        args.rank, args.world_size, args.gpu = find_place(args.dist_url)
+        device = pick_device(args.device, args.gpu)
+        if args.world_size > 1:
+            if device.type == "mps":
+                raise UserError("several processes work on cuda and cpu only: give --device cpu, or start one process")
+            join_processes(args, device)
+    except (ValueError, KeyError, RuntimeError, OSError, subprocess.CalledProcessError) as e:
+        if isinstance(e, UserError):
+            raise
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(
+            f"can't join the other processes: {reason}. Start with torchrun, or set --dist_url tcp://host:port"
+        ) from e
+    return device
+
+
+def find_place(dist_url):
+    """(rank, number of processes, rank on this machine) as the launcher says."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        args.rank, args.world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        args.gpu = int(env.get("LOCAL_RANK", 0))
-    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun only: a plain python in an sbatch script is alone
-        args.rank, args.world_size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-        args.gpu = int(env["SLURM_LOCALID"])
-        if args.dist_url == "env://":
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun only: a plain python in an sbatch script is alone
+        if dist_url == "env://":
             name_slurm_master()
-    else:
-        args.rank, args.world_size, args.gpu = 0, 1, 0
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+    return 0, 1, 0
 
-    device = pick_device(args.device, args.gpu)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if args.world_size > 1:
-        dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
-            init_method=args.dist_url,
-            world_size=args.world_size,
-            rank=args.rank,
-        )
-        dist.barrier()
-    return device
+
+def join_processes(args, device):
+    gpu = device.type == "cuda"
+    dist.init_process_group(
+        backend="nccl" if gpu else "gloo",
+        init_method=args.dist_url,
+        world_size=args.world_size,
+        rank=args.rank,
+        device_id=device if gpu else None,
+    )
 
 
 def name_slurm_master():
@@ -207,7 +235,10 @@ def pick_device(name, local_rank=0):
             f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. "
             "Start one process per GPU"
         )
-    return torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
+    return device
 
 
 def get_rank():
@@ -328,6 +359,15 @@ def collective_device():
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
+def check_same_everywhere(number, what):
+    """Raise UserError on every rank if the ranks do not agree on a number."""
+    if get_world_size() > 1:
+        numbers = [None] * get_world_size()
+        dist.all_gather_object(numbers, number)
+        if len(set(numbers)) > 1:
+            raise UserError(f"{what} differs between processes: {numbers}. --output_dir must be one folder for all")
+
+
 class MetricLogger:
     """Named SmoothedValues and the console line over a loop."""
 
@@ -378,8 +418,10 @@ def peak_memory_mb():
     """Highest memory use so far: of this process's GPU if it uses one, else of the process itself."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # not on Windows, where only this figure is missing
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
@@ -387,8 +429,9 @@ def peak_memory_mb():
 class LaggedScalar:
     """Reads a scalar of the training step without making the host wait for the step.
 
-    `push` starts the new value's way to the host and returns the newest that has arrived: on a CPU the value itself,
-    on a GPU the one pushed a step ago (None at first), so that the device always has a step of work in its queue.
+    `push` starts the new value's way to the host and returns the newest that has arrived: on CUDA the one pushed a step
+    ago (None at first), so that the device always has a step of work in its queue; elsewhere the value itself, for
+    which mps has to be waited for.
     """
 
     def __init__(self):
@@ -408,18 +451,23 @@ class LaggedScalar:
 
 
 def write_log_line(output_dir, stats):
-    """Append one JSON object to log.txt, in place of the lines of the same or later epochs that a lost run left."""
+    """Append one JSON object to log.txt, in place of the lines of the same or later epochs that a lost run left.
+
+    Lines that are none of ours stay, except a last one that a killed run left torn.
+    """
     path = Path(output_dir) / "log.txt"
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                keep = json.loads(line)["epoch"] < stats["epoch"]
-            except (ValueError, KeyError, TypeError):
-                keep = False  # the torn last line of a run that was killed
-            if keep:
-                kept.append(line)
-    write_whole(path, lambda f: f.write("".join(f"{line}\n" for line in [*kept, json.dumps(stats)]).encode()))
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    kept = [line for i, line in enumerate(lines) if not is_outdated(line, stats["epoch"], last=i == len(lines) - 1)]
+    content = b"".join(line + b"\n" for line in [*kept, json.dumps(stats).encode()])
+    write_whole(path, lambda file: file.write(content))
+
+
+def is_outdated(line, epoch, last):
+    try:
+        logged = json.loads(line)
+    except ValueError:
+        return last and line.startswith(b"{")
+    return isinstance(logged, dict) and "train_loss" in logged and logged.get("epoch", -1) >= epoch
 
 
 # ---- schedules ----
@@ -458,6 +506,7 @@ def build_optimizer(name, params_groups, device):
     if name == "adamw":
         return torch.optim.AdamW(params_groups, fused=device.type in ("cuda", "cpu"))
     if name == "sgd":
+        # Not fused: torch's fused SGD fails where a layer's first gradient comes late, as --freeze_last_layer makes it.
         return torch.optim.SGD(params_groups, lr=0.0, momentum=0.9)
     return LARS(params_groups)
 
@@ -466,6 +515,7 @@ class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (arXiv 1708.03888), as used for large batches of convnets.
 
     Parameters with ndim != 1 get weight decay and a step scaled by eta · ‖p‖ / ‖g + wd·p‖; vectors get plain momentum.
+    With fp16's gradient scaler the host waits once a step, to learn whether to skip it (with SGD too); bf16 has none.
     """
 
     def __init__(self, params, lr=0, weight_decay=0, momentum=0.9, eta=0.001):
@@ -532,7 +582,7 @@ def cancel_gradients_last_layer(epoch, model, freeze_last_layer):
 
 def write_whole(path, write):
     """Call `write(file)` such that `path` then holds all of it, or, whatever happens, what it held before."""
-    path = Path(path)
+    path = Path(path).resolve()  # what a link points to, not the link
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -597,19 +647,43 @@ SHAPING_ARGS = (
     "optimizer",
     "global_crops_size",
 )
+# Those that change nothing of what is computed, nor anything that should be remarked on.
+FREE_ARGS = (
+    "config",
+    "data_path",
+    "output_dir",
+    "num_workers",
+    "saveckp_freq",
+    "dist_url",
+    "local_rank",
+    "rank",
+    "gpu",
+)
 
 
-def check_same_shape(path, checkpoint, args):
-    """Raise UserError if the checkpoint of an earlier run was made with arguments that make other tensors."""
+def check_resumable(path, checkpoint, args):
+    """Raise UserError if a file is no training checkpoint, or one of a run whose arguments make other tensors.
+
+    Says which other arguments have changed.
+    """
+    epoch = checkpoint.get("epoch") if isinstance(checkpoint, dict) else None
+    networks = isinstance(epoch, int) and all(is_network_state(checkpoint.get(key)) for key in ("student", "teacher"))
+    if not networks or epoch < 0:
+        raise UserError(f"{path} is no training checkpoint, and would be overwritten. Move it, or name another folder")
     before = checkpoint.get("args") or {}
-    before = dict(before) if isinstance(before, dict) else dict(vars(before))
+    before = {} if isinstance(before, list) else dict(before if isinstance(before, dict) else vars(before))
     if vit_factory(before.get("arch")) is vit_factory(args.arch) is not None:
         before["arch"] = args.arch  # deit_small is another name of vit_small
-    changed = [name for name in SHAPING_ARGS if name in before and before[name] != getattr(args, name)]
+    now = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
+    before = {name: list(value) if isinstance(value, tuple) else value for name, value in before.items()}
+    changed = [name for name in now if name in before and before[name] != now[name] and name not in FREE_ARGS]
+    shaping = [name for name in changed if name in SHAPING_ARGS]
+    if shaping:
+        then = " ".join(f"--{name} {before[name]}" for name in shaping)
+        wanted = " ".join(f"--{name} {now[name]}" for name in shaping)
+        raise UserError(f"{path} was made with {then}, this run has {wanted}. Use the same, or another --output_dir")
     if changed:
-        then = " ".join(f"--{name} {before[name]}" for name in changed)
-        now = " ".join(f"--{name} {getattr(args, name)}" for name in changed)
-        raise UserError(f"{path} was made with {then}, this run has {now}. Use the same, or another --output_dir")
+        log("note: going on with " + ", ".join(f"--{name} {now[name]} (was {before[name]})" for name in changed))
 
 
 def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
@@ -623,7 +697,7 @@ def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
         return False
     checkpoint = load_checkpoint(path)
     if args is not None:
-        check_same_shape(path, checkpoint, args)
+        check_resumable(path, checkpoint, args)
     log(f"resuming from {path}")
     for name, target in objects.items():
         if target is None:
@@ -631,13 +705,9 @@ def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
         if name not in checkpoint:
             log(f"warning: {path} has no {name!r}; it starts afresh")
             continue
-        state = checkpoint[name]
-        if isinstance(target, nn.Module):
-            prefix = "module." if any(key.startswith("module.") for key in target.state_dict()) else ""
-            state = {prefix + key.removeprefix("module."): value for key, value in state.items()}
         try:
-            target.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError) as e:
+            load_state(target, checkpoint[name])
+        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
             problem = " ".join(str(e).split())[:300]
             raise UserError(
                 f"{path} does not fit this run: {name}: {problem}. Give the arguments of that run, or another "
@@ -647,6 +717,20 @@ def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
         if name in checkpoint:
             run_variables[name] = checkpoint[name]
     return True
+
+
+def load_state(target, state):
+    if isinstance(target, nn.Module):
+        prefix = "module." if any(key.startswith("module.") for key in target.state_dict()) else ""
+        state = {prefix + key.removeprefix("module."): value for key, value in state.items()}
+    if isinstance(target, torch.optim.Optimizer):
+        # Files of the authors' release lack what torch has added since; which kernels to use is this run's own choice.
+        groups = []
+        for ours, theirs in zip(target.param_groups, state["param_groups"], strict=True):
+            kernels = {key: ours[key] for key in ("fused", "foreach") if key in ours}
+            groups.append({**ours, **theirs, **kernels})
+        state = {**state, "param_groups": groups}
+    target.load_state_dict(state)
 
 
 # ---- backbones ----
@@ -679,12 +763,19 @@ def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0):
     if vit:
         model = vit(patch_size=patch_size, img_size=[img_size], drop_path_rate=drop_path_rate, num_classes=0)
         return model, model.embed_dim
-    if arch not in convnet_names():
-        known = [*vit_names(), *convnet_names()]
-        raise UserError(f"unknown --arch {arch}{did_you_mean(arch, known) or '; vit_small and resnet50 are two'}")
+    check_arch(arch)
     from torchvision import models
 
-    return take_off_classifier(models.get_model(arch, weights=None), arch)
+    # Auxiliary classifiers take no part: their parameters would never get a gradient.
+    no_extras = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+    return take_off_classifier(models.get_model(arch, weights=None, **no_extras), arch)
+
+
+def check_arch(arch):
+    """Raise UserError, with the nearest names, if there is no such network."""
+    known = [*vit_names(), *convnet_names()]
+    if not vit_factory(arch) and arch not in known:
+        raise UserError(f"unknown --arch {arch}{did_you_mean(arch, known) or '; vit_small and resnet50 are two'}")
 
 
 def take_off_classifier(model, arch):
@@ -725,8 +816,8 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
     `pretrained_weights` is a file; or "", for the weights that the paper's authors published for `arch` and
     `patch_size` (downloaded once; random, with a warning, where they published none); or "random". `checkpoint_key`
     picks the network in a training checkpoint. The projection head is passed over. A ViT takes on the positional
-    grid of the file. Returns (tensors matched, tensors of the model). Raises UserError if none matches, if a shape
-    differs, or if the file can't be read.
+    grid of the file. Returns (tensors matched, tensors of the model). Raises UserError if one of the model's tensors is
+    not in the file or has another shape there, or if the file can't be read.
     """
     if pretrained_weights == "random":
         log("random weights, as asked for")
@@ -745,7 +836,13 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
     if not matched:
         raise UserError(
             f"none of the {len(wanted)} tensors of {arch or 'the model'} is in {source} (it has "
-            f"{', '.join(list(state)[:3]) or 'nothing'}, …). Check --arch, --patch_size and --checkpoint_key"
+            f"{some_of(list(state)) or 'none'}). Check --arch, --patch_size and --checkpoint_key"
+        )
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(
+            f"{source} has only {len(matched)} of the {len(wanted)} tensors of {arch or 'the model'}; it lacks "
+            f"{some_of(missing)}. Check --arch and --checkpoint_key"
         )
     for key in matched:
         if state[key].shape != wanted[key].shape:
@@ -755,13 +852,14 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
             )
     model.load_state_dict({key: state[key] for key in matched}, strict=False)
     log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}")
-    missing = [key for key in wanted if key not in state]
-    if missing:
-        log(f"warning: not in the file, left as initialised: {', '.join(missing)}")
     unused = [key for key in state if key not in wanted and not key.startswith(("head.", "fc."))]
     if unused:
-        log(f"warning: in the file but not in the model: {', '.join(unused)}")
+        log(f"warning: in the file but not in the model: {some_of(unused)}")
     return len(matched), len(wanted)
+
+
+def some_of(names):
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 load_pretrained_weights = load_weights  # the public name
@@ -896,7 +994,7 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False):
         places.append(indices)
     found, places = torch.cat(parts), torch.cat(places)
     if get_world_size() > 1:
-        found, places = gather_rows(found), gather_rows(places)
+        found, places = gather_rows(found, places)
         if found is None:
             return None
     ordered = torch.empty(len(data_loader.dataset), found.shape[1], device=store)
@@ -904,10 +1002,14 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False):
     return ordered
 
 
-def gather_rows(rows):
-    """The rows of all ranks (each as many) one below the other, on the CPU of rank 0; None elsewhere."""
+def gather_rows(*tensors):
+    """The rows of all ranks (each as many) one below the other, on the CPU of rank 0; None for each elsewhere."""
     group = dist.new_group(backend="gloo")  # main memory on every rank, whatever the training runs on
-    rows = rows.cpu()
-    everyone = [torch.empty_like(rows) for _ in range(get_world_size())] if is_main_process() else None
-    dist.gather(rows, everyone, group=group)
-    return torch.cat(everyone) if everyone else None
+    gathered = []
+    for rows in tensors:
+        rows = rows.cpu()
+        everyone = [torch.empty_like(rows) for _ in range(get_world_size())] if is_main_process() else None
+        dist.gather(rows, everyone, group=group)
+        gathered.append(torch.cat(everyone) if everyone else None)
+    dist.destroy_process_group(group)
+    return gathered

@@ -5,13 +5,13 @@ python=.venv/bin/python
 stamp=.venv/.installed-$requirements
 wanted=$(cat requirements*.txt | cksum)
 
-if ! [ -x "$python" ]; then
+if ! "$python" -m pip --version >/dev/null 2>&1; then
   base=${PYTHON:-python3}
   if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     echo "error: $base is not Python 3.10 or newer ($("$base" --version 2>&1)). Name one: PYTHON=/path/to/python3.12 $0" >&2
     exit 2
   fi
-  if ! "$base" -m venv .venv; then
+  if ! "$base" -m venv --clear .venv; then
     rm -rf .venv
     echo "error: $base can't make virtual environments (on Debian and Ubuntu: apt install python3-venv)" >&2
     exit 2

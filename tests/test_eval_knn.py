@@ -86,9 +86,30 @@ def test_a_low_temperature_does_not_overflow():
 def test_chunks_change_nothing(monkeypatch):
     train, test = features(70, 8, 1, 6), features(45, 8, 2, 6)
     whole = eval_knn.knn_accuracies(*train, *test, [3, 10], 0.07)
-    monkeypatch.setattr(eval_knn, "SIMILARITIES_AT_ONCE", 100)
+    monkeypatch.setattr(eval_knn, "NUMBERS_AT_ONCE", 100)
     assert eval_knn.knn_accuracies(*train, *test, [3, 10], 0.07) == whole
     assert whole == {k: eval_knn.knn_classifier(*train, *test, k, 0.07) for k in (3, 10)}
+
+
+def test_features_that_are_not_finite_are_an_error_and_not_a_perfect_score():
+    train, labels = features(10, 4, 1, 3)
+    train[3, 2] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        eval_knn.knn_classifier(train, labels, *features(5, 4, 2, 3), 5, 0.07)
+
+
+def test_memory_does_not_grow_with_the_number_of_neighbours(monkeypatch):
+    largest = []
+    topk = torch.Tensor.topk
+
+    def spy(self, *args, **kwargs):
+        largest.append(self.numel())
+        return topk(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "topk", spy)
+    monkeypatch.setattr(eval_knn, "NUMBERS_AT_ONCE", 1000)
+    eval_knn.knn_classifier(*features(300, 4, 1, 3), *features(50, 4, 2, 3), 300, 0.07)
+    assert max(largest) <= 1000
 
 
 # ---- the script ----
@@ -170,6 +191,7 @@ def test_images_and_weights_left_out_mean_the_sample_and_random_ones(monkeypatch
     out = capsys.readouterr().out
     assert "4320 training and 1080 validation images in 18 classes" in out
     assert "warning: no weights were published for vit_nano" in out
+    assert "trained" not in out
     assert len(RESULT.findall(out)) == 2
 
 
@@ -179,6 +201,9 @@ def test_images_and_weights_left_out_mean_the_sample_and_random_ones(monkeypatch
         (["--data_path", "/no/where"], "--data_path /no/where"),
         (["--nb_knn", "0"], "--nb_knn 0 must be at least 1"),
         (["--temperature", "0"], "--temperature 0.0 must be above 0"),
+        (["--temperature", "nan"], "--temperature nan must be above 0"),
+        (["--load_features", "x", "--baselines", "1"], "leave out --dump_features and --baselines"),
+        (["--dump_features", str(ROOT / "README.md")], "can't write to --dump_features"),
         (["--image_size", "8"], "smaller than one patch"),
         (["--load_features", "/no/where"], "/no/where/trainfeat.pth"),
         (["--pretrained_weights", "/no/where.pth"], "there is no file /no/where.pth"),
@@ -197,15 +222,29 @@ def test_bad_arguments_end_with_one_line_and_code_2(monkeypatch, capsys, tiny_ro
     assert "\n" not in error
 
 
-def test_feature_files_that_do_not_fit_together_are_errors(tmp_path):
-    for name, tensor in zip(
-        eval_knn.FEATURE_FILES,
-        (torch.zeros(4, 8), torch.zeros(3, dtype=torch.long), torch.zeros(2, 8), torch.zeros(2)),
-        strict=True,
-    ):
-        torch.save(tensor, tmp_path / name)
-    with pytest.raises(UserError, match="4 train features and 3 labels"):
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({1: torch.zeros(3, dtype=torch.long)}, "4 train features and 3 labels"),
+        ({0: torch.zeros(4, 8, dtype=torch.long)}, "must hold tensors, floats"),
+        ({2: [1, 2]}, "must hold tensors, floats"),
+        ({3: torch.zeros(2)}, "testlabels.pth must hold class numbers"),
+        ({3: torch.tensor([0, -1])}, "testlabels.pth must hold class numbers"),
+        ({2: torch.zeros(2, 9)}, "train features are 8 wide, test features 9"),
+    ],
+)
+def test_feature_files_that_do_not_fit_together_are_errors(tmp_path, changed, says):
+    tensors = [torch.zeros(4, 8), torch.zeros(4).long(), torch.zeros(2, 8), torch.zeros(2).long()]
+    for i, name in enumerate(eval_knn.FEATURE_FILES):
+        torch.save(changed.get(i, tensors[i]), tmp_path / name)
+    with pytest.raises(UserError, match=re.escape(says)):
         eval_knn.load_features(tmp_path, "cpu")
+
+
+def test_dumped_features_in_half_precision_are_read(tmp_path):
+    for name, tensor in zip(eval_knn.FEATURE_FILES, (*features(9, 4, 1, 2), *features(3, 4, 2, 2)), strict=True):
+        torch.save(tensor.half() if tensor.is_floating_point() else tensor.int(), tmp_path / name)
+    assert eval_knn.knn_accuracies(*eval_knn.load_features(tmp_path, "cpu"), [3], 0.07)[3][1] == 100.0
 
 
 @pytest.mark.slow

@@ -156,7 +156,8 @@ def test_keywords_reach_the_vit(name):
 
 
 def test_torch_hub_lists_the_entry_points_alone():
-    assert sorted(torch.hub.list(str(ROOT), source="local")) == sorted(hubconf.PUBLISHED)
+    public = [name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")]
+    assert sorted(public) == sorted(hubconf.PUBLISHED)
 
 
 def test_keywords_reach_the_resnet():

@@ -63,8 +63,8 @@ def checkout(tmp_path):
     fake = tmp_path / "fake-python"
     fake.write_text(
         "#!/bin/bash\n"
-        'if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit; fi\n'
-        'if [ "$1 $2" = "-m pip" ]; then echo "${@: -1}" >>installed; [ ! -e broken ]; exit; fi\n'
+        'if [ "$1 $2" = "-m venv" ]; then mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; exit; fi\n'
+        'if [ "$1 $2 $3" = "-m pip install" ]; then echo "${@: -1}" >>installed; [ ! -e broken ]; exit; fi\n'
         f'exec {sys.executable} "$@"\n'
     )
     fake.chmod(0o755)

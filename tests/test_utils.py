@@ -332,15 +332,29 @@ def test_a_single_process_makes_no_process_group(clean_environment, variables):
 def test_launchers_say_which_process_this_is(clean_environment, scontrol, variables, meeting):
     for name, value in variables.items():
         clean_environment.setenv(name, value)
-    joined, barriers = {}, []
+    joined = {}
     clean_environment.setattr(torch.distributed, "init_process_group", lambda **kwargs: joined.update(kwargs))
-    clean_environment.setattr(torch.distributed, "barrier", lambda: barriers.append(1))
     args = argparse.Namespace(device="cpu", dist_url="env://")
     utils.init_distributed_mode(args)
     assert (args.rank, args.world_size, args.gpu) == (5, 8, 1)
-    assert joined == {"backend": "gloo", "init_method": "env://", "world_size": 8, "rank": 5}
-    assert len(barriers) == 1
+    want = {"backend": "gloo", "init_method": "env://", "world_size": 8, "rank": 5, "device_id": None}
+    assert joined == want
     assert (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")) == (meeting or (None, None))
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "zero", "WORLD_SIZE": "2"},
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "PATH": ""},
+    ],
+)
+def test_launchers_that_leave_something_out_are_user_errors(clean_environment, variables):
+    for name, value in variables.items():
+        clean_environment.setenv(name, value)
+    with pytest.raises(UserError, match=r"can't join the other processes: .*torchrun"):
+        utils.init_distributed_mode(argparse.Namespace(device="cpu", dist_url="env://"))
 
 
 @pytest.fixture
@@ -382,6 +396,8 @@ def test_slurm_leaves_a_meeting_point_that_is_set(scontrol):
 def machine_with(monkeypatch, cuda=0, mps=False):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
@@ -588,11 +604,36 @@ def test_a_log_line_replaces_those_of_the_same_and_later_epochs(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("torn", ['{"train_loss": 1.0, "ep', '{"train_loss": 1.0}\n', "7\n", "\n"])
-def test_a_torn_last_log_line_is_dropped(tmp_path, torn):
-    (tmp_path / "log.txt").write_text('{"epoch": 0}\n' + torn)
+def test_a_torn_last_log_line_is_dropped(tmp_path):
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"train_loss": 1.0, "ep')
     utils.write_log_line(tmp_path, {"epoch": 1})
     assert log_lines(tmp_path) == [{"epoch": 0}, {"epoch": 1}]
+
+
+def test_lines_of_others_in_the_log_stay(tmp_path):
+    foreign = b'notes \xff of mine\n\n{"epoch": 7, "mine": 1}\n[1]\n7\n{torn\n{"train_loss": 1.0, "note": 2}\n'
+    (tmp_path / "log.txt").write_bytes(foreign)
+    utils.write_log_line(tmp_path, {"train_loss": 2.0, "epoch": 1})
+    assert (tmp_path / "log.txt").read_bytes() == foreign + b'{"train_loss": 2.0, "epoch": 1}\n'
+
+
+def test_a_folder_where_a_file_is_to_go_is_a_user_error(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    with pytest.raises(UserError, match=r"--there .* has a folder named log\.txt"):
+        utils.check_output_dir(tmp_path, "--there", ("log.txt",))
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), [0.5, -1.0]])
+def test_numbers_out_of_their_limits_are_user_errors(value):
+    with pytest.raises(UserError, match=r"--lr .* must be at least 0"):
+        utils.check_limits(argparse.Namespace(lr=value), {"lr": (0, float("inf"))})
+
+
+def test_a_checkpoint_behind_a_link_is_written_where_the_link_points(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    utils.write_whole(tmp_path / "link", lambda file: file.write(b"new"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"
 
 
 # ---- schedules ----
@@ -1008,12 +1049,16 @@ RUN = {
 }
 
 
+def resume(path, before, now):
+    network = nn.Sequential(nn.Linear(3, 2))
+    torch.save({"epoch": 1, "args": before, "student": network.state_dict(), "teacher": network.state_dict()}, path)
+    return utils.restart_from_checkpoint(path, args=argparse.Namespace(**now), student=network)
+
+
 @pytest.mark.parametrize("kind", [dict, lambda settings: argparse.Namespace(**settings)])
 def test_resuming_with_other_networks_names_the_flags_that_differ(tmp_path, kind):
-    torch.save({"args": kind(RUN), "student": nn.Linear(3, 2).state_dict()}, tmp_path / "c.pth")
-    args = argparse.Namespace(**{**RUN, "out_dim": 512, "arch": "vit_tiny", "lr": 0.3})
     with pytest.raises(UserError) as e:
-        utils.restart_from_checkpoint(tmp_path / "c.pth", args=args, student=nn.Linear(3, 2))
+        resume(tmp_path / "c.pth", kind(RUN), {**RUN, "out_dim": 512, "arch": "vit_tiny", "lr": 0.3})
     assert "--arch vit_small --out_dim 4096" in str(e.value)
     assert "--arch vit_tiny --out_dim 512" in str(e.value)
     assert "--lr" not in str(e.value)
@@ -1021,19 +1066,55 @@ def test_resuming_with_other_networks_names_the_flags_that_differ(tmp_path, kind
 
 @pytest.mark.parametrize("name", sorted(set(RUN) - {"lr"}))
 def test_each_flag_that_shapes_the_run_is_compared(tmp_path, name):
-    torch.save({"args": RUN}, tmp_path / "c.pth")
     with pytest.raises(UserError, match=f"--{name} something"):
-        utils.restart_from_checkpoint(tmp_path / "c.pth", args=argparse.Namespace(**{**RUN, name: "something"}))
+        resume(tmp_path / "c.pth", RUN, {**RUN, name: "something"})
 
 
-def test_other_learning_rates_can_be_gone_on_with(tmp_path):
-    torch.save({"args": RUN}, tmp_path / "c.pth")
-    assert utils.restart_from_checkpoint(tmp_path / "c.pth", args=argparse.Namespace(**{**RUN, "lr": 3.0}))
+def test_other_learning_rates_can_be_gone_on_with_and_are_named(tmp_path, capsys):
+    assert resume(tmp_path / "c.pth", {**RUN, "num_workers": 1}, {**RUN, "lr": 3.0, "num_workers": 2})
+    assert "note: going on with --lr 3.0 (was 0.1)\n" in capsys.readouterr().out
 
 
 def test_an_older_name_of_the_same_network_can_be_gone_on_with(tmp_path):
-    torch.save({"args": {**RUN, "arch": "deit_small"}}, tmp_path / "c.pth")
-    assert utils.restart_from_checkpoint(tmp_path / "c.pth", args=argparse.Namespace(**RUN))
+    assert resume(tmp_path / "c.pth", {**RUN, "arch": "deit_small"}, RUN)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        nn.Linear(2, 2).state_dict(),
+        torch.zeros(3),
+        [1],
+        {"epoch": -3, "student": nn.Linear(2, 2).state_dict(), "teacher": nn.Linear(2, 2).state_dict()},
+        {"epoch": "x", "student": nn.Linear(2, 2).state_dict(), "teacher": nn.Linear(2, 2).state_dict()},
+        {"epoch": 1, "student": torch.zeros(3), "teacher": torch.zeros(3)},
+    ],
+)
+def test_a_file_that_is_no_training_checkpoint_is_not_taken_for_one(tmp_path, content):
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="no training checkpoint, and would be overwritten"):
+        utils.restart_from_checkpoint(tmp_path / "c.pth", args=argparse.Namespace(**RUN), student=nn.Linear(2, 2))
+
+
+def test_an_optimizer_state_of_an_older_torch_keeps_the_fused_kernels(tmp_path):
+    network = nn.Linear(3, 2)
+    optimizer = utils.build_optimizer("adamw", utils.get_params_groups(network), torch.device("cpu"))
+    network(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    known = ("lr", "betas", "eps", "weight_decay", "amsgrad", "params")
+    state["param_groups"] = [{**{k: g[k] for k in known}, "lr": np.float64(0.25)} for g in state["param_groups"]]
+    for values in state["state"].values():
+        values["step"] = int(values["step"])
+    torch.save({"optimizer": state}, tmp_path / "c.pth")
+    utils.restart_from_checkpoint(tmp_path / "c.pth", optimizer=optimizer)
+    for group in optimizer.param_groups:
+        assert group["fused"]
+        assert group["lr"] == 0.25
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(network(torch.ones(1, 3)).sum()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -1193,18 +1274,19 @@ def test_a_convnets_weights_are_loaded_with_the_buffers_of_its_batch_norms(save)
     assert target[1].num_batches_tracked == 1
 
 
-def test_tensors_that_are_missing_or_left_over_are_counted_and_named(save, capsys):
+def test_a_missing_tensor_is_named_and_nothing_is_loaded(save):
+    source, target = tiny_vit(0).state_dict(), tiny_vit(1)
+    del source["norm.bias"]
+    with pytest.raises(UserError, match=r"has only 17 of the 18 tensors .*it lacks norm\.bias"):
+        utils.load_weights(target, save(source))
+    assert same_state(target, tiny_vit(1))
+
+
+def test_left_over_tensors_are_named(save, capsys):
     source, target = tiny_vit(0), tiny_vit(1)
-    state, kept = source.state_dict(), target.norm.bias.detach().clone() + 1
-    del state["norm.bias"]
-    target.norm.bias.data.copy_(kept)
-    number = len(target.state_dict())
-    assert utils.load_weights(target, save({**state, "mask_token": torch.zeros(1)})) == (number - 1, number)
-    out = capsys.readouterr().out
-    assert f"loaded {number - 1} of {number} tensors" in out
-    assert "warning: not in the file, left as initialised: norm.bias\n" in out
-    assert "warning: in the file but not in the model: mask_token\n" in out
-    assert torch.equal(target.norm.bias, kept)
+    assert utils.load_weights(target, save({**source.state_dict(), "mask_token": torch.zeros(1)})) == (18, 18)
+    assert same_state(target, source)
+    assert "warning: in the file but not in the model: mask_token\n" in capsys.readouterr().out
 
 
 def test_weights_of_another_network_altogether_are_a_user_error(save):
