@@ -115,6 +115,9 @@ def run(main, flags, description):
         rank = f" (rank {get_rank()})" if get_world_size() > 1 else ""
         print(f"error{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -623,6 +623,17 @@ def test_a_folder_where_a_file_is_to_go_is_a_user_error(tmp_path):
         utils.check_output_dir(tmp_path, "--there", ("log.txt",))
 
 
+def test_an_interrupted_script_ends_with_130_and_no_traceback(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as stop:
+        utils.run(interrupted, argparse.ArgumentParser(add_help=False), "")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), [0.5, -1.0]])
 def test_numbers_out_of_their_limits_are_user_errors(value):
     with pytest.raises(UserError, match=r"--lr .* must be at least 0"):
