@@ -104,7 +104,8 @@ def did_you_mean(name, known):
 def run(main, flags, description):
     """What every script does under `__main__`: parse, run `main(args)`, turn a UserError into one line and a code."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
     parser = OneLineParser(description=description, parents=[flags], formatter_class=HelpFormatter)
     try:
         main(parse_args(parser))
