@@ -9,6 +9,7 @@ Writes checkpoint.pth (student, teacher, optimiser, center; the run goes on from
 """
 
 import argparse
+import inspect
 import math
 import os
 import time
@@ -372,10 +373,12 @@ def distribute(student, teacher, device):
             teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
         else:
             utils.log("note: torch synchronises batch norms on GPUs only; each process normalises its own batch")
-    # Buffers are the batch norms': synchronised already, or each process's own.
-    settings = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    # Buffers are the batch norms': synchronised already, or each process's own. The flag has two names, by torch's age.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    no_broadcast = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(student, device_ids=device_ids, **settings), teacher
+    wrapped = DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
+    return wrapped, teacher
 
 
 def run_state(student, teacher, optimizer, epoch, args, dino_loss, fp16_scaler):

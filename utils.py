@@ -832,6 +832,7 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
         source, state = load_published(arch, patch_size)
         if state is None:
             return 0, len(model.state_dict())
+    size = trained_crop_size(state)
     state, source = pick_state_dict(state, checkpoint_key, source)
     adopt_positional_grid(model, state)
 
@@ -855,11 +856,20 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
                 f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. Check --arch and --patch_size"
             )
     model.load_state_dict({key: state[key] for key in matched}, strict=False)
-    log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}")
+    log(
+        f"loaded {len(matched)} of {len(wanted)} tensors from {source}"
+        + (f", trained at {size} pixels" if size else "")
+    )
     unused = [key for key in state if key not in wanted and not key.startswith(("head.", "fc."))]
     if unused:
         log(f"warning: in the file but not in the model: {some_of(unused)}")
     return len(matched), len(wanted)
+
+
+def trained_crop_size(checkpoint):
+    """Side of the global crops of the run that a checkpoint is of, if it says; the best size to evaluate at."""
+    args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
+    return args.get("global_crops_size") if isinstance(args, dict) else None
 
 
 def some_of(names):

@@ -136,7 +136,7 @@ RESULT = re.compile(r"^(\d+)-NN classifier result: Top1: ([\d.]+), Top5: ([\d.]+
 def test_a_checkpoint_is_evaluated_and_the_tensors_are_counted(monkeypatch, capsys, tiny_root, trained):
     evaluate(monkeypatch, "--data_path", tiny_root, "--pretrained_weights", trained)
     out = capsys.readouterr().out
-    assert f"loaded 54 of 54 tensors from {trained} [teacher]" in out
+    assert f"loaded 54 of 54 tensors from {trained} [teacher], trained at 32 pixels\n" in out
     assert [int(k) for k, _, _ in RESULT.findall(out)] == [1, 5]
 
     # The same accuracies from features made image by image.
