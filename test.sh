@@ -9,7 +9,7 @@ cd "$(dirname "$0")"
 if [ $# -gt 0 ]; then
   exec "$python" -m pytest "$@"
 fi
-modules=(main_dino utils vision_transformer dino_data eval_knn hubconf)
+modules=(main_dino utils vision_transformer dino_data eval_knn eval_linear hubconf)
 "$python" -m pytest -n 2 --durations 8 --cov-report= "${modules[@]/#/--cov=}"
 for module in "${modules[@]}"; do
   covered=$("$python" -m coverage report --include="$module.py" --format=total)

@@ -831,6 +831,8 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
     else:
         source, state = load_published(arch, patch_size)
         if state is None:
+            what = f"{arch} with patch size {patch_size}" if vit_factory(arch) else arch
+            log(f"warning: no weights were published for {what}: going on with random weights")
             return 0, len(model.state_dict())
     size = trained_crop_size(state)
     state, source = pick_state_dict(state, checkpoint_key, source)
@@ -879,26 +881,22 @@ def some_of(names):
 load_pretrained_weights = load_weights  # the public name
 
 
-def load_published(arch, patch_size):
-    """(URL, state dict) of the authors' weights for a backbone; (None, None) if there are none."""
+def load_published(arch, patch_size, part="backbone", flag="--pretrained_weights"):
+    """(URL, file) of the authors' "backbone" or "linear" head for a network; (None, None) if they published none."""
     import hubconf
 
     factory = vit_factory(arch)
-    arch = factory.__name__ if factory else arch
-    networks = [(arch, patch_size), (arch, None)]  # convnets are listed without a patch size
+    networks = [(factory.__name__ if factory else arch, size) for size in (patch_size, None)]  # convnets have no patch
     found = [files for files in hubconf.PUBLISHED.values() if (files["arch"], files["patch_size"]) in networks]
     if not found:
-        what = f"{arch} with patch size {patch_size}" if factory else arch
-        log(f"warning: no weights were published for {what}: going on with random weights")
         return None, None
-    url = hubconf.BASE_URL + found[0]["backbone"]
-    log(f"no --pretrained_weights: taking the published ones, {url}")
+    url = hubconf.BASE_URL + found[0][part]
+    log(f"no {flag}: taking the published one, {url}")
     try:
         return url, hubconf._download(url)
     except OSError as e:
-        raise UserError(
-            f"can't download {url}: {e}. Give a file as --pretrained_weights, or `random` for an untrained network"
-        ) from e
+        otherwise = ", or `random` for an untrained network" if part == "backbone" else ""
+        raise UserError(f"can't download {url}: {e}. Give a file as {flag}{otherwise}") from e
 
 
 def pick_state_dict(state, checkpoint_key, source):

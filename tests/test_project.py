@@ -11,13 +11,14 @@ import pytest
 from conftest import ROOT
 
 import eval_knn
+import eval_linear
 import main_dino
 import utils
 
 README = (ROOT / "README.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
 COMMANDS = [line.split(" #")[0].strip() for line in BASH.splitlines() if line and not line.startswith("#")]
-PARSERS = {"main_dino.py": main_dino.get_args_parser, "eval_knn.py": eval_knn.get_args_parser}
+SCRIPTS = {"main_dino.py": main_dino, "eval_knn.py": eval_knn, "eval_linear.py": eval_linear}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -28,12 +29,9 @@ def test_every_command_in_the_readme_is_one_that_exists(command, monkeypatch):
         assert os.access(words[0], os.X_OK)
         return
     (script,) = (word for word in words if word.endswith(".py"))
-    parser = utils.OneLineParser(parents=[PARSERS[script]()])
+    parser = utils.OneLineParser(parents=[SCRIPTS[script].get_args_parser()])
     args = utils.parse_args(parser, words[words.index(script) + 1 :])
-    if script == "main_dino.py":
-        main_dino.check_args(args)
-    else:
-        eval_knn.check_args(args)
+    SCRIPTS[script].check_args(args)
 
 
 def test_files_that_the_readme_names_are_there():

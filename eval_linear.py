@@ -1,0 +1,350 @@
+"""Linear classification of frozen features (section 4.1 of the paper).
+
+    python eval_linear.py --pretrained_weights runs/vits16/checkpoint.pth --data_path imagenet --output_dir runs/linear
+    python eval_linear.py --evaluate --data_path imagenet                          # published ViT-S/16 and head: 77.0 %
+    python eval_linear.py --evaluate --arch vit_base --n_last_blocks 1 --avgpool_patchtokens true --data_path imagenet
+
+--data_path holds train/<class>/* and val/<class>/*. Trains one linear layer on random crops and flips, prints its
+accuracy on the validation images, and writes log.txt, one JSON object an epoch, and checkpoint.pth.tar. The same
+command again goes on from there, bit for bit as if it had never stopped.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+import dino_data
+import utils
+from utils import UserError, bool_flag
+
+# ---- arguments ----
+
+
+def get_args_parser():
+    """All flags, as a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser("Linear evaluation", add_help=False)
+    # fmt: off
+    parser.add_argument("--data_path", default="sample", metavar="DIR", help="""Folder with train/ and val/, in each a
+        sub-folder per class (--evaluate can do without train/); `sample` is a small set made from photographs that are
+        installed already.""")
+    parser.add_argument("--arch", default="vit_small", metavar="NAME", help="Network, named as for main_dino.py.")
+    parser.add_argument("--patch_size", default=16, type=int, metavar="PIXELS", help="Side of a ViT's patches.")
+    parser.add_argument("--n_last_blocks", default=4, type=int, metavar="N", help="""A ViT's features are the CLS tokens
+        of this many last blocks: 4 for ViT-S and smaller, 1 for ViT-B. Other networks give their pooled output.""")
+    parser.add_argument("--avgpool_patchtokens", default=False, type=bool_flag, metavar="BOOL",
+        help="Add the mean of a ViT's last patch tokens to the features: false for ViT-S, true for ViT-B.")
+    parser.add_argument("--pretrained_weights", default="", metavar="FILE", help="""Checkpoint or state dict of the
+        network. Without one, the published weights for --arch and --patch_size; `random` leaves it untrained.""")
+    parser.add_argument("--checkpoint_key", default="teacher", metavar="KEY",
+        help="Which network of a training checkpoint: teacher or student. The teacher is the better one.")
+    parser.add_argument("--image_size", default=224, type=int, metavar="PIXELS", help="""Side of the images that the
+        network sees; validation takes the centre after resizing to 8/7 of it.""")
+    parser.add_argument("--epochs", default=100, type=int, metavar="E", help="Passes over the training images.")
+    parser.add_argument("--lr", default=0.001, type=float, metavar="LR", help="""Learning rate at the start, for a
+        batch of 256 over all processes: scaled with the batch, lowered to 0 along a cosine, epoch by epoch. For other
+        networks than the published ones it pays to try several.""")
+    parser.add_argument("--batch_size_per_gpu", default=128, type=int, metavar="B",
+        help="Images of a process in a step. An epoch's last batch holds what is left and may be smaller.")
+    parser.add_argument("--val_freq", default=1, type=int, metavar="E", help="Validate every E epochs and in the last.")
+    parser.add_argument("--num_labels", default=None, type=int, metavar="C", help="""Outputs of the linear layer.
+        Without this flag as many as there are class folders, or 1000 for a published head.""")
+    parser.add_argument("--evaluate", action="store_true", help="Train nothing, measure a linear layer's accuracy.")
+    parser.add_argument("--linear_weights", default="", metavar="FILE", help="""The linear layer for --evaluate: a
+        checkpoint.pth.tar from here, or a file in the published format. Without it, the published one of --arch.""")
+    parser.add_argument("--output_dir", default=".", metavar="DIR", help="Where log.txt and checkpoint.pth.tar go.")
+    parser.add_argument("--seed", default=0, type=int, metavar="N", help="For the start, the order and the crops.")
+    parser.add_argument("--num_workers", default=10, type=int, metavar="N", help="Processes that load images.")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+        help="auto takes a GPU if there is one.")
+    parser.add_argument("--dist_url", default="env://", metavar="URL", help="Where several processes meet.")
+    parser.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
+        help="Accepted because launchers pass it; not used.")
+    # fmt: on
+    return parser
+
+
+def check_args(args):
+    at_least_1 = ("patch_size", "n_last_blocks", "image_size", "epochs", "batch_size_per_gpu", "val_freq")
+    at_least_1 += ("num_labels",) * (args.num_labels is not None)
+    limits = {**dict.fromkeys(at_least_1, (1, math.inf)), "num_workers": (0, math.inf), "seed": (0, 2**63 - 1)}
+    utils.check_limits(args, limits)
+    if not 0 < args.lr < math.inf:
+        raise UserError(f"--lr {args.lr} must be above 0")
+    if args.linear_weights and not args.evaluate:
+        raise UserError("--linear_weights is for --evaluate. Training goes on from what --output_dir holds")
+    if args.image_size < args.patch_size and utils.vit_factory(args.arch):
+        raise UserError(f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size})")
+    utils.check_arch(args.arch)
+
+
+# ---- data ----
+
+
+def load_data(args):
+    """(train, val, train labels [N], val labels [M], class names), labels being numbers of train's class folders.
+
+    `train[epoch, index]` -> (random crop, index), `val[index]` -> (image, index), images as uint8. --evaluate can do
+    without train: then it is None and the classes are val's.
+    """
+    root, transform = dino_data.find_data(args.data_path), dino_data.eval_transform(args.image_size)
+    if args.evaluate and not os.path.isdir(os.path.join(root, "train")):
+        val = dino_data.image_folder(os.path.join(root, "val"), dino_data.ReturnIndexDataset, transform)
+        return None, val, None, torch.tensor(val.targets), val.classes
+    train, val, train_labels, val_labels = dino_data.labelled_folders(root, transform)
+    train.transform = None  # its crops depend on the epoch: MultiCropDataset makes them
+    crop, flip = transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip()
+    augment = transforms.Compose([crop, flip, transforms.PILToTensor()])
+    return dino_data.MultiCropDataset(train, augment, args.seed), val, train_labels, val_labels, train.classes
+
+
+def build_loader(dataset, sampler, args, device):
+    """Loader of (images [B, 3, size, size] uint8, indices [B]); the last batch may be smaller."""
+    workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
+    return DataLoader(dataset, args.batch_size_per_gpu, sampler=sampler, pin_memory=device.type == "cuda", **workers)
+
+
+# ---- features ----
+
+
+def build_model(args, device):
+    """The network that `args` name, on the device, and the width of its features. Raises UserError."""
+    model, _ = utils.build_backbone(args.arch, args.patch_size, args.image_size)
+    model.eval()  # for good: dropout stays off, batch norms keep their statistics
+    depth = len(model.blocks) if utils.is_vit(model) else math.inf
+    if args.n_last_blocks > depth:
+        raise UserError(f"--n_last_blocks {args.n_last_blocks}: {args.arch} has {depth} blocks. Take at most these")
+    if args.avgpool_patchtokens and not utils.is_vit(model):
+        raise UserError(f"--arch {args.arch} gives no patch tokens to pool. Leave out --avgpool_patchtokens")
+    try:
+        probe = torch.zeros(1, 3, args.image_size, args.image_size)
+        width = frozen_features(model, probe, args.n_last_blocks, args.avgpool_patchtokens).shape[1]
+    except (RuntimeError, ValueError, AssertionError) as e:
+        problem = " ".join(str(e).split())[:200]
+        raise UserError(f"--arch {args.arch} does not take --image_size {args.image_size}: {problem}") from e
+    utils.load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
+    utils.use_fused_attention(model, device)
+    return model.to(device), width
+
+
+@torch.no_grad()
+def frozen_features(model, images, n_last_blocks=4, avgpool=False):
+    """Features [B, width] of images [B, 3, H, W], uint8 or normalised, on the model's device.
+
+    Of a ViT the normalised CLS tokens of the last blocks, in their order. With `avgpool` each number of the last one
+    is followed by its mean over the patch tokens: the published ViT-B heads take their inputs in this order.
+    """
+    images = utils.normalize(images)
+    if not utils.is_vit(model):
+        return utils.first_output(model, images).flatten(1)
+    layers = model.get_intermediate_layers(images, n_last_blocks)  # n of [B, 1 + patches, D]
+    parts = [tokens[:, 0] for tokens in layers]
+    if avgpool:
+        parts[-1] = torch.stack((parts[-1], layers[-1][:, 1:].mean(dim=1)), dim=-1).flatten(1)  # [B, 2·D]
+    return torch.cat(parts, dim=-1)
+
+
+# ---- classifier ----
+
+
+class LinearClassifier(nn.Module):
+    """What is trained: features [B, ...] of `dim` numbers an image -> logits [B, num_labels]."""
+
+    def __init__(self, dim, num_labels=1000):
+        super().__init__()
+        self.linear = nn.Linear(dim, num_labels)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+def load_head(classifier, args):
+    """Load the layer that --evaluate is about. Raises UserError if it does not fit the features or the labels."""
+    if args.linear_weights:
+        source, file = args.linear_weights, utils.load_checkpoint(args.linear_weights)
+    else:
+        source, file = utils.load_published(args.arch, args.patch_size, "linear", "--linear_weights")
+        if file is None:
+            where = f"{args.arch} at --patch_size {args.patch_size}"
+            raise UserError(f"no linear head was published for {where}. Give --linear_weights")
+    state = file.get("state_dict", file) if isinstance(file, dict) else {}
+    head = {str(key).removeprefix("module."): value for key, value in state.items()}
+    if not {"linear.weight", "linear.bias"} <= head.keys():
+        raise UserError(f"{source} holds no linear.weight and linear.bias. Name a checkpoint.pth.tar of this script")
+    (labels, width), (labels_here, width_here) = head["linear.weight"].shape, classifier.linear.weight.shape
+    if (labels, width) != (labels_here, width_here):
+        raise UserError(
+            f"the head in {source} is for {labels} labels and {width} features, here are {labels_here} and "
+            f"{width_here}. Set --num_labels, --n_last_blocks and --avgpool_patchtokens (published heads: 4 false for "
+            "ViT-S, 1 true for ViT-B)"
+        )
+    check_settings(source, file, args, FEATURE_SETTINGS)
+    classifier.load_state_dict({name: head[name] for name in classifier.state_dict()})
+
+
+# What the inputs of a linear layer depend on, and what a whole run does. `weights` is no flag but a digest of the
+# network's: their file may move but not change.
+FEATURE_SETTINGS = ("arch", "patch_size", "n_last_blocks", "avgpool_patchtokens", "weights")
+SETTINGS = ("epochs", "lr", "global_batch", "image_size", "seed", "num_labels", "num_images", *FEATURE_SETTINGS)
+
+
+def check_settings(path, file, args, names):
+    """Raise UserError if the file was written under other settings than `args`. Public files have none, and pass."""
+    now = {name: getattr(args, name) for name in names}
+    before = {**now, **file.get("args", {})}
+    changed = [name for name in names if before[name] != now[name]]
+    if changed:
+        was, is_now = (", ".join(f"{name} {values[name]}" for name in changed) for values in (before, now))
+        otherwise = "" if args.evaluate else ", or another --output_dir"
+        raise UserError(f"{path} was made with {was}; this run has {is_now}. Use the same{otherwise}")
+
+
+# ---- training and validation ----
+
+
+def train_one_epoch(model, classifier, data_loader, labels, optimizer, epoch, args):
+    """One pass over the data; returns the means of loss and lr over all processes. `labels` [N] are on the device.
+
+    Raises UserError (exit code 3) when the loss is not finite.
+    """
+    metrics, arrived = utils.MetricLogger(), utils.LaggedScalar()
+    for images, indices in metrics.log_every(data_loader, 20, f"Epoch: [{epoch}/{args.epochs}]"):
+        images = images.to(labels.device, non_blocking=True)
+        targets = labels[indices.to(labels.device, non_blocking=True)]  # [B]
+        features = frozen_features(model, images, args.n_last_blocks, args.avgpool_patchtokens)  # [B, width]
+        loss = F.cross_entropy(classifier(features), targets)
+        check_finite(arrived.push(loss), f"in epoch {epoch}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        metrics.update(loss=loss, lr=optimizer.param_groups[0]["lr"])
+    metrics.synchronize_between_processes()
+    means = {name: meter.global_avg for name, meter in metrics.meters.items()}
+    check_finite(means["loss"], f"in epoch {epoch}")
+    return means
+
+
+def check_finite(loss, where):
+    if loss is not None and not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} {where}. Lower --lr, or look for damaged weights", exit_code=3)
+
+
+@torch.no_grad()
+def validate(model, classifier, data_loader, labels, args):
+    """{loss, acc1, acc5}: mean loss and accuracies in per cent over the images of all processes' loaders together.
+
+    `labels` [M] are on the device. acc5 allows min(5, classes) guesses. Raises UserError if the loss is not finite.
+    """
+    sums = [torch.zeros(4, device=labels.device)]  # of loss, right first guesses, right ones among 5, images
+    for images, indices in utils.MetricLogger().log_every(data_loader, 20, "Test:"):
+        images = images.to(labels.device, non_blocking=True)
+        targets = labels[indices.to(labels.device, non_blocking=True)]  # [B]
+        logits = classifier(frozen_features(model, images, args.n_last_blocks, args.avgpool_patchtokens))  # [B, C]
+        right = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # [B, 5]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        sums.append(torch.stack((loss, right[:, 0].sum(), right.sum(), loss.new_tensor(len(targets)))))
+    totals = torch.stack(sums).cpu().double().sum(dim=0)
+    if utils.get_world_size() > 1:
+        totals = totals.to(utils.collective_device())
+        dist.all_reduce(totals)
+    loss, right1, right5, number = totals.tolist()
+    check_finite(loss, "on the test images")  # else NaN would rank somewhere, and count
+    stats = {"loss": loss / number, "acc1": 100 * right1 / number, "acc5": 100 * right5 / number}
+    utils.log(f"Accuracy of the network on the {number:.0f} test images: {stats['acc1']:.1f}%")
+    utils.log(f"Top-5: {stats['acc5']:.1f}%, loss: {stats['loss']:.4f}")
+    return stats
+
+
+# ---- the run ----
+
+
+def main(args):
+    """Train a classifier as `args` say (see get_args_parser), or go on, or --evaluate one. Raises UserError."""
+    check_args(args)
+    if not args.evaluate:
+        utils.check_output_dir(args.output_dir, files=("checkpoint.pth.tar", "log.txt"))
+    device = utils.init_distributed_mode(args)
+    utils.fix_random_seeds(args.seed)
+
+    # ---- data ----
+    train, val, train_labels, val_labels, classes = load_data(args)
+    args.num_labels = args.num_labels or (1000 if args.evaluate and not args.linear_weights else len(classes))
+    if len(classes) > args.num_labels:
+        raise UserError(f"--data_path {args.data_path} has {len(classes)} classes, more than {args.num_labels} labels")
+    if args.evaluate and len(classes) < args.num_labels:
+        utils.log(f"note: the data's {len(classes)} classes are taken for the first of the head's {args.num_labels}")
+    # Each image on one process only; dino_data.eval_loader would repeat some, so that all processes have as many.
+    val_loader = build_loader(val, range(args.rank, len(val), args.world_size), args, device)
+    val_labels = val_labels.to(device)
+
+    # ---- frozen network, classifier ----
+    model, width = build_model(args, device)
+    tensors = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values())
+    args.weights = hashlib.blake2b(tensors, digest_size=8).hexdigest()
+    classifier = LinearClassifier(width, args.num_labels).to(device)
+    if args.evaluate:
+        load_head(classifier, args)
+        validate(model, classifier, val_loader, val_labels, args)
+        return
+    train_classifier(model, classifier, (train, train_labels.to(device)), (val_loader, val_labels), args, device)
+
+
+def train_classifier(model, classifier, train_set, val_set, args, device):
+    """The epochs that are left, with a log line and a checkpoint after each."""
+    (train, train_labels), (val_loader, val_labels) = train_set, val_set
+    # For the sampler a batch of 1: so it leaves out only what does not share out evenly over the processes.
+    sampler = dino_data.EpochSampler(len(train), 1, args.seed, args.rank, args.world_size)
+    if not len(sampler):
+        raise UserError(f"{len(train)} training images are too few for {args.world_size} processes. Start fewer")
+    train_loader = build_loader(train, sampler, args, device)
+    args.num_images, args.global_batch = len(train), args.batch_size_per_gpu * args.world_size
+    optimizer = torch.optim.SGD(classifier.parameters(), args.lr * args.global_batch / 256, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=0)
+
+    # ---- resume ----
+    path = os.path.join(args.output_dir, "checkpoint.pth.tar")
+    progress = {"epoch": 0, "best_acc": 0.0}
+    states = {"state_dict": classifier, "optimizer": optimizer, "scheduler": scheduler}
+    if os.path.isfile(path):
+        file = utils.load_checkpoint(path)
+        if not isinstance(file, dict) or not {*progress, *states} <= file.keys():
+            raise UserError(f"{path} is of another kind, and would be overwritten. Move it, or take another folder")
+        check_settings(path, file, args, SETTINGS)
+    utils.restart_from_checkpoint(path, progress, **states)
+    utils.check_same_everywhere(progress["epoch"], f"the epoch in {path}")
+
+    # ---- epochs ----
+    shared = classifier
+    if args.world_size > 1:
+        shared = DistributedDataParallel(classifier, device_ids=[device] if device.type == "cuda" else None)
+    for epoch in range(progress["epoch"], args.epochs):
+        sampler.set_epoch(epoch)
+        means = train_one_epoch(model, shared, train_loader, train_labels, optimizer, epoch, args)
+        scheduler.step()
+        stats = {**{f"train_{name}": mean for name, mean in means.items()}, "epoch": epoch}
+        if epoch % args.val_freq == 0 or epoch == args.epochs - 1:
+            tested = validate(model, classifier, val_loader, val_labels, args)
+            progress["best_acc"] = max(progress["best_acc"], tested["acc1"])
+            utils.log(f"Max accuracy so far: {progress['best_acc']:.2f}%")
+            stats |= {f"test_{name}": value for name, value in tested.items()}
+        if utils.is_main_process():
+            utils.write_log_line(args.output_dir, stats)
+        progress["epoch"] = epoch + 1
+        saved = {name: holder.state_dict() for name, holder in states.items()}
+        saved["state_dict"] = {f"module.{name}": tensor for name, tensor in saved["state_dict"].items()}
+        utils.save_on_master({**progress, **saved, "args": vars(args)}, path)
+    utils.log(f"The linear classifier is trained. Top-1 test accuracy: {progress['best_acc']:.1f}")
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args_parser(), __doc__)
