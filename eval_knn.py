@@ -24,7 +24,8 @@ from utils import UserError, bool_flag, extract_features
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parser = argparse.ArgumentParser("k-NN evaluation", add_help=False)
+    parents = [utils.model_flags(), utils.process_flags()]
+    parser = argparse.ArgumentParser("k-NN evaluation", add_help=False, parents=parents)
     # fmt: off
     parser.add_argument("--data_path", default="sample", metavar="DIR", help="""Folder with train/ and val/, in each a
         sub-folder per class; `sample` is a small set made from photographs that are installed already.""")
@@ -32,12 +33,6 @@ def get_args_parser():
         help="Numbers of neighbours. Around 20 works best as a rule; fewer if the classes are small.")
     parser.add_argument("--temperature", default=0.07, type=float, metavar="T",
         help="A neighbour votes with weight exp(similarity / T): the lower, the more the nearest ones count.")
-    parser.add_argument("--arch", default="vit_small", metavar="NAME", help="Network, named as for main_dino.py.")
-    parser.add_argument("--patch_size", default=16, type=int, metavar="PIXELS", help="Side of a ViT's patches.")
-    parser.add_argument("--pretrained_weights", default="", metavar="FILE", help="""Checkpoint or state dict. Without
-        one, the published weights for --arch and --patch_size; `random` leaves the network untrained.""")
-    parser.add_argument("--checkpoint_key", default="teacher", metavar="KEY",
-        help="Which network of a training checkpoint: teacher or student. The teacher is the better one.")
     parser.add_argument("--image_size", default=224, type=int, metavar="PIXELS", help="""Side of the images that the
         network sees: the centre of the image after resizing to 8/7 of it. Best as it was in training.""")
     parser.add_argument("--baselines", default=False, type=bool_flag, metavar="BOOL", help="""Print one table that sets
@@ -49,12 +44,6 @@ def get_args_parser():
         help="Write features and labels there: trainfeat.pth, testfeat.pth, trainlabels.pth, testlabels.pth.")
     parser.add_argument("--load_features", default=None, metavar="DIR",
         help="Classify with features that --dump_features wrote, without any network.")
-    parser.add_argument("--num_workers", default=10, type=int, metavar="N", help="Processes that load images.")
-    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-        help="auto takes a GPU if there is one.")
-    parser.add_argument("--dist_url", default="env://", metavar="URL", help="Where several processes meet.")
-    parser.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
-        help="Accepted because launchers pass it; not used.")
     # fmt: on
     return parser
 

@@ -31,21 +31,16 @@ from utils import UserError, bool_flag
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parser = argparse.ArgumentParser("Linear evaluation", add_help=False)
+    parents = [utils.model_flags(), utils.process_flags()]
+    parser = argparse.ArgumentParser("Linear evaluation", add_help=False, parents=parents)
     # fmt: off
     parser.add_argument("--data_path", default="sample", metavar="DIR", help="""Folder with train/ and val/, in each a
         sub-folder per class (--evaluate can do without train/); `sample` is a small set made from photographs that are
         installed already.""")
-    parser.add_argument("--arch", default="vit_small", metavar="NAME", help="Network, named as for main_dino.py.")
-    parser.add_argument("--patch_size", default=16, type=int, metavar="PIXELS", help="Side of a ViT's patches.")
     parser.add_argument("--n_last_blocks", default=4, type=int, metavar="N", help="""A ViT's features are the CLS tokens
         of this many last blocks: 4 for ViT-S and smaller, 1 for ViT-B. Other networks give their pooled output.""")
     parser.add_argument("--avgpool_patchtokens", default=False, type=bool_flag, metavar="BOOL",
         help="Add the mean of a ViT's last patch tokens to the features: false for ViT-S, true for ViT-B.")
-    parser.add_argument("--pretrained_weights", default="", metavar="FILE", help="""Checkpoint or state dict of the
-        network. Without one, the published weights for --arch and --patch_size; `random` leaves it untrained.""")
-    parser.add_argument("--checkpoint_key", default="teacher", metavar="KEY",
-        help="Which network of a training checkpoint: teacher or student. The teacher is the better one.")
     parser.add_argument("--image_size", default=224, type=int, metavar="PIXELS", help="""Side of the images that the
         network sees; validation takes the centre after resizing to 8/7 of it.""")
     parser.add_argument("--epochs", default=100, type=int, metavar="E", help="Passes over the training images.")
@@ -62,12 +57,6 @@ def get_args_parser():
         checkpoint.pth.tar from here, or a file in the published format. Without it, the published one of --arch.""")
     parser.add_argument("--output_dir", default=".", metavar="DIR", help="Where log.txt and checkpoint.pth.tar go.")
     parser.add_argument("--seed", default=0, type=int, metavar="N", help="For the start, the order and the crops.")
-    parser.add_argument("--num_workers", default=10, type=int, metavar="N", help="Processes that load images.")
-    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-        help="auto takes a GPU if there is one.")
-    parser.add_argument("--dist_url", default="env://", metavar="URL", help="Where several processes meet.")
-    parser.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
-        help="Accepted because launchers pass it; not used.")
     # fmt: on
     return parser
 
@@ -117,22 +106,16 @@ def build_loader(dataset, sampler, args, device):
 
 def build_model(args, device):
     """The network that `args` name, on the device, and the width of its features. Raises UserError."""
-    model, _ = utils.build_backbone(args.arch, args.patch_size, args.image_size)
-    model.eval()  # for good: dropout stays off, batch norms keep their statistics
-    depth = len(model.blocks) if utils.is_vit(model) else math.inf
-    if args.n_last_blocks > depth:
-        raise UserError(f"--n_last_blocks {args.n_last_blocks}: {args.arch} has {depth} blocks. Take at most these")
-    if args.avgpool_patchtokens and not utils.is_vit(model):
+    if utils.vit_factory(args.arch):
+        with torch.device("meta"):  # only to look at it, before anything is downloaded
+            depth = len(utils.build_backbone(args.arch, args.patch_size)[0].blocks)
+        if args.n_last_blocks > depth:
+            raise UserError(f"--n_last_blocks {args.n_last_blocks}: {args.arch} has {depth} blocks. Take at most these")
+    elif args.avgpool_patchtokens:
         raise UserError(f"--arch {args.arch} gives no patch tokens to pool. Leave out --avgpool_patchtokens")
-    try:
-        probe = torch.zeros(1, 3, args.image_size, args.image_size)
-        width = frozen_features(model, probe, args.n_last_blocks, args.avgpool_patchtokens).shape[1]
-    except (RuntimeError, ValueError, AssertionError) as e:
-        problem = " ".join(str(e).split())[:200]
-        raise UserError(f"--arch {args.arch} does not take --image_size {args.image_size}: {problem}") from e
-    utils.load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
-    utils.use_fused_attention(model, device)
-    return model.to(device), width
+    # Stays in evaluation mode for good: no dropout, batch norms keep their statistics.
+    model, width = utils.frozen_backbone(args, device, args.image_size)
+    return model, width * (args.n_last_blocks + args.avgpool_patchtokens if utils.is_vit(model) else 1)
 
 
 @torch.no_grad()

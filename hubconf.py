@@ -4,8 +4,10 @@
     model = torch.hub.load("<folder of this checkout>", "dino_vits16", source="local")      # [B, 3, H, W] -> [B, 384]
 
 Each entry point takes (pretrained=True, **kwargs); kwargs go to the network's constructor. `pretrained=False` needs no
-network connection. Imports torch, torchvision and vision_transformer only.
+network connection. Imports torch, torchvision and vision_transformer only, and timm where an XCiT is asked for.
 """
+
+import os
 
 import torch
 from torch import nn
@@ -20,37 +22,79 @@ dependencies = ["torch", "torchvision"]
 BASE_URL = "https://dl.fbaipublicfiles.com/dino/"
 
 
-def _files(arch, patch_size, stem, folder=None):
-    folder = folder or f"{stem}_pretrain"
+def _files(arch, patch_size, stem, **special):
+    folder = f"{stem}_pretrain"
     return {
         "arch": arch,
         "patch_size": patch_size,
         "backbone": f"{folder}/{stem}_pretrain.pth",
         "linear": f"{folder}/{stem}_linearweights.pth",
         "full_checkpoint": f"{folder}/{stem}_pretrain_full_checkpoint.pth",
+        **{purpose: f"{stem}_pretrain/{stem}_pretrain.pth" for purpose, stem in special.items()},
     }
 
 
 # Paths below BASE_URL of what the paper's authors published, by entry point.
 PUBLISHED = {
-    "dino_vits16": _files("vit_small", 16, "dino_deitsmall16"),
-    "dino_vits8": _files("vit_small", 8, "dino_deitsmall8"),
+    "dino_vits16": _files("vit_small", 16, "dino_deitsmall16", landmarks="dino_vitsmall16_googlelandmark"),
+    "dino_vits8": _files("vit_small", 8, "dino_deitsmall8", attention="dino_deitsmall8_300ep"),
     "dino_vitb16": _files("vit_base", 16, "dino_vitbase16"),
     "dino_vitb8": _files("vit_base", 8, "dino_vitbase8"),
     "dino_resnet50": _files("resnet50", None, "dino_resnet50"),
+    "dino_xcit_small_12_p16": _files("xcit_small_12_p16", None, "dino_xcit_small_12_p16"),
+    "dino_xcit_small_12_p8": _files("xcit_small_12_p8", None, "dino_xcit_small_12_p8"),
+    "dino_xcit_medium_24_p16": _files("xcit_medium_24_p16", None, "dino_xcit_medium_24_p16"),
+    "dino_xcit_medium_24_p8": _files("xcit_medium_24_p8", None, "dino_xcit_medium_24_p8"),
 }
 
 
-# With an underscore, so that torch.hub.list shows the entry points alone.
+# What follows has an underscore in front, so that torch.hub.list shows the entry points alone.
 def _download(url):
-    """The state dict at `url`, on the CPU, by torch.hub's cache. Plain tensors only: nothing in the file can run."""
-    return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    """What is in the file at `url`, on the CPU, kept in torch.hub's cache. Plain tensors only: nothing in it can run.
+
+    Raises OSError if there is no connection, or if the file did not arrive whole; then it does not stay in the cache.
+    """
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.hub takes a cut connection for the end of the file: only reading it tells
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        if not os.path.exists(path):
+            raise
+        os.remove(path)
+        raise OSError(f"the file did not arrive whole, and was removed ({type(e).__name__}). Try again") from e
 
 
 def _with_weights(model, name, pretrained):
     if pretrained:
-        model.load_state_dict(_download(BASE_URL + PUBLISHED[name]["backbone"]), strict=True)
+        state = _download(BASE_URL + PUBLISHED[name]["backbone"])
+        model.load_state_dict(_xcit_for_timm(state) if "xcit" in name else state, strict=True)
     return model
+
+
+def _xcit(name, pretrained, **kwargs):
+    try:
+        import timm
+    except ImportError as e:
+        raise ImportError(f"{name} is built by timm: pip install timm") from e
+    model = timm.create_model(f"{PUBLISHED[name]['arch']}_224", num_classes=0, **kwargs)
+    return _with_weights(model, name, pretrained)
+
+
+def _xcit_for_timm(state):
+    """An XCiT's state dict from the layout of its authors, which the published weights have, in timm's.
+
+    The positional encoding has another name, and the queries, keys and values of class attention, one matrix there,
+    are three. What is in timm's layout stays as it is.
+    """
+    renamed = {}
+    for key, value in state.items():
+        key = key.replace("pos_embeder.", "pos_embed.")
+        if key.startswith("cls_attn_blocks.") and ".attn.qkv." in key:
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                renamed[key.replace(".qkv.", f".{part}.")] = rows
+        else:
+            renamed[key] = value
+    return renamed
 
 
 # ---- entry points ----
@@ -81,3 +125,23 @@ def dino_resnet50(pretrained=True, **kwargs):
     model = models.resnet50(weights=None, **kwargs)
     model.fc = nn.Identity()
     return _with_weights(model, "dino_resnet50", pretrained)
+
+
+def dino_xcit_small_12_p16(pretrained=True, **kwargs):
+    """XCiT-S12/16, [B, 384]: 76.0 % k-NN, 77.8 % linear on ImageNet. The XCiTs are built by timm."""
+    return _xcit("dino_xcit_small_12_p16", pretrained, **kwargs)
+
+
+def dino_xcit_small_12_p8(pretrained=True, **kwargs):
+    """XCiT-S12/8, [B, 384]: 77.1 % k-NN, 79.2 % linear on ImageNet."""
+    return _xcit("dino_xcit_small_12_p8", pretrained, **kwargs)
+
+
+def dino_xcit_medium_24_p16(pretrained=True, **kwargs):
+    """XCiT-M24/16, [B, 512]: 76.4 % k-NN, 78.8 % linear on ImageNet."""
+    return _xcit("dino_xcit_medium_24_p16", pretrained, **kwargs)
+
+
+def dino_xcit_medium_24_p8(pretrained=True, **kwargs):
+    """XCiT-M24/8, [B, 512]: 77.9 % k-NN, 80.3 % linear on ImageNet."""
+    return _xcit("dino_xcit_medium_24_p8", pretrained, **kwargs)

@@ -35,10 +35,15 @@ def get_args_parser():
     # fmt: off
     model = parser.add_argument_group("model")
     model.add_argument("--arch", default="vit_small", metavar="NAME", help="""vit_nano (ours, for CPUs), vit_tiny,
-        vit_small, vit_base; deit_tiny and deit_small mean the same as the vits; or a torchvision classification
-        network such as resnet50.""")
+        vit_small, vit_base; deit_tiny and deit_small mean the same as the vits; an XCiT such as xcit_small_12_p16; a
+        torchvision classification network such as resnet50; or timm:<name>.""")
+    model.add_argument("--list_archs", action=ListArchs, nargs=0, default=argparse.SUPPRESS,
+        help="Print every name that --arch knows, and stop.")
     model.add_argument("--patch_size", default=16, type=int, metavar="PIXELS", help="""Side of a ViT's patches. 8
         instead of 16 gives better features for about five times the compute; prefer --use_fp16 true then.""")
+    model.add_argument("--init_from", default="", metavar="FILE", help="""Start from these weights, not at random: a
+        checkpoint or state dict; `published` for those of the paper's authors; `timm` for timm's pretrained ones. The
+        run itself is new. To go on with a run, start it again with its --output_dir.""")
     model.add_argument("--out_dim", default=65536, type=int, metavar="K", help="""Width of the head's output, the number
         of prototypes. Large data likes it large; a few thousand images are served by 1024 to 4096.""")
     model.add_argument("--norm_last_layer", default=True, type=bool_flag, metavar="BOOL", help="""Keep the gain of the
@@ -121,6 +126,14 @@ def get_args_parser():
         help="Accepted because launchers pass it; not used.")
     # fmt: on
     return parser
+
+
+class ListArchs(argparse.Action):
+    """Like --help: print, and be done. Only here, because timm takes seconds to import."""
+
+    def __call__(self, parser, *_):
+        print("\n".join(utils.list_archs()))
+        parser.exit()
 
 
 # Lowest and highest value that a flag may have.
@@ -344,23 +357,27 @@ def build_student_and_teacher(args, device, amp_dtype):
         # The gain of the teacher's last layer gets no gradient in any case: it is frozen by what the student is.
         head = DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
         networks.append(utils.MultiCropWrapper(backbone, head))
+    if args.local_crops_number:  # the global crops were tried when it was built
+        utils.features_width(backbone, args.local_crops_size, args.arch)
     student, teacher = networks
     teacher.load_state_dict(student.state_dict())
     return student.to(device), teacher.to(device).requires_grad_(False)
 
 
-def check_network_takes_crops(network, args, device):
-    """Raise UserError if the backbone can't digest crops of these sizes: some convnets have one size, or a least."""
-    sizes = [args.global_crops_size] + [args.local_crops_size] * (args.local_crops_number > 0)
-    network.eval()
-    for size in sizes:
-        try:
-            with torch.no_grad():
-                utils.first_output(network.backbone, torch.zeros(2, 3, size, size, device=device))
-        except (RuntimeError, ValueError, AssertionError) as e:
-            problem = " ".join(str(e).split())[:200]
-            raise UserError(f"--arch {args.arch} does not take crops of {size} pixels: {problem}") from e
-    network.train()
+def start_from_weights(student, teacher, args):
+    """Give both networks the weights that --init_from names: the backbone's, and the projection head's if they fit."""
+    state, source = utils.initial_weights(args.init_from, args.arch, args.patch_size)
+    backbone = utils.backbone_state(state)
+    utils.resample_positional_grid(student.backbone, backbone)
+    utils.fill_backbone(student.backbone, backbone, source, args.arch)
+    wanted = student.head.state_dict()
+    head = {name: state.get(f"head.{name}") for name in wanted}
+    fits = all(tensor is not None and tensor.shape == wanted[name].shape for name, tensor in head.items())
+    if fits:
+        student.head.load_state_dict(head)
+    what = f"comes from there too ({len(head)} tensors)" if fits else "starts afresh: the file has none that fits"
+    utils.log(f"the projection head {what}")
+    teacher.load_state_dict(student.state_dict())
 
 
 def distribute(student, teacher, device):
@@ -436,8 +453,10 @@ def train_dino(args):
     data_loader, images = build_data(args, device)
 
     # ---- student and teacher ----
+    checkpoint_path = os.path.join(args.output_dir, "checkpoint.pth")
     student, teacher = build_student_and_teacher(args, device, amp_dtype)
-    check_network_takes_crops(teacher, args, device)
+    if args.init_from and not os.path.isfile(checkpoint_path):
+        start_from_weights(student, teacher, args)
     student, teacher = distribute(student, teacher, device)
 
     # ---- loss, optimiser, schedules ----
@@ -449,7 +468,6 @@ def train_dino(args):
 
     # ---- resume ----
     progress = {"epoch": 0}
-    checkpoint_path = os.path.join(args.output_dir, "checkpoint.pth")
     scaler_if_used = fp16_scaler if fp16_scaler.is_enabled() else None
     trained = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": dino_loss}
     utils.restart_from_checkpoint(checkpoint_path, progress, args, **trained, fp16_scaler=scaler_if_used)

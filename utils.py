@@ -101,6 +101,34 @@ def did_you_mean(name, known):
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
+# fmt: off
+def model_flags(arch="vit_small", patch_size=16):
+    """The flags by which every evaluation names its network, as a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--arch", default=arch, metavar="NAME",
+        help="Network; main_dino.py --list_archs shows them all.")
+    parser.add_argument("--patch_size", default=patch_size, type=int, metavar="PIXELS",
+        help="Side of a ViT's patches.")
+    parser.add_argument("--pretrained_weights", default="", metavar="FILE", help="""Checkpoint or state dict. Without
+        one, the published weights for --arch and --patch_size; `random` leaves the network untrained.""")
+    parser.add_argument("--checkpoint_key", default="teacher", metavar="KEY",
+        help="Which network of a training checkpoint: teacher or student. The teacher is the better one.")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+        help="auto takes a GPU if there is one.")
+    return parser
+
+
+def process_flags():
+    """The flags of every evaluation that may run in several processes, as a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--num_workers", default=10, type=int, metavar="N", help="Processes that load images.")
+    parser.add_argument("--dist_url", default="env://", metavar="URL", help="Where several processes meet.")
+    parser.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
+        help="Accepted because launchers pass it; not used.")
+    return parser
+# fmt: on
+
+
 def run(main, flags, description):
     """What every script does under `__main__`: parse, run `main(args)`, turn a UserError into one line and a code."""
     for stream in (sys.stdout, sys.stderr):
@@ -654,6 +682,7 @@ SHAPING_ARGS = (
 # Those that change nothing of what is computed, nor anything that should be remarked on.
 FREE_ARGS = (
     "config",
+    "init_from",
     "data_path",
     "output_dir",
     "num_workers",
@@ -756,18 +785,49 @@ def convnet_names():
     return models.list_models(module=models)
 
 
-def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0):
-    """A network [B, 3, H, W] -> [B, width] by its name, and its width.
+def import_timm(arch):
+    try:
+        import timm
+    except ImportError as e:
+        raise UserError(f"--arch {arch} comes from timm, which is not installed: pip install timm") from e
+    return timm
 
-    `arch` is one of our ViTs (deit_tiny and deit_small are other names of two of them) or a torchvision classification
-    network, whose last layer is taken off; `patch_size`, `img_size` (of the positional grid) and `drop_path_rate`
-    apply to ViTs only. Raises UserError for an unknown name.
+
+def timm_name(arch):
+    """What timm calls the network `arch`, or None if it is not one of timm's: `timm:<name>`, or an XCiT.
+
+    The public names of the XCiTs end in the patch size; timm's, which are known too, in the image size they are for.
+    """
+    if arch.startswith("xcit_"):
+        return arch if re.search(r"_p\d+_\d+", arch) else f"{arch}_224"
+    return arch.removeprefix("timm:") if arch.startswith("timm:") else None
+
+
+def list_archs():
+    """Every name that `build_backbone` knows, in the order ours, XCiT, torchvision, timm."""
+    timm = import_timm("timm:<name>")
+    xcits = [name.removesuffix("_224") for name in timm.list_models("xcit_*_224")]
+    return [*vit_names(), *xcits, *convnet_names(), *(f"timm:{name}" for name in timm.list_models())]
+
+
+def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0):
+    """A network [B, 3, H, W] -> [B, width] by its name (`list_archs` has them), and its width.
+
+    One of our ViTs (deit_tiny and deit_small are other names of two of them), an XCiT, a torchvision classification
+    network without its last layer, or `timm:<name>`. `patch_size` and `img_size` (of the positional grid) apply to our
+    ViTs only, `drop_path_rate` to networks that have one. Raises UserError for an unknown name, and for a network that
+    does not take images of `img_size` or gives no pooled features.
     """
     vit = vit_factory(arch)
     if vit:
         model = vit(patch_size=patch_size, img_size=[img_size], drop_path_rate=drop_path_rate, num_classes=0)
         return model, model.embed_dim
     check_arch(arch)
+    model = build_timm(arch, drop_path_rate) if timm_name(arch) else build_convnet(arch)
+    return model, features_width(model, img_size, arch)
+
+
+def build_convnet(arch):
     from torchvision import models
 
     # Auxiliary classifiers take no part: their parameters would never get a gradient.
@@ -775,23 +835,71 @@ def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0):
     return take_off_classifier(models.get_model(arch, weights=None, **no_extras), arch)
 
 
+def build_timm(arch, drop_path_rate=0.0, pretrained=False):
+    """timm's network for `arch` without its classifier; images of any size where timm provides for that."""
+    # What a network has no argument for is left out, one by one: timm says which.
+    wishes = {"dynamic_img_size": True, "strict_img_size": False, "drop_path_rate": drop_path_rate}
+    while True:
+        try:
+            return import_timm(arch).create_model(timm_name(arch), pretrained=pretrained, num_classes=0, **wishes)
+        except TypeError as e:
+            unknown = [name for name in wishes if name in str(e)]
+            if not unknown:
+                raise
+            del wishes[unknown[0]]
+
+
 def check_arch(arch):
     """Raise UserError, with the nearest names, if there is no such network."""
-    known = [*vit_names(), *convnet_names()]
-    if not vit_factory(arch) and arch not in known:
-        raise UserError(f"unknown --arch {arch}{did_you_mean(arch, known) or '; vit_small and resnet50 are two'}")
+    if vit_factory(arch):
+        return
+    if timm_name(arch):
+        known, prefix = import_timm(arch).list_models(), "timm:" * arch.startswith("timm:")
+        if timm_name(arch).split(".")[0] in known:  # a dot and the name of some weights may follow
+            return
+        near = did_you_mean(arch, [prefix + name for name in known])
+    else:
+        known = [*vit_names(), *convnet_names()]
+        if arch in known:
+            return
+        near = did_you_mean(arch, known)
+    raise UserError(f"unknown --arch {arch}{near or '; vit_small and resnet50 are two'} (main_dino.py --list_archs)")
 
 
 def take_off_classifier(model, arch):
-    """Replace the last linear layer of a torchvision network by Identity; returns the network and its width."""
+    """A torchvision network with its last layer, linear or a convolution, replaced by Identity."""
     for name in ("fc", "classifier", "head", "heads"):
         layer, parent = getattr(model, name, None), model
-        if isinstance(layer, nn.Sequential):
-            layer, parent, name = layer[-1], layer, list(layer._modules)[-1]
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Sequential):  # the classifier stands at its end, or has only a pooling behind it
+            parent, layers = layer, [(n, sub) for n, sub in layer.named_children() if isinstance(sub, CLASSIFIERS)]
+            name, layer = layers[-1] if layers else (name, None)
+        if isinstance(layer, CLASSIFIERS):
             setattr(parent, name, nn.Identity())
-            return model, layer.in_features
-    raise UserError(f"--arch {arch} does not end in a linear classifier that could be taken off; choose another")
+            return model
+    raise UserError(f"--arch {arch} does not end in a classifier that could be taken off; choose another")
+
+
+CLASSIFIERS = (nn.Linear, nn.Conv2d)
+
+
+def features_width(model, img_size, arch):
+    """Width of a network's features, found by running it on an empty image.
+
+    Raises UserError if it can't digest images of img_size × img_size, or gives anything but one vector an image.
+    """
+    training = model.training
+    weight = next(model.parameters(), torch.empty(0))
+    try:
+        with torch.no_grad():
+            features = first_output(model.eval(), torch.zeros(2, 3, img_size, img_size, device=weight.device))
+    except (RuntimeError, ValueError, AssertionError) as e:
+        problem = " ".join(str(e).split())[:200] or type(e).__name__
+        raise UserError(f"--arch {arch} does not take images of {img_size} pixels: {problem}") from e
+    finally:
+        model.train(training)
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        raise UserError(f"--arch {arch} gives no pooled features, one vector an image; choose another")
+    return features.shape[1]
 
 
 def is_vit(model):
@@ -814,31 +922,40 @@ def has_batchnorms(model):
 # ---- weights ----
 
 
-def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None, patch_size=None):
+def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None, patch_size=None, part="backbone"):
     """Load a backbone's weights from a checkpoint or a plain state dict, and say how many tensors matched.
 
     `pretrained_weights` is a file; or "", for the weights that the paper's authors published for `arch` and
     `patch_size` (downloaded once; random, with a warning, where they published none); or "random". `checkpoint_key`
-    picks the network in a training checkpoint. The projection head is passed over. A ViT takes on the positional
-    grid of the file. Returns (tensors matched, tensors of the model). Raises UserError if one of the model's tensors is
-    not in the file or has another shape there, or if the file can't be read.
+    picks the network in a training checkpoint, `part` those for a special purpose among the published (see
+    hubconf.PUBLISHED). The projection head is passed over. A ViT takes on the positional grid of the file. Returns
+    (tensors matched, tensors of the model). Raises UserError if one of the model's tensors is not in the file or has
+    another shape there, or if the file can't be read.
     """
     if pretrained_weights == "random":
         log("random weights, as asked for")
         return 0, len(model.state_dict())
     if pretrained_weights:
-        source, state = pretrained_weights, load_checkpoint(pretrained_weights)
+        source, file = pretrained_weights, load_checkpoint(pretrained_weights)
     else:
-        source, state = load_published(arch, patch_size)
-        if state is None:
+        source, file = load_published(arch, patch_size, part)
+        if file is None:
             what = f"{arch} with patch size {patch_size}" if vit_factory(arch) else arch
             log(f"warning: no weights were published for {what}: going on with random weights")
             return 0, len(model.state_dict())
-    size = trained_crop_size(state)
-    state, source = pick_state_dict(state, checkpoint_key, source)
+    state, source = pick_state_dict(file, checkpoint_key, source)
+    state = backbone_state(state)
     adopt_positional_grid(model, state)
+    return fill_backbone(model, state, source, arch, trained_crop_size(file))
 
+
+def fill_backbone(model, state, source, arch=None, trained_size=None):
+    """Give a backbone all its tensors from a state dict; see `load_weights` for what is returned, raised and said."""
     wanted = model.state_dict()
+    if "cls_attn_blocks.0.attn.q.weight" in wanted:
+        import hubconf
+
+        state = hubconf._xcit_for_timm(state)
     matched = [key for key in wanted if key in state]
     if not matched:
         raise UserError(
@@ -858,10 +975,8 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
                 f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. Check --arch and --patch_size"
             )
     model.load_state_dict({key: state[key] for key in matched}, strict=False)
-    log(
-        f"loaded {len(matched)} of {len(wanted)} tensors from {source}"
-        + (f", trained at {size} pixels" if size else "")
-    )
+    trained_at = f", trained at {trained_size} pixels" if trained_size else ""
+    log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}{trained_at}")
     unused = [key for key in state if key not in wanted and not key.startswith(("head.", "fc."))]
     if unused:
         log(f"warning: in the file but not in the model: {some_of(unused)}")
@@ -881,8 +996,21 @@ def some_of(names):
 load_pretrained_weights = load_weights  # the public name
 
 
+def frozen_backbone(args, device, image_size=224, part="backbone"):
+    """The trained network that `args` (see `model_flags`) name, for evaluation on the device; its width.
+
+    `image_size` is the side of the positional grid of a network that stays untrained. Raises UserError.
+    """
+    model, width = build_backbone(args.arch, args.patch_size, image_size)
+    load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, part)
+    use_fused_attention(model, device)
+    return model.to(device).eval().requires_grad_(False), width
+
+
 def load_published(arch, patch_size, part="backbone", flag="--pretrained_weights"):
-    """(URL, file) of the authors' "backbone" or "linear" head for a network; (None, None) if they published none."""
+    """(URL, file) of what the authors published for a network, by the names in hubconf.PUBLISHED; the plain backbone
+    stands in for one of a special purpose. (None, None) if there is nothing.
+    """
     import hubconf
 
     factory = vit_factory(arch)
@@ -890,17 +1018,17 @@ def load_published(arch, patch_size, part="backbone", flag="--pretrained_weights
     found = [files for files in hubconf.PUBLISHED.values() if (files["arch"], files["patch_size"]) in networks]
     if not found:
         return None, None
-    url = hubconf.BASE_URL + found[0][part]
+    url = hubconf.BASE_URL + found[0].get(part, found[0]["backbone"])
     log(f"no {flag}: taking the published one, {url}")
     try:
         return url, hubconf._download(url)
     except OSError as e:
-        otherwise = ", or `random` for an untrained network" if part == "backbone" else ""
+        otherwise = ", or `random` for an untrained network" if part != "linear" else ""
         raise UserError(f"can't download {url}: {e}. Give a file as {flag}{otherwise}") from e
 
 
 def pick_state_dict(state, checkpoint_key, source):
-    """The network's own tensors in what a file held, without the wrappers' prefixes, and where they came from."""
+    """A network's tensors in what a file held, without DDP's `module.` in front, and where they came from."""
     if not isinstance(state, dict):
         raise UserError(f"{source} holds a {type(state).__name__}, not a state dict")
     networks = [key for key, value in state.items() if is_network_state(value)]
@@ -909,11 +1037,13 @@ def pick_state_dict(state, checkpoint_key, source):
     elif networks or any(isinstance(value, dict) for value in state.values()):
         could = f"could be one of {', '.join(networks)}" if networks else "can't be any"
         raise UserError(f"{source} has no network {checkpoint_key!r}; --checkpoint_key {could}")
-    tensors = {}
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor):
-            tensors[key.removeprefix("module.").removeprefix("backbone.")] = value
-    return tensors, source
+    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}, source
+
+
+def backbone_state(state):
+    """The backbone's tensors in a network's: those behind `backbone.`, or all of them if there is no such prefix."""
+    inner = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    return inner or dict(state)
 
 
 def is_network_state(value):
@@ -930,6 +1060,48 @@ def adopt_positional_grid(model, state):
         model.pos_embed = nn.Parameter(model.pos_embed.new_empty(learned.shape), model.pos_embed.requires_grad)
         model.patch_embed.num_patches = side * side
         model.patch_embed.img_size = side * model.patch_embed.patch_size
+
+
+def initial_weights(init_from, arch, patch_size):
+    """The tensors that --init_from names, and where they came from: (state dict, source). Raises UserError.
+
+    `init_from` is a file, a training checkpoint's teacher being preferred; "published", for those of the paper's
+    authors; or "timm", for timm's pretrained ones of a network by that name, or of our ViT's size.
+    """
+    if init_from == "timm":
+        return timm_weights(arch, patch_size)
+    if init_from == "published":
+        source, file = load_published(arch, patch_size, flag="--init_from file")
+        if file is None:
+            raise UserError(f"no weights were published for --arch {arch} --patch_size {patch_size}. Name a file")
+    else:
+        source, file = init_from, load_checkpoint(init_from)
+    networks = [key for key, value in file.items() if is_network_state(value)] if isinstance(file, dict) else []
+    return pick_state_dict(file, networks[0] if len(networks) == 1 else "teacher", source)
+
+
+def timm_weights(arch, patch_size):
+    factory = vit_factory(arch)
+    name = f"timm:{factory.__name__}_patch{patch_size}_224" if factory else arch if timm_name(arch) else f"timm:{arch}"
+    check_arch(name)
+    try:
+        return build_timm(name, pretrained=True).state_dict(), f"{name} [pretrained]"
+    except Exception as e:  # what a hub's client raises without a network differs from version to version
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"can't get timm's weights of {name}: {reason}. Give a file as --init_from") from e
+
+
+def resample_positional_grid(model, state):
+    """Interpolate the positions in a ViT's state dict to the grid of `model`; what does not fit is left as it is."""
+    learned = state.get("pos_embed")
+    if not is_vit(model) or learned is None or learned.ndim != 3 or learned.shape[2] != model.embed_dim:
+        return
+    side, wanted = (math.isqrt(max(grid.shape[1] - 1, 0)) for grid in (learned, model.pos_embed))
+    if side != wanted and side * side == learned.shape[1] - 1:
+        grid = learned[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", antialias=True)
+        state["pos_embed"] = torch.cat((learned[:, :1].float(), grid.flatten(2).transpose(1, 2)), dim=1)
+        log(f"the positions of {side} × {side} patches are interpolated to {wanted} × {wanted}")
 
 
 # ---- multi-crop and features ----
@@ -965,7 +1137,10 @@ class MultiCropWrapper(nn.Module):
 
     def __init__(self, backbone, head):
         super().__init__()
-        backbone.fc, backbone.head = nn.Identity(), nn.Identity()
+        if hasattr(backbone, "reset_classifier"):  # timm's: what is called `head` there may pool and normalise too
+            backbone.reset_classifier(0)
+        else:
+            backbone.fc, backbone.head = nn.Identity(), nn.Identity()
         self.backbone, self.head = backbone, head
 
     def forward(self, crops):
@@ -977,6 +1152,33 @@ class MultiCropWrapper(nn.Module):
                 features.append(first_output(self.backbone, torch.cat(crops[first:i])))
                 first = i
         return self.head(torch.cat(features))
+
+
+@torch.no_grad()
+def cls_attention(model, images):
+    """How much CLS looks at each patch in a ViT's last block: [B, heads, H / patch, W / patch] of images [B, 3, H, W].
+
+    H and W are multiples of the patch size. The mass that CLS gives itself is left out, so a map sums to less than 1.
+    """
+    rows, columns = (side // model.patch_embed.patch_size for side in images.shape[-2:])
+    return model.get_last_selfattention(images)[:, :, 0, 1:].unflatten(-1, (rows, columns))
+
+
+def largest_mass(attention, threshold):
+    """Mask of the fewest patches that hold a share `threshold` of each map's mass: bool like attention [..., h, w]."""
+    mass, order = attention.flatten(-2).sort(dim=-1)
+    cumulated = mass.cumsum(dim=-1) / mass.sum(dim=-1, keepdim=True)
+    kept = cumulated > 1 - threshold
+    return torch.zeros_like(kept).scatter(-1, order, kept).view(attention.shape)
+
+
+def compute_ap(ranks, nres):
+    """Average precision by trapezoids of the `nres` positives of a query that were found at these ranks, from 0."""
+    before = np.arange(len(ranks))
+    ranks = np.asarray(ranks, dtype=np.float64)
+    precision_left = np.where(ranks == 0, 1.0, before / np.maximum(ranks, 1))
+    precision_right = (before + 1) / (ranks + 1)
+    return float((precision_left + precision_right).sum() / (2 * nres))
 
 
 def multi_scale(images, model):

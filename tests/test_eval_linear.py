@@ -544,7 +544,7 @@ def test_a_download_that_fails_is_one_line(monkeypatch, capsys, data):
         (["--arch", "resnet18", "--avgpool_patchtokens", "true"], "resnet18 gives no patch tokens"),
         (["--image_size", "15"], "--image_size 15 is smaller than one patch (--patch_size 16)"),
         (["--arch", "vit_smal", "--data_path", "/no/where"], "unknown --arch vit_smal; did you mean vit_small"),
-        (["--arch", "alexnet"], "--arch alexnet does not take --image_size 32"),
+        (["--arch", "alexnet"], "--arch alexnet does not take images of 32 pixels"),
         (["--val_freq", "0"], "--val_freq 0 must be at least 1"),
         (["--num_labels", "0"], "--num_labels 0 must be at least 1"),
         (["--seed", "-1"], "--seed -1 must be "),

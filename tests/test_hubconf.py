@@ -1,7 +1,12 @@
 """hubconf.py: the entry points build the right networks and load the right files, strictly."""
 
+import http.server
 import inspect
+import io
 import json
+import re
+import sys
+import threading
 
 import pytest
 import torch
@@ -133,7 +138,14 @@ def test_every_entry_point_asks_for_its_own_file(monkeypatch):
 
 
 def test_the_table_has_the_published_backbones():
-    assert {*VITS, "dino_resnet50"} <= set(hubconf.PUBLISHED) <= set(PUBLISHED)
+    assert set(hubconf.PUBLISHED) == set(PUBLISHED)
+
+
+def test_the_table_names_the_networks_that_were_published_for_one_purpose():
+    files = hubconf.PUBLISHED
+    assert files["dino_vits8"]["attention"] == "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth"
+    landmarks = "dino_vitsmall16_googlelandmark_pretrain/dino_vitsmall16_googlelandmark_pretrain.pth"
+    assert files["dino_vits16"]["landmarks"] == landmarks
 
 
 def test_the_table_names_the_three_published_files_of_each_backbone():
@@ -144,7 +156,7 @@ def test_the_table_names_the_three_published_files_of_each_backbone():
         assert files["backbone"] == f"{folder}_pretrain.pth"
         assert files["linear"] == f"{folder}_linearweights.pth"
         assert files["full_checkpoint"] == f"{folder}_pretrain_full_checkpoint.pth"
-        assert files["patch_size"] == patch_size
+        assert files["patch_size"] == (None if "xcit" in name else patch_size)  # there it is part of `arch`
 
 
 @pytest.mark.parametrize("name", VITS)
@@ -164,6 +176,117 @@ def test_keywords_reach_the_resnet():
     dilated = load("dino_resnet50", pretrained=False, replace_stride_with_dilation=[False, False, True])
     assert dilated.layer4[0].conv2.stride == (1, 1)
     assert dilated.layer4[1].conv2.dilation == (2, 2)
+
+
+# ---- XCiT ----
+
+
+def published_layout(model):
+    """An XCiT's state dict as its authors wrote it: another name for the positions, one matrix for class attention."""
+    state, parts = {}, {}
+    for key, value in model.state_dict().items():
+        value = torch.randn_like(value) if value.is_floating_point() else value
+        split = re.fullmatch(r"cls_attn_blocks\.(\d)\.attn\.([qkv])\.(weight|bias)", key)
+        if split:
+            parts.setdefault((split[1], split[3]), {})[split[2]] = value
+        else:
+            state[key.replace("pos_embed.", "pos_embeder.")] = value
+    for (block, kind), three in parts.items():
+        state[f"cls_attn_blocks.{block}.attn.qkv.{kind}"] = torch.cat([three[part] for part in "qkv"])
+    return state
+
+
+def test_published_xcit_weights_become_what_timm_makes_of_them(published):
+    from timm.models import xcit
+
+    model = hubconf.dino_xcit_small_12_p16(pretrained=False)
+    published.state = published_layout(model)
+    assert not set(published.state) >= set(model.state_dict())
+    loaded = hubconf.dino_xcit_small_12_p16().eval()
+    assert published.urls == [BASE + "dino_xcit_small_12_p16_pretrain/dino_xcit_small_12_p16_pretrain.pth"]
+    wanted = xcit.checkpoint_filter_fn(dict(published.state), model)
+    assert loaded.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in loaded.state_dict().items())
+
+
+def test_an_xcit_file_that_lacks_a_tensor_is_refused(published):
+    published.state = published_layout(hubconf.dino_xcit_small_12_p16(pretrained=False))
+    del published.state["cls_attn_blocks.1.attn.qkv.bias"]
+    with pytest.raises(RuntimeError, match=r"cls_attn_blocks\.1\.attn\.[qkv]\.bias"):
+        hubconf.dino_xcit_small_12_p16()
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "xcit" in name])
+def test_hub_builds_each_xcit_and_passes_keywords_on(name):
+    model = load(name, pretrained=False, drop_path_rate=0.25).eval()
+    _, width, patch_size = PUBLISHED[name]
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 64, 32)).shape == (1, width)
+    assert model.patch_embed.patch_size == patch_size
+    assert len(model.blocks) == (24 if "24" in name else 12)
+    assert {m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"} == {0.25}
+
+
+def test_without_timm_an_xcit_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="pip install timm"):
+        hubconf.dino_xcit_small_12_p8(pretrained=False)
+    assert hubconf.dino_vits16(pretrained=False).embed_dim == 384
+
+
+# ---- downloads ----
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server whose one file may be cut short: server(content, sent) -> its URL. The cache is a fresh folder."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    running = []
+
+    def serve(content, sent=None):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            asked = 0
+
+            def do_GET(self):
+                Handler.asked += 1
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[:sent])
+
+            def log_message(self, *_):
+                pass
+
+        running.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{running[-1].server_port}/weights.pth", Handler
+
+    yield serve
+    for one in running:
+        one.shutdown()
+        one.server_close()
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_a_download_is_kept_and_asked_for_once(server):
+    url, handler = server(saved({"a": torch.arange(5000)}))
+    for _ in range(2):
+        assert torch.equal(hubconf._download(url)["a"], torch.arange(5000))
+    assert handler.asked == 1
+
+
+@pytest.mark.parametrize("share", [0.5, 0.999])
+def test_a_download_that_was_cut_short_is_an_error_and_does_not_stay(server, tmp_path, share):
+    content = saved({"a": torch.arange(5000)})
+    url, _ = server(content, sent=int(share * len(content)))
+    with pytest.raises(OSError, match="did not arrive whole"):
+        hubconf._download(url)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_download_is_read_onto_the_cpu_as_plain_tensors(monkeypatch):

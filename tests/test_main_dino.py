@@ -1,6 +1,7 @@
 """The recipe: arguments, crops, loss, steps, runs, restarts, several processes."""
 
 import argparse
+import copy
 import json
 import random
 import signal
@@ -743,7 +744,87 @@ def test_a_folder_with_train_and_val_is_not_taken_for_training_images(monkeypatc
 
 def test_a_network_of_one_image_size_says_so(monkeypatch, capsys, tiny_root, tmp_path):
     run = [*SMALL_RUN, "--arch", "vit_b_32", "--data_path", tiny_root / "train", "--output_dir", tmp_path]
-    assert "--arch vit_b_32 does not take crops of 32 pixels" in fails(monkeypatch, capsys, *run)[1]
+    assert "--arch vit_b_32 does not take images of 32 pixels" in fails(monkeypatch, capsys, *run)[1]
+
+
+# ---- initial weights ----
+
+
+def first_networks(monkeypatch, root, output, *flags):
+    """(student, teacher) at the first step of a run."""
+    seen = []
+
+    def stop(student, teacher, *args):
+        seen.extend(copy.deepcopy(network.state_dict()) for network in (student, teacher))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_dino, "train_one_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(root, output, *flags)
+    monkeypatch.undo()
+    return seen
+
+
+def test_a_run_starts_from_the_teacher_of_another_with_its_head(monkeypatch, finished, tiny_root, tmp_path, capsys):
+    source = finished[1] / "checkpoint.pth"
+    student, teacher = first_networks(monkeypatch, tiny_root, tmp_path, "--init_from", source)
+    assert_same_tensors(student, finished[0]["teacher"])
+    assert_same_tensors(teacher, finished[0]["teacher"])
+    said = capsys.readouterr().out
+    number = sum(key.startswith("backbone.") for key in student)
+    assert f"loaded {number} of {number} tensors from {source} [teacher]" in said
+    assert "the projection head comes from there too" in said
+
+
+def test_a_run_starts_from_a_backbone_of_another_size_with_a_fresh_head(monkeypatch, tiny_root, tmp_path, capsys):
+    published = vits.vit_nano(patch_size=16, img_size=[64]).state_dict()
+    torch.save(published, tmp_path / "backbone.pth")
+    student, teacher = first_networks(
+        monkeypatch, tiny_root, tmp_path / "out", "--init_from", tmp_path / "backbone.pth"
+    )
+    assert_same_tensors(student, teacher)
+    assert student["backbone.pos_embed"].shape == (1, 5, 128)  # crops of 32 pixels are 2 × 2 patches
+    assert torch.equal(student["backbone.blocks.3.mlp.fc2.weight"], published["blocks.3.mlp.fc2.weight"])
+    untouched, _ = first_networks(monkeypatch, tiny_root, tmp_path / "random")
+    heads = [{k: v for k, v in network.items() if k.startswith("head.")} for network in (student, untouched)]
+    assert_same_tensors(*heads)
+    assert "the projection head starts afresh" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on_from_its_own_weights_and_not_from_the_initial_ones(tiny_root, tmp_path):
+    torch.save(vits.vit_nano(patch_size=16, img_size=[64]).state_dict(), tmp_path / "backbone.pth")
+    flags = ("--init_from", tmp_path / "backbone.pth")
+    whole = train(tiny_root, tmp_path / "whole", *flags)
+    assert_same_run(interrupted(tiny_root, tmp_path / "cut", *flags), whole)
+
+
+def test_initial_weights_that_are_missing_or_do_not_fit_are_one_line(monkeypatch, capsys, tiny_root, tmp_path):
+    run = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "out", "--init_from"]
+    assert "there is no file nowhere.pth" in fails(monkeypatch, capsys, *run, "nowhere.pth")[1]
+    torch.save(vits.vit_tiny().state_dict(), tmp_path / "tiny.pth")
+    assert "is [1, 1, 192] in" in fails(monkeypatch, capsys, *run, tmp_path / "tiny.pth")[1]
+    assert not (tmp_path / "out" / "checkpoint.pth").exists()
+
+
+def test_list_archs_prints_a_name_a_line_that_arch_knows(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["main_dino.py", "--list_archs"])
+    with pytest.raises(SystemExit) as ended:
+        utils.run(main_dino.train_dino, main_dino.get_args_parser(), "")
+    assert ended.value.code == 0
+    names = capsys.readouterr().out.split("\n")
+    assert {"vit_small", "xcit_small_12_p16", "xcit_medium_24_p8", "resnet50", "timm:convnext_tiny"} <= set(names)
+    for name in names[:-1:40]:
+        utils.check_arch(name)
+    assert "list_archs" not in vars(arguments())
+
+
+@pytest.mark.parametrize("arch", ["xcit_nano_12_p16", "timm:vit_tiny_patch16_224", "timm:resnet10t"])
+def test_networks_of_timm_train(tiny_root, tmp_path, arch):
+    flags = ("--arch", arch, "--epochs", 1, "--local_crops_size", 16 if "vit" in arch else 32)
+    flags += ("--global_crops_size", 64)
+    state = train(tiny_root, tmp_path, *flags)
+    assert state["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in state["student"].values())
 
 
 # Trains, and dies by SIGKILL at the start or the end of the first saving of a checkpoint, as the first argument says.

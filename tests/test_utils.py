@@ -1173,6 +1173,91 @@ def test_convnets_are_built_without_their_classifier(arch, width):
     assert not utils.is_vit(model)
 
 
+@pytest.mark.parametrize(
+    ("arch", "width"),
+    [
+        ("squeezenet1_1", 512),  # its classifier is a convolution, with a pooling behind it
+        ("vit_b_32", 768),  # heads.head
+        ("swin_t", 768),  # head
+        ("maxvit_t", 512),  # in a Sequential, without a bias
+        ("xcit_nano_12_p16", 128),
+        ("xcit_nano_12_p8_384", 128),
+        ("timm:convnext_atto", 320),  # has its pooling in `head`
+        ("timm:mambaout_femto", 1152),  # and more than that
+        ("timm:vit_tiny_patch16_224", 192),
+    ],
+)
+def test_backbones_of_every_kind_give_pooled_features_of_the_width_said(arch, width):
+    model, features = utils.build_backbone(arch, img_size=224)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        alone = model.eval()(images)
+        wrapped = utils.MultiCropWrapper(model, nn.Identity()).eval()([images])
+    assert features == width
+    assert alone.shape == (2, width)
+    assert torch.equal(alone, wrapped)
+    assert not torch.allclose(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("arch", ["timm:vit_tiny_patch16_224", "xcit_nano_12_p16", "timm:swin_tiny_patch4_window7_224"])
+def test_transformers_of_timm_take_crops_of_two_sizes(arch):
+    model, width = utils.build_backbone(arch, img_size=64)
+    wrapped = utils.MultiCropWrapper(model, nn.Identity()).eval()
+    with torch.no_grad():
+        assert wrapped([torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 32, 32)]).shape == (2, width)
+
+
+def test_drop_path_reaches_networks_of_timm_that_have_it():
+    rates = [
+        module.drop_prob
+        for rate in (0.0, 0.3)
+        for module in utils.build_backbone("timm:vit_tiny_patch16_224", drop_path_rate=rate)[0].modules()
+        if type(module).__name__ == "DropPath"
+    ]
+    assert max(rates) == pytest.approx(0.3)
+    assert utils.build_backbone("timm:mixnet_s", img_size=64, drop_path_rate=0.3)[1] == 1536
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "says"),
+    [
+        ("timm:convit_tiny", 96, "--arch timm:convit_tiny does not take images of 96 pixels"),
+        ("timm:sam2_hiera_tiny_", 96, "unknown --arch timm:sam2_hiera_tiny_; did you mean timm:sam2_hiera_tiny"),
+        ("xcit_smal_12_p16", 96, "unknown --arch xcit_smal_12_p16; did you mean xcit_small_12_p16"),
+        ("vit_b_16", 96, "--arch vit_b_16 does not take images of 96 pixels"),
+    ],
+)
+def test_networks_that_can_not_be_used_say_so(arch, size, says):
+    with pytest.raises(UserError) as raised:
+        utils.build_backbone(arch, img_size=size)
+    assert says in str(raised.value)
+
+
+def test_a_network_without_pooled_features_says_so():
+    with pytest.raises(UserError, match="--arch some_net gives no pooled features"):
+        utils.features_width(nn.Conv2d(3, 4, 3), 16, "some_net")
+
+
+def test_without_timm_its_networks_are_a_user_error_and_the_others_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for arch in ("xcit_small_12_p16", "timm:resnet18"):
+        with pytest.raises(UserError, match="pip install timm"):
+            utils.build_backbone(arch)
+    assert utils.build_backbone("vit_nano")[1] == 128
+
+
+def test_the_width_is_found_without_a_trace_in_the_network():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert utils.features_width(model, 8, "some_net") == 4
+    assert torch.equal(torch.rand(1), drawn)
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
 def test_a_convnet_in_the_wrapper_gives_its_features_to_the_head():
     model, width = utils.build_backbone("mobilenet_v3_small")
     wrapped = utils.MultiCropWrapper(model, nn.Linear(width, 5)).eval()
@@ -1187,9 +1272,9 @@ def test_an_unknown_backbone_is_named_with_its_nearest_neighbours(arch, near):
         utils.build_backbone(arch)
 
 
-def test_a_network_without_a_linear_classifier_is_a_user_error():
-    with pytest.raises(UserError, match="squeezenet1_1 does not end in a linear classifier"):
-        utils.build_backbone("squeezenet1_1")
+def test_a_network_without_a_classifier_is_a_user_error():
+    with pytest.raises(UserError, match="some_net does not end in a classifier"):
+        utils.take_off_classifier(nn.Sequential(nn.Linear(3, 3)), "some_net")
 
 
 @pytest.mark.parametrize("name", ["fc", "classifier", "head", "heads"])
@@ -1197,9 +1282,7 @@ def test_a_network_without_a_linear_classifier_is_a_user_error():
 def test_the_last_linear_is_taken_off_under_each_of_its_names(name, nested):
     model, last = nn.Module(), nn.Linear(6, 4)
     setattr(model, name, nn.Sequential(nn.Linear(3, 6), last) if nested else last)
-    taken, width = utils.take_off_classifier(model, "some_net")
-    assert taken is model
-    assert width == 6
+    assert utils.take_off_classifier(model, "some_net") is model
     layer = getattr(model, name)
     assert isinstance(layer[1] if nested else layer, nn.Identity)
     assert not nested or isinstance(layer[0], nn.Linear)
@@ -1250,6 +1333,104 @@ def save(tmp_path):
         return str(tmp_path / "weights.pth")
 
     return save
+
+
+def test_an_xcit_trained_with_its_authors_code_is_loaded(save):
+    torch.manual_seed(0)
+    target, _ = utils.build_backbone("xcit_nano_12_p16", img_size=32)
+    state = {key: torch.randn_like(value) for key, value in target.state_dict().items() if value.is_floating_point()}
+    published = {key.replace("pos_embed.", "pos_embeder."): value for key, value in state.items()}
+    for block in (0, 1):
+        for kind in ("weight", "bias"):
+            three = [published.pop(f"cls_attn_blocks.{block}.attn.{part}.{kind}") for part in "qkv"]
+            published[f"cls_attn_blocks.{block}.attn.qkv.{kind}"] = torch.cat(three)
+    utils.load_weights(
+        target, save({"student": prefixed({f"backbone.{k}": v for k, v in published.items()})}), "student"
+    )
+    assert all(torch.equal(value, target.state_dict()[key]) for key, value in state.items())
+
+
+def test_the_head_of_a_backbone_is_not_taken_for_the_projection_head(save):
+    """ConvNeXt of timm keeps its last norm in a `head`, as the wrapper keeps the projection head."""
+    source, target = (utils.build_backbone("timm:convnext_atto", img_size=64)[0] for _ in range(2))
+    wrapped = utils.MultiCropWrapper(source, DINOHead(320, 5, hidden_dim=8, bottleneck_dim=4))
+    nn.init.constant_(source.head.norm.weight, 3.0)
+    assert "backbone.head.norm.weight" in wrapped.state_dict()
+    utils.load_weights(target, save({"teacher": wrapped.state_dict()}))
+    assert same_state(target, source)
+
+
+# ---- initial weights ----
+
+
+def test_initial_weights_are_the_teachers_or_the_only_network_of_the_file(save):
+    checkpoint = training_checkpoint(tiny_vit())
+    state, source = utils.initial_weights(save(checkpoint), "vit_tiny", 16)
+    assert source.endswith("[teacher]")
+    assert torch.equal(state["head.last_layer.weight_v"], checkpoint["teacher"]["head.last_layer.weight_v"])
+    state, source = utils.initial_weights(save({"model": tiny_vit(2).state_dict(), "epoch": 7}), "vit_tiny", 16)
+    assert source.endswith("[model]")
+    assert torch.equal(state["cls_token"], tiny_vit(2).cls_token)
+    plain = tiny_vit(3).state_dict()
+    assert utils.initial_weights(save(plain), "vit_tiny", 16)[0].keys() == plain.keys()
+
+
+def test_initial_weights_that_nobody_published_are_an_error():
+    with pytest.raises(UserError, match="no weights were published for --arch vit_nano --patch_size 16"):
+        utils.initial_weights("published", "vit_nano", 16)
+
+
+@pytest.mark.parametrize(
+    ("arch", "patch_size", "name"),
+    [
+        ("deit_tiny", 16, "vit_tiny_patch16_224"),
+        ("xcit_nano_12_p8", 16, "xcit_nano_12_p8_224"),
+        ("timm:convnext_atto.d2_in1k", 16, "convnext_atto.d2_in1k"),
+        ("resnet18", 16, "resnet18"),
+    ],
+)
+def test_timms_weights_are_asked_for_by_timms_name_and_fit(monkeypatch, arch, patch_size, name):
+    import timm
+
+    def create(asked, pretrained, **kwargs):
+        assert (asked, pretrained) == (name, True)
+        return real(asked, pretrained=False, **kwargs)  # stands in for the download
+
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create)
+    state, source = utils.initial_weights("timm", arch, patch_size)
+    monkeypatch.undo()
+    assert source == f"{arch if arch.startswith(('timm', 'xcit')) else 'timm:' + name} [pretrained]"
+    model, _ = utils.build_backbone(arch, patch_size)
+    matched, number = utils.fill_backbone(model, state, source, arch)
+    assert matched == number
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_without_a_connection_timms_weights_are_a_user_error(monkeypatch):
+    import timm
+
+    def create(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(UserError, match="can't get timm's weights of timm:vit_tiny_patch16_224: no route"):
+        utils.initial_weights("timm", "vit_tiny", 16)
+
+
+def test_positions_are_resampled_to_the_grid_of_the_network():
+    model = tiny_vit()  # a grid of its own
+    side = math.isqrt(model.pos_embed.shape[1] - 1)
+    larger = 2 * side
+    ramp = torch.arange(larger).float()[None, :, None].expand(larger, larger, 16).reshape(1, -1, 16)
+    state = {"pos_embed": torch.cat((torch.full((1, 1, 16), 7.0), ramp), dim=1)}
+    utils.resample_positional_grid(model, state)
+    assert state["pos_embed"].shape == model.pos_embed.shape
+    assert (state["pos_embed"][:, 0] == 7).all()
+    rows = state["pos_embed"][0, 1:].view(side, side, 16)
+    assert torch.allclose(rows[0], rows[-1])  # what runs along the columns still does
+    assert (rows[0, 1:] > rows[0, :-1]).all()
+    assert rows.mean().item() == pytest.approx((larger - 1) / 2, abs=1e-4)
 
 
 def test_a_teacher_is_loaded_without_its_prefix_and_head(save, capsys):
