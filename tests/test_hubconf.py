@@ -143,9 +143,9 @@ def test_the_table_has_the_published_backbones():
 
 def test_the_table_names_the_networks_that_were_published_for_one_purpose():
     files = hubconf.PUBLISHED
-    assert files["dino_vits8"]["attention"] == "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth"
-    landmarks = "dino_vitsmall16_googlelandmark_pretrain/dino_vitsmall16_googlelandmark_pretrain.pth"
-    assert files["dino_vits16"]["landmarks"] == landmarks
+    attention, landmarks = "dino_deitsmall8_300ep_pretrain", "dino_vitsmall16_googlelandmark_pretrain"
+    assert files["dino_vits8"]["attention"] == f"{attention}/{attention}.pth"
+    assert files["dino_vits16"]["landmarks"] == f"{landmarks}/{landmarks}.pth"
 
 
 def test_the_table_names_the_three_published_files_of_each_backbone():
@@ -203,7 +203,8 @@ def test_published_xcit_weights_become_what_timm_makes_of_them(published):
     published.state = published_layout(model)
     assert not set(published.state) >= set(model.state_dict())
     loaded = hubconf.dino_xcit_small_12_p16().eval()
-    assert published.urls == [BASE + "dino_xcit_small_12_p16_pretrain/dino_xcit_small_12_p16_pretrain.pth"]
+    stem = PUBLISHED["dino_xcit_small_12_p16"][0]
+    assert published.urls == [f"{BASE}{stem}_pretrain/{stem}_pretrain.pth"]
     wanted = xcit.checkpoint_filter_fn(dict(published.state), model)
     assert loaded.state_dict().keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in loaded.state_dict().items())
