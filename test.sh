@@ -9,7 +9,11 @@ cd "$(dirname "$0")"
 if [ $# -gt 0 ]; then
   exec "$python" -m pytest "$@"
 fi
-modules=(main_dino utils vision_transformer dino_data eval_knn eval_linear hubconf)
+modules=(
+  main_dino utils vision_transformer dino_data hubconf export
+  eval_knn eval_linear eval_video_segmentation eval_image_retrieval eval_copy_detection
+  visualize_attention video_generation
+)
 "$python" -m pytest -n 2 --durations 8 --cov-report= "${modules[@]/#/--cov=}"
 for module in "${modules[@]}"; do
   covered=$("$python" -m coverage report --include="$module.py" --format=total)

@@ -1,5 +1,6 @@
 """The README's commands, and the scripts that set the project up."""
 
+import importlib
 import os
 import re
 import shlex
@@ -10,15 +11,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-import eval_knn
-import eval_linear
-import main_dino
 import utils
 
 README = (ROOT / "README.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
 COMMANDS = [line.split(" #")[0].strip() for line in BASH.splitlines() if line and not line.startswith("#")]
-SCRIPTS = {"main_dino.py": main_dino, "eval_knn.py": eval_knn, "eval_linear.py": eval_linear}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -29,9 +26,19 @@ def test_every_command_in_the_readme_is_one_that_exists(command, monkeypatch):
         assert os.access(words[0], os.X_OK)
         return
     (script,) = (word for word in words if word.endswith(".py"))
-    parser = utils.OneLineParser(parents=[SCRIPTS[script].get_args_parser()])
-    args = utils.parse_args(parser, words[words.index(script) + 1 :])
-    SCRIPTS[script].check_args(args)
+    module = importlib.import_module(script.removesuffix(".py"))
+    parser = utils.OneLineParser(parents=[module.get_args_parser()])
+    module.check_args(utils.parse_args(parser, words[words.index(script) + 1 :]))
+
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "def get_args_parser" in path.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_is_in_the_readme_and_measured_by_the_test_suite(script):
+    assert f"python {script} " in BASH
+    assert f"| `{script}` |" in README
+    assert script.removesuffix(".py") in (ROOT / "test.sh").read_text().split()
 
 
 def test_files_that_the_readme_names_are_there():
