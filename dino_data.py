@@ -7,6 +7,7 @@ image's crops are follows from (seed, epoch, index) alone, whichever process mak
 import importlib.util
 import os
 import random
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import datasets, transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import utils
 from utils import UserError
@@ -67,6 +69,16 @@ def load_image(path):
         raise UserError(f"can't read the image {path}: {e}. Repair or remove it") from e
 
 
+def image_files(folder, flag):
+    """Paths of the images directly in a folder, frame-2 before frame-10. Raises UserError, naming the flag, if none."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag} {folder} is no folder")
+    paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMG_EXTENSIONS]
+    if not paths:
+        raise UserError(f"{flag} {folder} has no images in it ({', '.join(IMG_EXTENSIONS)})")
+    return sorted(paths, key=lambda path: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)])
+
+
 def image_folder(path, kind=datasets.ImageFolder, transform=None):
     """The images below `path`, one folder a class, as a torchvision ImageFolder. Raises UserError if there are none."""
     if not os.path.isdir(path):
@@ -107,6 +119,22 @@ class ReturnIndexDataset(datasets.ImageFolder):
     def __getitem__(self, index):
         image, _ = super().__getitem__(index)
         return image, index
+
+
+class ImageList(Dataset):
+    """Images of a list of files for evaluation: dataset[index] -> (transform(image), index)."""
+
+    def __init__(self, paths, transform):
+        self.paths, self.transform = paths, transform
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return self.transform(self.load(self.paths[index])), index
+
+    def load(self, path):
+        return load_image(path)
 
 
 def labelled_folders(data_path, transform):
@@ -247,17 +275,18 @@ def sample_dataset():
     return target
 
 
-def find_photographs():
+def find_photographs(names=None):
+    """Paths of photographs inside scikit-image, by default all PHOTOGRAPHS. Raises UserError if one is not there."""
     spec = importlib.util.find_spec("skimage")
     if spec is None:
-        raise UserError("the sample data set is made from photographs in scikit-image: pip install scikit-image")
+        raise UserError("photographs to do without data come from scikit-image: pip install scikit-image")
     folder = os.path.join(os.path.dirname(spec.origin), "data")
-    paths = [os.path.join(folder, name) for name in PHOTOGRAPHS]
+    paths = [os.path.join(folder, name) for name in names or PHOTOGRAPHS]
     missing = [os.path.basename(path) for path in paths if not os.path.isfile(path)]
     if missing:
         raise UserError(
             f"this scikit-image has no {', '.join(missing)} in {folder}: pip install --force-reinstall scikit-image, "
-            "or give --data_path"
+            "or name images of your own"
         )
     return paths
 

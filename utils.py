@@ -1161,7 +1161,13 @@ def cls_attention(model, images):
     H and W are multiples of the patch size. The mass that CLS gives itself is left out, so a map sums to less than 1.
     """
     rows, columns = (side // model.patch_embed.patch_size for side in images.shape[-2:])
-    return model.get_last_selfattention(images)[:, :, 0, 1:].unflatten(-1, (rows, columns))
+    tokens = model.prepare_tokens(images)
+    for block in model.blocks[:-1]:
+        tokens = block(tokens)
+    last = model.blocks[-1]
+    queries, keys, _ = last.attn.split_heads(last.norm1(tokens))
+    attention = last.attn.attention_map(queries[:, :, :1], keys)  # [B, heads, 1, 1 + patches]: one row of a large map
+    return attention[:, :, 0, 1:].unflatten(-1, (rows, columns))
 
 
 def largest_mass(attention, threshold):
