@@ -1,0 +1,202 @@
+"""Image retrieval on revisited Oxford and Paris with frozen features (section 4.2.1 of the paper).
+
+    python eval_image_retrieval.py --imsize 512 --multiscale true --data_path revisitop --dataset roxford5k
+    python eval_image_retrieval.py --pretrained_weights checkpoint.pth --data_path revisitop --dataset rparis6k
+
+--data_path holds <dataset>/gnd_<dataset>.pkl, the revisited ground truth, and <dataset>/jpg/*.jpg. Prints mAP and mP@k
+in per cent for the Medium, Hard and Easy protocols. Without --pretrained_weights ViT-S/16 gets the published weights
+that were trained on landmarks: mAP 51.5 (Medium) and 24.3 (Hard) on Oxford, 75.3 and 51.6 on Paris.
+"""
+
+import argparse
+import codecs
+import math
+import os
+import pickle
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import transforms
+
+import dino_data
+import utils
+from utils import UserError, bool_flag
+
+# ---- arguments ----
+
+
+def get_args_parser():
+    """All flags, as a parser for `parents=[...]`."""
+    parents = [utils.model_flags(), utils.process_flags()]
+    parser = argparse.ArgumentParser("Image retrieval", add_help=False, parents=parents)
+    # fmt: off
+    parser.add_argument("--data_path", default=".", metavar="DIR", help="Folder that holds the data set's folder.")
+    parser.add_argument("--dataset", default="roxford5k", metavar="NAME",
+        help="roxford5k, rparis6k, or any other in the same layout: <NAME>/gnd_<NAME>.pkl and <NAME>/jpg/*.jpg.")
+    parser.add_argument("--imsize", default=224, type=int, metavar="PIXELS",
+        help="Longest side that an image may have; larger ones are scaled down. The published figures are at 512.")
+    parser.add_argument("--multiscale", default=False, type=bool_flag, metavar="BOOL",
+        help="Mean of the features at scales 1, 0.71 and 0.5: better by some points, at 1.75 times the cost.")
+    parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
+        help="Keep features on the GPU, if there is one. false: in main memory.")
+    # fmt: on
+    return parser
+
+
+def check_args(args):
+    at_least_1 = dict.fromkeys(("patch_size", "imsize"), (1, math.inf))
+    utils.check_limits(args, {**at_least_1, "num_workers": (0, math.inf)})
+    utils.check_arch(args.arch)
+
+
+# ---- data ----
+
+
+# What numpy's scalars and arrays are pickled as, under the names that its modules have had, and bytes by old protocols.
+PICKLED_AS = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): codecs.encode,
+    ("__builtin__", "bytes"): bytes,
+    **{(f"numpy.{core}.multiarray", "scalar"): np.float64(0).__reduce__()[0] for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0] for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): np.empty(1).__reduce_ex__(5)[0] for core in ("core", "_core")},
+}
+
+
+class GroundTruthUnpickler(pickle.Unpickler):
+    """Reads plain containers, numbers, strings and numpy arrays; anything else is a UserError, and is not run."""
+
+    def find_class(self, module, name):
+        if (module, name) not in PICKLED_AS:
+            raise UserError(f"it holds a {module}.{name}, which could run code when loaded")
+        return PICKLED_AS[module, name]
+
+
+class OxfordParisDataset(dino_data.ImageList):
+    """The images of one `split` ("database" or "query") of a data set, and its ground truth as `cfg`.
+
+    `cfg` has `imlist`, `qimlist` and `gnd`, for each query the numbers of its easy, hard and junk images. Query images
+    are whole, not cropped to the box in the ground truth. Raises UserError if it, or an image, is missing or damaged.
+    """
+
+    def __init__(self, dir_main, dataset, split, transform=None, imsize=None, least_side=1):
+        root = os.path.join(dir_main, dataset)
+        self.cfg = load_ground_truth(os.path.join(root, f"gnd_{dataset}.pkl"))
+        self.imsize, self.least_side = imsize, least_side
+        names = self.cfg["qimlist" if split == "query" else "imlist"]
+        paths = [os.path.join(root, "jpg", f"{name}.jpg") for name in names]
+        missing = [path for path in paths if not os.path.isfile(path)]
+        if missing:
+            raise UserError(f"{len(missing)} of the {len(paths)} {split} images are missing: {utils.some_of(missing)}")
+        super().__init__(paths, transform or transforms.PILToTensor())
+
+    def load(self, path):
+        image = super().load(path)
+        if self.imsize is not None:
+            image.thumbnail((self.imsize, self.imsize), Image.Resampling.LANCZOS)
+        if min(image.size) < self.least_side:
+            width, height = image.size
+            raise UserError(f"{path} is too small at {width} × {height} pixels: raise --imsize, or leave it out")
+        return image
+
+
+def load_ground_truth(path):
+    """The dict in a gnd_<dataset>.pkl. Raises UserError if it can't be read, or is of another kind."""
+    try:
+        with open(path, "rb") as file:
+            cfg = GroundTruthUnpickler(file, encoding="latin1").load()
+    except OSError as e:
+        raise UserError(f"can't read the ground truth {path}: {e.strerror}. Check --data_path and --dataset") from e
+    except Exception as e:  # damaged pickles raise almost anything
+        raise UserError(f"the ground truth {path} was not loaded: {e}") from e
+    try:
+        lists = [[str(name) for name in cfg[key]] for key in ("imlist", "qimlist")]
+        gnd = [{key: [int(i) for i in query[key]] for key in ("easy", "hard", "junk")} for query in cfg["gnd"]]
+        numbers = [i for query in gnd for key in query.values() for i in key]
+        if len(gnd) != len(lists[1]) or not gnd or not all(0 <= i < len(lists[0]) for i in numbers):
+            raise ValueError("its lists do not fit together")
+    except (KeyError, IndexError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is no ground truth with imlist, qimlist and gnd (easy, hard, junk): {e}") from e
+    return {"imlist": lists[0], "qimlist": lists[1], "gnd": gnd}
+
+
+# ---- mean average precision ----
+
+# What counts as found, and what as not there, by protocol (arXiv 1803.11285, section 3).
+PROTOCOLS = {
+    "Medium": (("easy", "hard"), ("junk",)),
+    "Hard": (("hard",), ("junk", "easy")),
+    "Easy": (("easy",), ("junk", "hard")),
+}
+
+
+def protocol_truth(gnd, protocol):
+    """The ground truth of a protocol, as `compute_map` takes it."""
+    ok, junk = PROTOCOLS[protocol]
+
+    def numbers(query, keys):
+        return [i for key in keys for i in query[key]]
+
+    return [{"ok": numbers(query, ok), "junk": numbers(query, junk)} for query in gnd]
+
+
+def compute_map(ranks, gnd, kappas=()):
+    """(mAP, AP of each query, mP@k for each k of `kappas`, P@k of each query and k), shares of 1.
+
+    `ranks` [database, queries] holds the numbers of the database's images, best first; `gnd` for each query the numbers
+    that are `ok` and, if there are any, those that are `junk`, which are passed over. Queries without a positive have
+    NaN and do not count. P@k of a query whose last positive comes before rank k is over the ranks up to that one.
+    """
+    aps, precisions = np.full(len(gnd), np.nan), np.full((len(gnd), len(kappas)), np.nan)
+    for i, query in enumerate(gnd):
+        if not len(query["ok"]):
+            continue
+        junk = np.isin(ranks[:, i], query.get("junk", ()))
+        places = np.arange(len(ranks)) - np.cumsum(junk)  # ranks from 0, as if the junk were not there
+        found = places[np.isin(ranks[:, i], query["ok"])]
+        aps[i] = utils.compute_ap(found, len(query["ok"]))
+        depths = np.minimum(kappas, found.max() + 1)
+        precisions[i] = [(found < depth).sum() / depth for depth in depths]
+    counted = ~np.isnan(aps)
+    if not counted.any():
+        return math.nan, aps, np.full(len(kappas), np.nan), precisions
+    return aps[counted].mean(), aps, precisions[counted].mean(axis=0), precisions
+
+
+# ---- the evaluation ----
+
+
+def main(args):
+    check_args(args)
+    device = utils.init_distributed_mode(args)
+
+    # ---- data, network ----
+    patch = args.patch_size if utils.vit_factory(args.arch) else 1
+    root, sizes = (args.data_path, args.dataset), (args.imsize, patch * (2 if args.multiscale else 1))
+    splits = [OxfordParisDataset(*root, split, None, *sizes) for split in ("database", "query")]
+    utils.log(f"{len(splits[0])} images in the database, {len(splits[1])} queries")
+    model, _ = utils.frozen_backbone(args, device, args.imsize, part="landmarks")
+
+    # ---- features: one image at a time, each has a size of its own ----
+    loaders = [dino_data.eval_loader(split, 1, args.num_workers, device) for split in splits]
+    features = [utils.extract_features(model, loader, args.use_cuda, args.multiscale) for loader in loaders]
+    if not utils.is_main_process():
+        return
+
+    # ---- ranking ----
+    database, queries = (F.normalize(part, dim=1) for part in features)  # [N, D], [Q, D]
+    ranks = (database @ queries.T).argsort(dim=0, descending=True).cpu().numpy()  # [N, Q]
+    print_results(ranks, splits[0].cfg["gnd"], args.dataset)
+
+
+def print_results(ranks, gnd, dataset, kappas=(1, 5, 10)):
+    for protocol in PROTOCOLS:
+        mean_ap, _, precisions, _ = compute_map(ranks, protocol_truth(gnd, protocol), kappas)
+        at = ", ".join(f"mP@{k} {100 * precision:.2f}" for k, precision in zip(kappas, precisions, strict=True))
+        print(f">> {dataset} {protocol}: mAP {100 * mean_ap:.2f}, {at}")
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args_parser(), __doc__)

@@ -1,0 +1,351 @@
+"""Image retrieval: the ground truth is read safely, figures equal golden numbers and slow loops, runs end to end."""
+
+import json
+import os
+import pickle
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_script, shared
+from PIL import Image, ImageEnhance, ImageOps
+from torchvision import transforms
+
+import dino_data
+import eval_image_retrieval as retrieval
+import utils
+import vision_transformer as vits
+
+SMALL = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu", "--num_workers", "0", "--imsize", "64"]
+
+
+# ---- a small data set in the true layout ----
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    chosen = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left")
+    files = {os.path.basename(path).split(".")[0]: path for path in dino_data.find_photographs()}
+    return [dino_data.load_image(files[name]) for name in chosen]
+
+
+def variants(image):
+    """Three views of a photograph, of other shapes and light."""
+    width, height = image.size
+    return [
+        image.crop((width // 8, 0, width, height)),
+        ImageEnhance.Brightness(ImageOps.mirror(image)).enhance(0.7),
+        image.crop((0, height // 4, width, height)),
+    ]
+
+
+def write_dataset(root, photographs, name="roxford5k", protocol=2):
+    """Each photograph is a query; of its views one is easy, one hard, one junk. Returns (gnd, database names)."""
+    folder = root / name
+    (folder / "jpg").mkdir(parents=True)
+    cfg = {"imlist": [], "qimlist": [], "gnd": []}
+    for number, photograph in enumerate(photographs):
+        for view, image in enumerate(variants(photograph)):
+            cfg["imlist"].append(f"view_{number}_{view}")
+            image.resize((image.width // 4, image.height // 4)).save(folder / "jpg" / f"view_{number}_{view}.jpg")
+        cfg["qimlist"].append(f"query_{number}")
+        photograph.resize((photograph.width // 4, photograph.height // 4)).save(folder / "jpg" / f"query_{number}.jpg")
+        easy, hard, junk = 3 * number, 3 * number + 1, 3 * number + 2
+        cfg["gnd"].append({"bbx": [0.0, 1.0, 20.5, 30.0], "easy": [easy], "hard": np.array([hard]), "junk": [junk]})
+    cfg["gnd"][4]["hard"] = []  # a query without a hard positive
+    with open(folder / f"gnd_{name}.pkl", "wb") as file:
+        pickle.dump(cfg, file, protocol=protocol)
+    return cfg
+
+
+@pytest.fixture
+def data(tmp_path, photographs):
+    write_dataset(tmp_path / "data", photographs)
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("weights") / "nano.pth"
+    torch.save(vits.vit_nano(patch_size=8, img_size=[64]).state_dict(), path)
+    return path
+
+
+def error(monkeypatch, capsys, *flags):
+    """The line of a run that ends with code 2."""
+    monkeypatch.setattr(sys, "argv", ["eval_image_retrieval.py", *SMALL, *map(str, flags)])
+    with pytest.raises(SystemExit) as ended:
+        utils.run(retrieval.main, retrieval.get_args_parser(), "")
+    line = capsys.readouterr().err.strip()
+    assert ended.value.code == 2
+    assert "\n" not in line
+    assert line.startswith("error: ")
+    return line
+
+
+# ---- flags ----
+
+
+def test_flags_have_the_published_names_and_defaults():
+    args = vars(utils.OneLineParser(parents=[retrieval.get_args_parser()]).parse_args([]))
+    published = {"dataset": "roxford5k", "multiscale": False, "imsize": 224, "pretrained_weights": "", "use_cuda": True}
+    published |= {"arch": "vit_small", "patch_size": 16, "checkpoint_key": "teacher", "num_workers": 10}
+    assert published.items() <= args.items()
+    assert {"data_path", "dist_url", "local_rank", "device"} <= args.keys()
+
+
+# ---- mean average precision ----
+
+
+def slow_ap(found, number):
+    """Area under precision over recall, trapezoid by trapezoid."""
+    area = 0.0
+    for j, rank in enumerate(found):
+        left = j / rank if rank else 1.0
+        area += (left + (j + 1) / (rank + 1)) / 2 / number
+    return area
+
+
+def slow_map(ranks, gnd, kappas):
+    aps, precisions = [], []
+    for i, query in enumerate(gnd):
+        if not query["ok"]:
+            continue
+        kept = [image for image in ranks[:, i] if image not in query["junk"]]
+        found = [rank for rank, image in enumerate(kept) if image in query["ok"]]
+        aps.append(slow_ap(found, len(query["ok"])))
+        row = []
+        for k in kappas:
+            depth = min(k, found[-1] + 1)
+            row.append(sum(image in query["ok"] for image in kept[:depth]) / depth)
+        precisions.append(row)
+    return np.mean(aps), np.mean(precisions, axis=0)
+
+
+def test_figures_are_the_golden_ones():
+    golden = json.loads(shared("goldens/retrieval.json").read_text())
+    ranks = np.argsort(-np.array(golden["similarity"]), axis=0)
+    mean_ap, aps, precisions, _ = retrieval.compute_map(ranks, golden["gnd"], golden["kappas"])
+    assert mean_ap == pytest.approx(golden["map"], abs=1e-12)
+    assert precisions == pytest.approx(golden["pr"], abs=1e-12)
+    for ours, theirs in zip(aps, golden["aps"], strict=True):
+        assert np.isnan(ours) if theirs is None else ours == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_figures_of_random_rankings_equal_a_slow_loop(seed):
+    rng = np.random.default_rng(seed)
+    ranks = np.stack([rng.permutation(40) for _ in range(12)], axis=1)
+    gnd = []
+    for _ in range(12):
+        chosen = rng.permutation(40)[: rng.integers(0, 15)].tolist()
+        border = rng.integers(0, len(chosen) + 1)
+        gnd.append({"ok": chosen[:border], "junk": chosen[border:]})
+    mean_ap, aps, precisions, _ = retrieval.compute_map(ranks, gnd, [1, 5, 10])
+    want_ap, want_precisions = slow_map(ranks, gnd, [1, 5, 10])
+    assert mean_ap == pytest.approx(want_ap, abs=1e-12)
+    assert precisions == pytest.approx(want_precisions, abs=1e-12)
+    assert [bool(np.isnan(ap)) for ap in aps] == [not query["ok"] for query in gnd]
+
+
+def test_average_precision_of_simple_rankings():
+    assert utils.compute_ap([0, 1, 2], 3) == 1
+    assert utils.compute_ap([0, 1], 4) == pytest.approx(0.5)  # half of them found, at once
+    assert utils.compute_ap([1], 1) == pytest.approx((0 + 1 / 2) / 2)
+    assert utils.compute_ap([], 3) == 0
+
+
+def test_junk_counts_as_if_it_were_not_there():
+    ranks = np.array([[3], [0], [1], [2]])
+    assert retrieval.compute_map(ranks, [{"ok": [0], "junk": [3]}], [1])[0] == 1
+    assert retrieval.compute_map(ranks, [{"ok": [0]}], [1])[0] == pytest.approx(0.25)
+
+
+def test_precision_goes_no_deeper_than_the_last_positive():
+    ranks = np.arange(10)[:, None]
+    _, _, precisions, _ = retrieval.compute_map(ranks, [{"ok": [0, 2], "junk": []}], [1, 2, 10])
+    assert precisions.tolist() == pytest.approx([1, 1 / 2, 2 / 3])
+
+
+def test_without_any_positive_there_is_no_figure():
+    mean_ap, _, precisions, _ = retrieval.compute_map(np.arange(3)[:, None], [{"ok": [], "junk": []}], [1])
+    assert np.isnan(mean_ap)
+    assert np.isnan(precisions).all()
+
+
+def test_protocols_take_what_is_not_asked_for_as_junk():
+    gnd = [{"easy": [1], "hard": [2, 3], "junk": [4]}]
+    found = {name: retrieval.protocol_truth(gnd, name)[0] for name in retrieval.PROTOCOLS}
+    sets = {name: (set(truth["ok"]), set(truth["junk"])) for name, truth in found.items()}
+    assert sets == {"Medium": ({1, 2, 3}, {4}), "Hard": ({2, 3}, {1, 4}), "Easy": ({1}, {2, 3, 4})}
+
+
+# ---- ground truth ----
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_ground_truth_is_read_from_every_pickle_protocol(tmp_path, protocol):
+    gnd = {"easy": np.array([0]), "hard": [np.int64(1)], "junk": np.array([], dtype=np.int32), "bbx": np.ones(4) * 2.5}
+    with open(tmp_path / "gnd.pkl", "wb") as file:
+        pickle.dump({"imlist": ["a", "b"], "qimlist": np.array(["q"]), "gnd": (gnd,)}, file, protocol=protocol)
+    read = retrieval.load_ground_truth(tmp_path / "gnd.pkl")
+    assert read == {"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [{"easy": [0], "hard": [1], "junk": []}]}
+
+
+def test_ground_truth_of_an_old_numpy_is_read(tmp_path):
+    gnd = {"easy": np.array([0]), "hard": [np.int64(1)], "junk": []}
+    now = pickle.dumps({"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [gnd]}, protocol=2)
+    old = now.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray")  # names are text in this protocol
+    assert old != now or b"cnumpy.core.multiarray" in now
+    (tmp_path / "gnd.pkl").write_bytes(old)
+    assert retrieval.load_ground_truth(tmp_path / "gnd.pkl")["gnd"] == [{"easy": [0], "hard": [1], "junk": []}]
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(monkeypatch, capsys, data, protocol):
+    proof = data / "proof"
+    with open(data / "roxford5k" / "gnd_roxford5k.pkl", "wb") as file:
+        pickle.dump({"imlist": [], "qimlist": [], "gnd": [Malicious(proof)]}, file, protocol=protocol)
+    assert re.search(r"holds a \w+\.system, which could run code", error(monkeypatch, capsys, "--data_path", data))
+    assert not proof.exists()
+
+
+def test_damaged_or_foreign_ground_truths_are_one_line(monkeypatch, capsys, data):
+    path = data / "roxford5k" / "gnd_roxford5k.pkl"
+    whole = path.read_bytes()
+    for share in (0, 0.3, 0.9):
+        path.write_bytes(whole[: int(share * len(whole))])
+        assert "gnd_roxford5k.pkl was not loaded" in error(monkeypatch, capsys, "--data_path", data)
+    cfg = pickle.loads(whole)
+    for wrong in ([1, 2], {"imlist": ["a"]}, {**cfg, "gnd": cfg["gnd"][:2]}, {**cfg, "imlist": cfg["imlist"][:3]}):
+        path.write_bytes(pickle.dumps(wrong))
+        assert "is no ground truth" in error(monkeypatch, capsys, "--data_path", data)
+    path.unlink()
+    assert "No such file" in error(monkeypatch, capsys, "--data_path", data)
+
+
+def test_missing_and_damaged_images_are_named(monkeypatch, capsys, data):
+    flags = ("--data_path", data, "--pretrained_weights", "random")
+    image = data / "roxford5k" / "jpg" / "view_2_1.jpg"
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    assert f"can't read the image {image}" in error(monkeypatch, capsys, *flags)
+    image.unlink()
+    line = error(monkeypatch, capsys, *flags)
+    assert "1 of the 15 database images are missing" in line
+    assert str(image) in line
+
+
+def test_an_image_too_small_for_a_patch_is_named(monkeypatch, capsys, data):
+    image = data / "roxford5k" / "jpg" / "query_1.jpg"
+    Image.new("RGB", (64, 15)).save(image)
+    flags = ("--data_path", data, "--pretrained_weights", "random", "--multiscale", "true")
+    assert f"{image} is too small at 64 × 15 pixels" in error(monkeypatch, capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [(["--imsize", "0"], "--imsize 0 must be at least 1"), (["--arch", "vit_smal"], "unknown --arch vit_smal")],
+)
+def test_bad_flags_are_one_line(monkeypatch, capsys, flags, says):
+    assert says in error(monkeypatch, capsys, *flags)
+
+
+# ---- images ----
+
+
+def test_images_are_scaled_down_to_the_longest_side_and_never_up(data):
+    split = retrieval.OxfordParisDataset(data, "roxford5k", "query", None, 50)
+    for index in range(len(split)):
+        image, number = split[index]
+        assert number == index
+        assert max(image.shape[1:]) == 50
+        assert image.dtype == torch.uint8
+    whole = retrieval.OxfordParisDataset(data, "roxford5k", "query", None, 5000)[0][0]
+    original = dino_data.load_image(data / "roxford5k" / "jpg" / "query_0.jpg")
+    assert torch.equal(whole, transforms.PILToTensor()(original))
+
+
+# ---- end to end ----
+
+
+def figures(output):
+    return {
+        name: tuple(map(float, numbers))
+        for name, *numbers in re.findall(
+            r"^>> roxford5k (\w+): mAP ([\d.]+), mP@1 ([\d.]+), mP@5 ([\d.]+), mP@10 ([\d.]+)$", output, re.M
+        )
+    }
+
+
+def slow_figures(data, weights, multiscale):
+    """The same evaluation from the definitions, image by image in float64."""
+    model = vits.vit_nano(patch_size=8, img_size=[64]).double().eval()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    mean, std = (torch.tensor(v).double()[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    @torch.no_grad()
+    def feature(name):
+        image = Image.open(data / "roxford5k" / "jpg" / f"{name}.jpg").convert("RGB")
+        image.thumbnail((64, 64), Image.Resampling.LANCZOS)
+        pixels = ((torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 255 - mean) / std)[None]
+        total = 0
+        for scale in (1, 2**-0.5, 0.5) if multiscale else (1,):
+            scaled = pixels if scale == 1 else F.interpolate(pixels, scale_factor=scale, mode="bilinear")
+            total = total + model(scaled)[0]
+        return total / total.norm()
+
+    with open(data / "roxford5k" / "gnd_roxford5k.pkl", "rb") as file:
+        cfg = pickle.load(file)
+    database, queries = ([feature(name) for name in cfg[key]] for key in ("imlist", "qimlist"))
+    ranks = np.array([[float(d @ q) for q in queries] for d in database]).argsort(axis=0)[::-1]
+    truths = {
+        "Medium": [{"ok": [*g["easy"], *g["hard"]], "junk": [*g["junk"]]} for g in cfg["gnd"]],
+        "Hard": [{"ok": [*g["hard"]], "junk": [*g["junk"], *g["easy"]]} for g in cfg["gnd"]],
+        "Easy": [{"ok": [*g["easy"]], "junk": [*g["junk"], *g["hard"]]} for g in cfg["gnd"]],
+    }
+    found = {name: slow_map(ranks, gnd, [1, 5, 10]) for name, gnd in truths.items()}
+    return {name: (100 * mean_ap, *(100 * precisions)) for name, (mean_ap, precisions) in found.items()}
+
+
+@pytest.mark.parametrize("multiscale", [False, True])
+def test_printed_figures_equal_a_slow_evaluation(data, weights, multiscale):
+    flags = (*SMALL, "--data_path", data, "--pretrained_weights", weights, "--multiscale", multiscale)
+    printed = figures(run_script("eval_image_retrieval.py", *flags).stdout)
+    want = slow_figures(data, weights, multiscale)
+    assert printed.keys() == want.keys() == {"Medium", "Hard", "Easy"}
+    for name, numbers in printed.items():
+        assert numbers == pytest.approx(want[name], abs=0.006)
+    assert len({numbers[0] for numbers in printed.values()}) > 1
+
+
+@pytest.mark.slow
+def test_two_processes_with_workers_print_what_one_does(data, weights):
+    flags = ("eval_image_retrieval.py", *SMALL, "--data_path", data, "--pretrained_weights", weights)
+    alone = run_script(*flags).stdout
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    together = run_script(*launcher, *flags, "--num_workers", 1).stdout
+    assert figures(alone) == figures(together) != {}
+
+
+def test_without_weights_the_network_trained_on_landmarks_is_asked_for(monkeypatch, capsys, data):
+    import hubconf
+
+    def offline(url):
+        raise OSError(url)
+
+    monkeypatch.setattr(hubconf, "_download", offline)
+    line = error(monkeypatch, capsys, "--data_path", data, "--arch", "vit_small", "--patch_size", "16")
+    assert "dino_vitsmall16_googlelandmark_pretrain.pth" in line
