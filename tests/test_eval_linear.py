@@ -196,6 +196,8 @@ def test_features_of_a_convnet_are_its_pooled_output():
         (["--n_last_blocks", "3"], 384),
         (["--n_last_blocks", "1", "--avgpool_patchtokens", "true"], 256),
         (["--arch", "resnet18"], 512),
+        (["--arch", "xcit_nano_12_p16"], 128),
+        (["--arch", "timm:vit_tiny_patch16_224"], 192),
     ],
 )
 def test_the_width_of_the_features_is_known_beforehand(flags, width):
@@ -205,7 +207,7 @@ def test_the_width_of_the_features_is_known_beforehand(flags, width):
     assert (announced, features.shape) == (width, (3, width))
 
 
-@pytest.mark.parametrize("arch", ["vit_nano", "resnet18"])
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet18", "xcit_nano_12_p16"])
 def test_training_leaves_the_network_as_it_was(arch, monkeypatch, tiny_root, tmp_path):
     built = []
     monkeypatch.setattr(
