@@ -1,0 +1,369 @@
+"""Take a trained backbone to other software: plain weights, ONNX, timm, Hugging Face transformers.
+
+    python export.py --to backbone --pretrained_weights runs/vits16/checkpoint.pth --output dino_vits16.pth
+    python export.py --to onnx --pretrained_weights runs/vits16/checkpoint.pth --output dino_vits16.onnx
+    python export.py --to timm --pretrained_weights runs/vits16/checkpoint.pth --output dino_vits16.safetensors
+    python export.py --to hf --pretrained_weights runs/vits16/checkpoint.pth --output dino_vits16
+
+Writes one file (hf: a folder), opens it with the software that it is for, and puts it in place only if that gives the
+network's features on random images, to 1e-4 of the largest. Prints how to use it.
+
+An exported ViT takes images of one size, --image_size, for which its positions are computed here; `backbone` alone
+leaves the size open. timm and transformers can interpolate positions themselves (dynamic_img_size,
+interpolate_pos_encoding), but in other ways than this network was trained with: features then differ a little.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import os
+import re
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import utils
+from utils import UserError
+
+# ---- arguments ----
+
+TENSOR_FILES = (".pth", ".safetensors")
+ENDINGS = {"backbone": TENSOR_FILES, "onnx": (".onnx",), "timm": TENSOR_FILES, "hf": ()}  # of --output
+LIBRARIES = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "timm": ["timm"], "hf": ["transformers", "safetensors"]}
+
+
+def get_args_parser():
+    """All flags, as a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser("Export", add_help=False, parents=[utils.model_flags()])
+    # fmt: off
+    parser.add_argument("--to", required=True, choices=list(ENDINGS), help="""backbone: the weights alone, in the layout
+        of the published files. onnx: a graph for onnxruntime and others. timm: weights for timm.create_model. hf: a
+        folder for transformers.ViTModel.from_pretrained.""")
+    parser.add_argument("--output", required=True, metavar="PATH", help="""What to write. backbone and timm: a file that
+        ends in .pth or .safetensors; onnx: in .onnx; a file by that name is replaced. hf: a new folder.""")
+    parser.add_argument("--image_size", default=None, nargs="+", type=int, metavar="PIXELS", help="""Height and width,
+        one number for a square, of the images that the exported network will take; for a ViT multiples of its patch
+        size. Without it, the size of the crops that the positions were trained on, and 224 for other networks.""")
+    # fmt: on
+    parser.set_defaults(device="cpu")  # where the files are opened as well: a GPU saves nothing
+    return parser
+
+
+def check_args(args):
+    """Raise UserError for what can't work; make --image_size, if given, two numbers."""
+    utils.check_limits(args, {"patch_size": (1, math.inf)})
+    utils.check_arch(args.arch)
+    vit, ending, endings = utils.vit_factory(args.arch), Path(args.output).suffix, ENDINGS[args.to]
+    if args.to == "hf" and not vit:
+        raise UserError(f"--to hf is for the vit_ networks, not for --arch {args.arch}. Take --to backbone or onnx")
+    if endings and ending not in endings:
+        raise UserError(f"--output {args.output} must end in {' or '.join(endings)} for --to {args.to}")
+    if args.to == "hf" and ending in (*TENSOR_FILES, ".onnx"):
+        raise UserError(f"--output {args.output} names a file, but --to hf writes a folder. Leave out {ending}")
+    if args.image_size is None:
+        return
+    utils.check_limits(args, {"image_size": (1, math.inf)})
+    size = " ".join(map(str, args.image_size))
+    if len(args.image_size) > 2:
+        raise UserError(f"--image_size {size}: give height and width, or one number for a square")
+    args.image_size = [args.image_size[0], args.image_size[-1]]
+    if vit and args.to == "backbone":
+        raise UserError("--image_size: a ViT's plain weights serve images of any size. Leave the flag out")
+    if vit and any(side % args.patch_size for side in args.image_size):
+        raise UserError(f"--image_size {size} must be a multiple of the patches' side (--patch_size {args.patch_size})")
+
+
+def check_libraries(args):
+    """Raise UserError with the command that installs what is missing."""
+    needed = [*LIBRARIES.get(args.to, ()), *(["safetensors"] if args.output.endswith(".safetensors") else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--to {args.to} needs what is not installed: pip install {' '.join(missing)}")
+
+
+def check_output(args):
+    """Where the export will stand, its parent folder made. Raises UserError if it can't, or must not, be written."""
+    output = Path(args.output).resolve()  # what a link points to, not the link
+    utils.check_output_dir(output.parent, "the folder of --output")
+    if args.to == "hf" and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output {args.output} is there already. Name a new folder, or remove that one")
+    if args.to != "hf" and output.is_dir():
+        raise UserError(f"--output {args.output} is a folder, where a file is to be written. Name a file")
+    if args.pretrained_weights and output == Path(args.pretrained_weights).resolve():
+        raise UserError(f"--output {args.output} would replace --pretrained_weights. Name another file")
+    return output
+
+
+# ---- the network and its tensors ----
+
+
+def trained_backbone(args):
+    """The network to export, on the CPU, in eval mode, its attention written out. Raises UserError."""
+    utils.fix_random_seeds(0)
+    side = args.image_size[0] if args.image_size and not utils.vit_factory(args.arch) else 224
+    model, _ = utils.build_backbone(args.arch, args.patch_size, side)
+    matched, _ = utils.load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
+    if not matched and args.pretrained_weights != "random":
+        raise UserError(f"there is nothing to export of --arch {args.arch}. Give a checkpoint as --pretrained_weights")
+    return model.eval().requires_grad_(False)
+
+
+def native_size(model):
+    """(height, width) of the images that a network was made for: those whose positions a ViT has learned."""
+    if not utils.is_vit(model):
+        return 224, 224
+    return (math.isqrt(model.pos_embed.shape[1] - 1) * model.patch_embed.patch_size,) * 2
+
+
+def with_fixed_size(model, size):
+    """A copy of a network for images of one size: a ViT's positions [1, 1 + patches, D] are those of that size."""
+    model = copy.deepcopy(model)
+    if utils.is_vit(model):
+        rows, columns = (side // model.patch_embed.patch_size for side in size)
+        tokens = torch.empty(1, 1 + rows * columns, 0)  # of which only the number counts
+        model.pos_embed = nn.Parameter(model.interpolate_pos_encoding(tokens, *size).detach(), requires_grad=False)
+        model.interpolate_pos_encoding = lambda tokens, height, width: model.pos_embed
+    return model
+
+
+def plain_state(model):
+    """A state dict of contiguous tensors that share no memory with each other or with the model."""
+    return {key: value.clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
+
+
+def write_tensors(state, path):
+    """Write a state dict as the ending of `path` says."""
+    if path.suffix == ".pth":
+        utils.write_whole(path, lambda file: torch.save(state, file))
+    else:
+        from safetensors.torch import save
+
+        data = save(state, metadata={"format": "pt"})  # transformers wants to be told
+        utils.write_whole(path, lambda file: file.write(data))
+
+
+def read_tensors(path):
+    """The state dict in such a file, and the expression that reads it."""
+    if path.suffix == ".pth":
+        return utils.load_checkpoint(path), f'torch.load("{path.name}")'
+    from safetensors.torch import load_file
+
+    return load_file(path), f'safetensors.torch.load_file("{path.name}")'
+
+
+# ---- kinds of export ----
+# Each writes `path` and opens it again. It returns the opened network, a function [B, 3, H, W] -> [B, width], the
+# software that opened it, and how a user does.
+
+
+def export_backbone(model, path, size, args):
+    write_tensors(plain_state(model), path)
+    opened, _ = utils.build_backbone(args.arch, args.patch_size, size[0])
+    state, expression = read_tensors(path)
+    opened.load_state_dict(state, strict=True)
+    network = f'utils.build_backbone("{args.arch}", {args.patch_size}, img_size={size[0]})[0]'
+    return opened.eval(), f"torch {torch.__version__}", f"model = {network}; model.load_state_dict({expression})"
+
+
+def export_onnx(model, path, size, args):
+    import onnx
+    import onnxruntime
+
+    if sum(tensor.nbytes for tensor in model.state_dict().values()) > 2**31 - 2**24:
+        raise UserError(f"--arch {args.arch} has more weights than one ONNX file can hold, 2 GB. Take --to backbone")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each version of torch speaks for another of its exporters
+        file = os.path.join(folder, "graph.onnx")
+        options = {"input_names": ["images"], "output_names": ["features"], "verbose": False}
+        options["dynamic_axes"] = {name: {0: "batch"} for name in ("images", "features")}
+        torch.onnx.export(with_fixed_size(model, size), (torch.zeros(2, 3, *size),), file, **options)
+        graph = onnx.load(file)  # with its weights, which newer versions of torch put beside it
+    facts = {"mean": utils.IMAGENET_MEAN, "std": utils.IMAGENET_STD, "image_size": size}
+    facts = {name: json.dumps(value) for name, value in facts.items()}
+    onnx.helper.set_model_props(graph, {"arch": args.arch, **facts})
+    utils.write_whole(path, lambda file: file.write(graph.SerializeToString()))
+    onnx.checker.check_model(str(path))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def opened(images):
+        return torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
+
+    shape = f"float32 [any number, 3, {size[0]}, {size[1]}]"
+    version = f"onnxruntime {onnxruntime.__version__}"
+    return opened, version, f'session.run(["features"], {{"images": images}}) with images {shape}'
+
+
+def export_timm(model, path, size, args):
+    import timm
+
+    name, keywords = timm_network(model, size, args)
+    write_tensors(plain_state(with_fixed_size(model, size)), path)
+    try:
+        opened = timm.create_model(name, checkpoint_path=str(path), **keywords)
+    except RuntimeError as e:  # from load_state_dict
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"timm's {name} does not take the tensors of --arch {args.arch}: {reason}") from e
+    words = "".join(f", {key}={value}" for key, value in {"checkpoint_path": f'"{path.name}"', **keywords}.items())
+    return opened.eval(), f"timm {timm.__version__}", f'timm.create_model("{name}"{words})'
+
+
+def timm_network(model, size, args):
+    """What timm calls a network, and keywords for `timm.create_model`. Raises UserError if it has none."""
+    import timm
+
+    vit = utils.vit_factory(args.arch)
+    if not vit:
+        name = utils.timm_name(args.arch) or args.arch
+        if not timm.is_model(name):
+            raise UserError(f"timm has no network by the name of --arch {args.arch}. Take --to backbone or onnx")
+        return name, {"num_classes": 0}
+    keywords = {"num_classes": 0} if size == (224, 224) else {"num_classes": 0, "img_size": size}
+    name = f"{vit.__name__}_patch{args.patch_size}_224"
+    if timm.list_pretrained(f"{name}.dino"):
+        return f"{name}.dino", keywords
+    if timm.is_model(name):
+        return name, keywords
+    shape = {"embed_dim": model.embed_dim, "depth": len(model.blocks), "num_heads": model.blocks[0].attn.num_heads}
+    return "vit_tiny_patch16_224", {**keywords, "patch_size": args.patch_size, **shape}
+
+
+# transformers' names of a ViT's layers in the files on its hub; those in its classes change from version to version.
+HF_STEM = {
+    "cls_token": "cls_token",
+    "pos_embed": "position_embeddings",
+    "patch_embed.proj": "patch_embeddings.projection",
+}
+HF_LAYERS = {"norm1": "layernorm_before", "attn.proj": "attention.output.dense", "norm2": "layernorm_after"}
+HF_LAYERS |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+
+
+def hf_state(state):
+    """A ViT's state dict by transformers' names; queries, keys and values, one matrix here, are three there."""
+    renamed = {}
+    for key, tensor in state.items():
+        block, layer, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", key).groups(default="")
+        if layer == "norm":
+            renamed[f"layernorm{kind}"] = tensor
+        elif not block:
+            renamed[f"embeddings.{HF_STEM[layer]}{kind}"] = tensor
+        elif layer == "attn.qkv":
+            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                renamed[f"encoder.layer.{block}.attention.attention.{part}{kind}"] = rows.clone()
+        else:
+            renamed[f"encoder.layer.{block}.{HF_LAYERS[layer]}{kind}"] = tensor
+    return renamed
+
+
+def export_hf(model, path, size, args):
+    import transformers
+
+    path.mkdir()
+    attention, mlp = model.blocks[0].attn, model.blocks[0].mlp
+    image = {"image_size": size[0] if size[0] == size[1] else list(size), "patch_size": args.patch_size}
+    depth = {"num_hidden_layers": len(model.blocks), "num_attention_heads": attention.num_heads}
+    width = {"hidden_size": model.embed_dim, "intermediate_size": mlp.fc1.out_features}
+    same = {"qkv_bias": True, "layer_norm_eps": model.norm.eps, "architectures": ["ViTModel"]}
+    transformers.ViTConfig(**image, **depth, **width, **same).save_pretrained(path)
+    # Bit's preprocessing crops, as our evaluations do; that called ViT's squeezes the whole image to a square.
+    sides = {"size": {"shortest_edge": max(size) * 8 // 7}, "crop_size": {"height": size[0], "width": size[1]}}
+    statistics = {"image_mean": list(utils.IMAGENET_MEAN), "image_std": list(utils.IMAGENET_STD)}
+    transformers.BitImageProcessor(**sides, **statistics, resample=3).save_pretrained(path)  # 3: bicubic
+    write_tensors(hf_state(plain_state(with_fixed_size(model, size))), path / "model.safetensors")
+    options = {"add_pooling_layer": False, "local_files_only": True}
+    opened, found = transformers.ViTModel.from_pretrained(path, output_loading_info=True, **options)
+    if any(found.values()):
+        raise RuntimeError(f"not all tensors match: {found}")  # which it only warns of
+    usage = f'transformers.ViTModel.from_pretrained("{path.name}", add_pooling_layer=False); last_hidden_state[:, 0]'
+    return lambda images: opened(images).last_hidden_state[:, 0], f"transformers {transformers.__version__}", usage
+
+
+EXPORTS = {"backbone": export_backbone, "onnx": export_onnx, "timm": export_timm, "hf": export_hf}
+
+# ---- the check ----
+
+TOLERANCE = 1e-4  # float32 in another order of operations stays below 1e-5
+
+
+@torch.no_grad()
+def reference(model, size, args):
+    """Random images [3, 3, H, W] and the network's features [3, width] of them, on the CPU. Raises UserError."""
+    device = utils.pick_device(args.device)
+    images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # which would cost three digits
+            features = utils.first_output(model.to(device), images.to(device)).cpu()
+    except (RuntimeError, ValueError, AssertionError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"--arch {args.arch} does not take images of {size[0]} × {size[1]} pixels: {reason}") from e
+    model.cpu()
+    if not features.isfinite().all():
+        raise UserError("the features are NaN or infinite: the network has diverged, or its weights are damaged")
+    return images, features
+
+
+@torch.no_grad()
+def largest_deviation(opened, images, features):
+    """How far the opened network's features are from `features`, over the largest of these; batches of all and of one.
+
+    Infinite if the shapes differ or there is a NaN.
+    """
+    deviations = []
+    for number in (len(images), 1):
+        got, want = utils.first_output(opened, images[:number]), features[:number]
+        fits = got.shape == want.shape and got.isfinite().all()
+        deviations.append(((got - want).abs().max() / want.abs().max()).item() if fits else math.inf)
+    return max(deviations)
+
+
+def write_and_check(model, path, size, args):
+    """Export to `path`: the software that opened it, how to use it, and the largest deviation.
+
+    Raises UserError, with exit code 2 for what the user can put right and 4 for an export that is not the network.
+    """
+    images, features = reference(model, size, args)
+    try:
+        opened, software, usage = EXPORTS[args.to](model, path, size, args)
+        deviation = largest_deviation(opened, images, features)
+    except UserError:
+        raise
+    except OSError as e:
+        raise UserError(f"can't write --output {args.output}: {e.strerror or e}. Nothing was left there") from e
+    except Exception as e:  # exporters raise almost anything for a network that they can't express
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        raise UserError(f"--to {args.to} failed for --arch {args.arch}, nothing was written: {reason}", 4) from e
+    if not deviation <= TOLERANCE:
+        differ = f"the features of {software} differ from the network's by {deviation:.1e} of the largest"
+        raise UserError(f"{differ}, more than {TOLERANCE:.0e}: nothing was written. Try other versions", 4)
+    return software, usage, deviation
+
+
+# ---- the export ----
+
+
+def main(args):
+    check_args(args)
+    check_libraries(args)
+    output = check_output(args)
+    model = trained_backbone(args)
+    size = tuple(args.image_size or native_size(model))
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
+        path = Path(folder, output.name)
+        software, usage, deviation = write_and_check(model, path, size, args)
+        if output.is_dir():
+            output.rmdir()  # empty, as `check_output` saw
+        os.replace(path, output)
+    files = list(output.iterdir()) if output.is_dir() else [output]
+    where = f"3 random images of {size[0]} × {size[1]} pixels"
+    print(f"{args.output}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
+    print(f"checked on {where}: {software} gives the features to {deviation:.1e} of the largest")
+    print(f"to use it: {usage}")
+    print(f"images are pixels / 255, less the mean {utils.IMAGENET_MEAN}, over the std {utils.IMAGENET_STD}")
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args_parser(), __doc__)
