@@ -164,20 +164,22 @@ class EpochSampler(Sampler):
     """
 
     def __init__(self, num_images, batch_size, seed=0, rank=0, world_size=1):
-        self.num_images, self.seed, self.epoch = num_images, seed, 0
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.used = num_images // (batch_size * world_size) * batch_size * world_size
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, first_step=0):
+        """Which epoch comes next, and with which of its steps it begins; what came before is not even looked at."""
+        self.epoch, self.first = epoch, first_step * self.batch_size * self.world_size
 
     def __len__(self):
-        return self.used // self.world_size
+        return max(self.used - self.first, 0) // self.world_size
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(utils.derive_seed(self.seed, utils.ORDER, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)[: self.used]
-        for index in order[self.rank :: self.world_size].tolist():
+        for index in order[self.first + self.rank :: self.world_size].tolist():
             yield self.epoch, index
 
 
@@ -187,7 +189,8 @@ def train_loader(dataset, batch_size, seed, num_workers, device):
     if len(dataset) < batch_size * world_size:
         raise UserError(
             f"the {len(dataset)} training images are fewer than one batch of {batch_size * world_size} "
-            f"(--batch_size_per_gpu {batch_size} × {world_size} processes). Lower it to {len(dataset) // world_size}"
+            f"(--batch_size_per_gpu × --grad_accum_steps {batch_size} × {world_size} processes). Lower it to "
+            f"{len(dataset) // world_size}"
         )
     return DataLoader(
         dataset,
@@ -196,6 +199,7 @@ def train_loader(dataset, batch_size, seed, num_workers, device):
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
+        worker_init_fn=utils.ignore_signals,
     )
 
 

@@ -200,15 +200,16 @@ def train_one_epoch(model, classifier, data_loader, labels, optimizer, epoch, ar
 
     Raises UserError (exit code 3) when the loss is not finite.
     """
-    metrics, arrived = utils.MetricLogger(), utils.LaggedScalar()
+    metrics = utils.MetricLogger()
     for images, indices in metrics.log_every(data_loader, 20, f"Epoch: [{epoch}/{args.epochs}]"):
         images = images.to(labels.device, non_blocking=True)
         targets = labels[indices.to(labels.device, non_blocking=True)]  # [B]
         features = frozen_features(model, images, args.n_last_blocks, args.avgpool_patchtokens)  # [B, width]
         loss = F.cross_entropy(classifier(features), targets)
-        check_finite(arrived.push(loss), f"in epoch {epoch}")
+        arriving = utils.HostCopy(loss)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        check_finite(arriving.read(), f"in epoch {epoch}")
         optimizer.step()
         metrics.update(loss=loss, lr=optimizer.param_groups[0]["lr"])
     metrics.synchronize_between_processes()
@@ -218,7 +219,7 @@ def train_one_epoch(model, classifier, data_loader, labels, optimizer, epoch, ar
 
 
 def check_finite(loss, where):
-    if loss is not None and not math.isfinite(loss):
+    if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} {where}. Lower --lr, or look for damaged weights", exit_code=3)
 
 

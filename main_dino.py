@@ -9,7 +9,10 @@ Writes checkpoint.pth (student, teacher, optimiser, center; the run goes on from
 """
 
 import argparse
+import contextlib
+import functools
 import inspect
+import json
 import math
 import os
 import time
@@ -69,6 +72,8 @@ def get_args_parser():
     optim.add_argument("--epochs", default=100, type=int, help="Length of the run.")
     optim.add_argument("--batch_size_per_gpu", default=64, type=int, metavar="B",
         help="Images a step in each process (one process per GPU).")
+    optim.add_argument("--grad_accum_steps", default=1, type=int, metavar="N", help="""Compute each step's gradients in
+        so many passes of --batch_size_per_gpu images: the result of a batch that large, in the memory of one pass.""")
     optim.add_argument("--lr", default=0.0005, type=float, help="""Learning rate after the warm-up, for 256 images a
         step; it is scaled by (images a step)/256.""")
     optim.add_argument("--warmup_epochs", default=10, type=int, metavar="EPOCHS",
@@ -85,6 +90,8 @@ def get_args_parser():
         of any one parameter tensor may have; 0 does not clip. Lower (0.3 to 1) steadies a large ViT.""")
     optim.add_argument("--freeze_last_layer", default=1, type=int, metavar="EPOCHS", help="""First epochs in which the
         head's last layer stays as it is. If the loss does not come down, try 2 or 3.""")
+    optim.add_argument("--max_bad_steps", default=5, type=int, metavar="N", help="""How many steps in a row may have a
+        loss that is not finite, and be left out, before the run ends.""")
     optim.add_argument("--use_fp16", default=True, type=bool_flag, metavar="BOOL", help="""Mixed precision, in the dtype
         of --amp_dtype. false computes in float32 throughout: slower, and a way out if the loss becomes NaN.""")
     optim.add_argument("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16"], help="""Type of half precision.
@@ -114,6 +121,12 @@ def get_args_parser():
         help="Where checkpoints and logs go. If it has a checkpoint.pth, the run goes on from there.")
     run.add_argument("--saveckp_freq", default=20, type=int, metavar="EPOCHS",
         help="Every so many epochs keep the checkpoint under a name of its own as well; 0: never.")
+    run.add_argument("--saveckp_iters", default=0, type=int, metavar="STEPS",
+        help="Save checkpoint.pth every so many steps, too; 0: after epochs only.")
+    run.add_argument("--save_every_minutes", default=15.0, type=float, metavar="MINUTES",
+        help="Save checkpoint.pth when this much time has passed since the last saving, too; 0: never.")
+    run.add_argument("--allow_changed_args", default=False, type=bool_flag, metavar="BOOL", help="""Go on from a
+        checkpoint although arguments have changed that change the result, such as --epochs or --lr.""")
     run.add_argument("--seed", default=0, type=int, help="""Fixes everything random: initial weights, order, crops, drop
         path. The same for any --num_workers.""")
     run.add_argument("--num_workers", default=10, type=int, metavar="N",
@@ -138,10 +151,11 @@ class ListArchs(argparse.Action):
 
 # Lowest and highest value that a flag may have.
 LIMITS = {
-    **dict.fromkeys(("patch_size", "out_dim", "epochs", "batch_size_per_gpu"), (1, math.inf)),
+    **dict.fromkeys(("patch_size", "out_dim", "epochs", "batch_size_per_gpu", "grad_accum_steps"), (1, math.inf)),
     **dict.fromkeys(("global_crops_size", "local_crops_size"), (1, math.inf)),
     **dict.fromkeys(("local_crops_number", "warmup_epochs", "warmup_teacher_temp_epochs"), (0, math.inf)),
     **dict.fromkeys(("freeze_last_layer", "saveckp_freq", "num_workers", "clip_grad"), (0, math.inf)),
+    **dict.fromkeys(("saveckp_iters", "save_every_minutes", "max_bad_steps"), (0, math.inf)),
     **dict.fromkeys(("lr", "min_lr", "weight_decay", "weight_decay_end"), (0, math.inf)),
     **dict.fromkeys(("teacher_temp", "warmup_teacher_temp"), (1e-6, math.inf)),
     **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (1e-6, 1)),
@@ -232,7 +246,8 @@ class DINOLoss(nn.Module):
 
     Each of the teacher's 2 views teaches every view of the student but the same one: 2 · ncrops - 2 pairs, averaged.
     `forward` takes logits, crop by crop, student [ncrops · B, K] and teacher [2 · B, K], and the epoch, which sets the
-    teacher's temperature; returns the scalar loss in float32 and moves the center.
+    teacher's temperature; returns the scalar loss in float32 and moves the center, unless told not to. The terms of the
+    loss stay in `cross_entropy` [2, ncrops], the teacher's view in rows.
     """
 
     def __init__(
@@ -253,7 +268,7 @@ class DINOLoss(nn.Module):
         constant = np.full(max(nepochs - warmup_teacher_temp_epochs, 0), float(teacher_temp))
         self.teacher_temp_schedule = np.concatenate((rising, constant))  # [nepochs]
 
-    def forward(self, student_output, teacher_output, epoch):
+    def forward(self, student_output, teacher_output, epoch, update_center=True):
         with torch.autocast(student_output.device.type, enabled=False):
             logits = student_output.float().unflatten(0, (self.ncrops, -1)) / self.student_temp  # [ncrops, B, K]
             teacher_output = teacher_output.detach().float()
@@ -266,7 +281,9 @@ class DINOLoss(nn.Module):
             cross_entropy = log_norm - probs.flatten(1) @ logits.flatten(1).T / batch  # [2, ncrops]
             pairs = torch.ones_like(cross_entropy).fill_diagonal_(0)  # view v against itself is not counted
             loss = (cross_entropy * pairs).sum() / (2 * self.ncrops - 2)
-        self.update_center(teacher_output)
+        self.cross_entropy = cross_entropy.detach()
+        if update_center:
+            self.update_center(teacher_output)
         return loss
 
     @torch.no_grad()
@@ -289,60 +306,125 @@ def update_teacher(teacher, student, momentum):
 
 
 def train_one_epoch(
-    student, teacher, dino_loss, data_loader, optimizer, schedules, epoch, fp16_scaler, args, amp_dtype=None
+    student,
+    teacher,
+    dino_loss,
+    data_loader,
+    optimizer,
+    schedules,
+    epoch,
+    fp16_scaler,
+    args,
+    amp_dtype=None,
+    keeper=None,
 ):
-    """One pass over the data; returns the means of what was logged, over all processes.
+    """One pass over the data, or what is left of it; returns the means of what was logged, over all processes.
 
     `schedules` holds `lr`, `weight_decay` and `momentum`, a value per iteration of the run. `fp16_scaler` is a
-    GradScaler, disabled unless amp_dtype is float16. Raises UserError (exit code 3) when the loss is not finite.
+    GradScaler, disabled unless amp_dtype is float16. `keeper` (a RunKeeper) saves on the way, and says where to begin
+    and when to stop: then None is returned. A step whose loss is not finite on some process is left out on all;
+    UserError (exit code 3) is raised for more than args.max_bad_steps of them in a row.
     """
-    device = dino_loss.center.device
-    metrics, arrived = utils.MetricLogger(), utils.LaggedScalar()
-    batches = metrics.log_every(data_loader, 10, f"Epoch: [{epoch}/{args.epochs}]")
-    for step, (crops, _) in enumerate(batches, start=epoch * len(data_loader)):
+    keeper = keeper or RunKeeper()
+    metrics, bad_steps, done = utils.MetricLogger(), 0, keeper.first_step
+    metrics.go_on_from(keeper.meters)
+    first = epoch * (done + len(data_loader)) + done
+    batches = metrics.log_every(data_loader, 10, f"Epoch: [{epoch}/{args.epochs}]", done)
+    for step, (crops, indices) in enumerate(batches, start=first):
         # ---- schedules ----
         for group in optimizer.param_groups:
             group["lr"] = float(schedules["lr"][step])
         optimizer.param_groups[0]["weight_decay"] = float(schedules["weight_decay"][step])  # group 1 has none
 
-        # ---- forward, loss ----
-        crops = [utils.normalize(crop.to(device, non_blocking=True)) for crop in crops]
-        utils.fix_random_seeds(utils.derive_seed(args.seed, utils.STEP, step, utils.get_rank()))  # for drop path
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            with torch.no_grad():
-                teacher_output = teacher(crops[:2])  # [2·B, K]
-            student_output = student(crops)  # [ncrops·B, K]
-        loss = dino_loss(student_output, teacher_output, epoch)
-        check_finite(arrived.push(loss), epoch, step)
+        # ---- gradients ----
+        loss, teacher_means, verdict = compute_gradients(
+            student, teacher, dino_loss, crops, optimizer, step, epoch, fp16_scaler, args, amp_dtype, keeper
+        )
+        bad, stop_signal, save = verdict.read()  # the backward pass is still under way
+        bad_steps = bad_steps + 1 if bad else 0
+        if bad:
+            leave_out(bad_steps, loss, student, dino_loss, data_loader.dataset, indices, epoch, step, args)
+        else:
+            # ---- student ----
+            fp16_scaler.unscale_(optimizer)
+            if args.clip_grad:
+                utils.clip_gradients(student, args.clip_grad)
+            utils.cancel_gradients_last_layer(epoch, student, args.freeze_last_layer)
+            fp16_scaler.step(optimizer)
+            fp16_scaler.update()
 
-        # ---- backward, student ----
-        optimizer.zero_grad(set_to_none=True)
-        fp16_scaler.scale(loss).backward()
-        fp16_scaler.unscale_(optimizer)
-        if args.clip_grad:
-            utils.clip_gradients(student, args.clip_grad)
-        utils.cancel_gradients_last_layer(epoch, student, args.freeze_last_layer)
-        fp16_scaler.step(optimizer)
-        fp16_scaler.update()
+            # ---- teacher ----
+            update_teacher(teacher, student, float(schedules["momentum"][step]))
+            dino_loss.update_center(teacher_means)
+            metrics.update(loss=loss, lr=optimizer.param_groups[0]["lr"], wd=optimizer.param_groups[0]["weight_decay"])
 
-        # ---- teacher ----
-        update_teacher(teacher, student, float(schedules["momentum"][step]))
-        metrics.update(loss=loss, lr=optimizer.param_groups[0]["lr"], wd=optimizer.param_groups[0]["weight_decay"])
+        # ---- what must not be lost ----
+        done += 1
+        if save or stop_signal:
+            keeper.save(epoch, done, metrics.totals())
+        if stop_signal:
+            utils.log(f"stopped in epoch {epoch} after step {done}: the same command again goes on from there")
+            keeper.stopped_by = int(stop_signal)
+            return None
 
     metrics.synchronize_between_processes()
-    means = {name: meter.global_avg for name, meter in metrics.meters.items()}
-    check_finite(means["loss"], epoch, step)
     utils.log(f"Averaged stats: {metrics}")
-    return means
+    return {name: meter.global_avg for name, meter in metrics.meters.items()}
 
 
-def check_finite(loss, epoch, step):
-    if loss is not None and not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} in epoch {epoch}, step {step}. The last checkpoint is as it was; lower --lr or "
-            "--clip_grad, or try --use_fp16 false",
-            exit_code=3,
-        )
+def compute_gradients(student, teacher, dino_loss, crops, optimizer, step, epoch, fp16_scaler, args, amp_dtype, keeper):
+    """Gradients of a step, summed up over args.grad_accum_steps passes.
+
+    Returns the loss, the mean logits of the teacher [passes, K], and, on its way to the host, what all processes agree
+    on: whether the loss is not finite somewhere, a signal to stop, whether to save.
+    """
+    device, passes = dino_loss.center.device, args.grad_accum_steps
+    optimizer.zero_grad(set_to_none=True)
+    losses, teacher_means = [], []
+    for i, views in enumerate(zip(*(crop.chunk(passes) for crop in crops), strict=True)):
+        views = [utils.normalize(view.to(device, non_blocking=True)) for view in views]
+        # For drop path.
+        utils.fix_random_seeds(utils.derive_seed(args.seed, utils.STEP, step * passes + i, utils.get_rank()))
+        last = i == passes - 1
+        later = contextlib.nullcontext() if last or utils.get_world_size() == 1 else student.no_sync()
+        with later:
+            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+                with torch.no_grad():
+                    teacher_output = teacher(views[:2])  # [2·B, K]
+                student_output = student(views)  # [ncrops·B, K]
+            loss = dino_loss(student_output, teacher_output, epoch, update_center=False)
+            losses.append(loss.detach())
+            teacher_means.append(teacher_output.float().mean(dim=0))
+            if last:
+                total = torch.stack(losses).mean()
+                verdict = utils.agree(total, *keeper.wishes(step))
+            fp16_scaler.scale(loss / passes).backward()
+    return total, torch.stack(teacher_means), verdict
+
+
+def leave_out(bad_steps, loss, student, dino_loss, dataset, indices, epoch, step, args):
+    """Say that a step is left out; after too many, write what there is to know to bad_step.json and end the run."""
+    where = f"in epoch {epoch}, step {step}"
+    utils.log(f"warning: the loss is {loss.item()} {where}: this step is left out ({bad_steps} in a row)")
+    if bad_steps <= args.max_bad_steps:
+        return
+    found = {
+        "step": step,
+        "epoch": epoch,
+        "loss": str(loss.item()),
+        "loss_terms": [[str(term) for term in row] for row in dino_loss.cross_entropy.tolist()],
+        "gradient_norms": {n: str(p.grad.norm().item()) for n, p in student.named_parameters() if p.grad is not None},
+        "images": [dataset.folder.samples[i][0] for i in indices.tolist()],
+    }
+    everyones = utils.gather_objects(found)
+    if utils.is_main_process():
+        text = json.dumps(everyones, indent=1)
+        utils.write_whole(os.path.join(args.output_dir, "bad_step.json"), lambda file: file.write(text.encode()))
+    raise UserError(
+        f"the loss is {loss.item()} {where}, after {bad_steps - 1} such steps in a row; bad_step.json has details. The "
+        "last checkpoint is as it was; lower --lr or --clip_grad, or try --use_fp16 false",
+        exit_code=3,
+    )
 
 
 # ---- the run ----
@@ -398,8 +480,11 @@ def distribute(student, teacher, device):
     return wrapped, teacher
 
 
-def run_state(student, teacher, optimizer, epoch, args, dino_loss, fp16_scaler):
-    """What a checkpoint holds: the public release's keys and prefixes, and plain types only beside the tensors."""
+def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, epoch, step=0, meters=()):
+    """What a checkpoint holds: the public release's keys and prefixes, and plain types only beside the tensors.
+
+    `epoch` is the one to go on with, `step` how many of its steps are done, `meters` what they have added up.
+    """
 
     def with_prefix(module):
         return {f"module.{key.removeprefix('module.')}": value for key, value in module.state_dict().items()}
@@ -409,12 +494,47 @@ def run_state(student, teacher, optimizer, epoch, args, dino_loss, fp16_scaler):
         "teacher": with_prefix(teacher) if utils.has_batchnorms(teacher) else teacher.state_dict(),
         "optimizer": optimizer.state_dict(),
         "epoch": epoch,
-        "args": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()},
+        "step": step,
+        "meters": list(meters),
+        "args": utils.plain_args(args),
         "dino_loss": dino_loss.state_dict(),
     }
     if fp16_scaler.is_enabled():
         state["fp16_scaler"] = fp16_scaler.state_dict()
     return state
+
+
+class RunKeeper:
+    """Where in its epoch a run begins, when it has to be saved, and whether it is to stop.
+
+    `state(epoch, step, meters)` gives what a checkpoint holds. Without arguments one that does nothing.
+    """
+
+    def __init__(self, args=None, state=None, writer=None, stop=None, first_step=0, meters=()):
+        self.args, self.state, self.writer, self.stop = args, state, writer, stop
+        self.first_step, self.meters = first_step, meters
+        self.saved_at, self.stopped_by = time.monotonic(), 0
+
+    def wishes(self, step):
+        """(signal to stop or 0, whether to save) after this step of the run, as far as this process knows."""
+        if self.args is None:
+            return 0, False
+        minutes = (time.monotonic() - self.saved_at) / 60
+        by_time = self.args.save_every_minutes and minutes >= self.args.save_every_minutes
+        by_step = self.args.saveckp_iters and (step + 1) % self.args.saveckp_iters == 0
+        return self.stop.signal, bool(by_time or by_step)
+
+    def save(self, epoch, step, meters):
+        self.writer.save(self.state(epoch, step, meters))
+        self.saved_at = time.monotonic()
+
+    def save_epoch(self, epoch):
+        """Save behind a whole epoch, every so often under a name of its own too; the next one begins at its start."""
+        copies = []
+        if self.args.saveckp_freq and epoch % self.args.saveckp_freq == 0:
+            copies = [os.path.join(self.args.output_dir, f"checkpoint{epoch:04}.pth")]
+        self.writer.save(self.state(epoch + 1), *copies)
+        self.saved_at, self.first_step, self.meters = time.monotonic(), 0, ()
 
 
 def build_data(args, device):
@@ -426,13 +546,14 @@ def build_data(args, device):
     if folder.classes == ["train", "val"]:
         raise UserError(f"--data_path {args.data_path} holds train and val. Training takes {args.data_path}/train")
     dataset = dino_data.MultiCropDataset(folder, augment, args.seed)
-    loader = dino_data.train_loader(dataset, args.batch_size_per_gpu, args.seed, args.num_workers, device)
+    images_a_step = args.batch_size_per_gpu * args.grad_accum_steps
+    loader = dino_data.train_loader(dataset, images_a_step, args.seed, args.num_workers, device)
     return loader, len(dataset)
 
 
 def build_schedules(args, steps):
     """Learning rate, weight decay and teacher momentum for each iteration of the run, `steps` an epoch."""
-    peak_lr = args.lr * args.batch_size_per_gpu * args.world_size / 256  # linear scaling rule
+    peak_lr = args.lr * utils.global_batch(vars(args)) / 256  # linear scaling rule
     return {
         "lr": utils.cosine_scheduler(peak_lr, args.min_lr, args.epochs, steps, args.warmup_epochs),
         "weight_decay": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps),
@@ -467,29 +588,46 @@ def train_dino(args):
     schedules = build_schedules(args, len(data_loader))
 
     # ---- resume ----
-    progress = {"epoch": 0}
+    progress = {"epoch": 0, "step": 0, "meters": [], "args": {}}
     scaler_if_used = fp16_scaler if fp16_scaler.is_enabled() else None
     trained = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": dino_loss}
-    utils.restart_from_checkpoint(checkpoint_path, progress, args, **trained, fp16_scaler=scaler_if_used)
-    utils.check_same_everywhere(progress["epoch"], f"the epoch in {checkpoint_path}")
+    loaded = utils.restart_from_checkpoint(checkpoint_path, progress, args, **trained, fp16_scaler=scaler_if_used)
+    utils.check_same_everywhere((progress["epoch"], progress["step"]), f"the epoch or step in {checkpoint_path}")
+    first_step = steps_done(progress, args, len(data_loader))
     utils.log(describe_run(args, device, amp_dtype, images, len(data_loader)))
+    if loaded:
+        utils.log(f"going on in epoch {progress['epoch']} behind step {first_step}")
     if progress["epoch"] >= args.epochs:
         utils.log(f"{checkpoint_path} already holds {progress['epoch']} epochs of {args.epochs}: nothing to do")
 
     # ---- epochs ----
     start = time.time()
-    for epoch in range(progress["epoch"], args.epochs):
-        data_loader.sampler.set_epoch(epoch)
-        means = train_one_epoch(
-            student, teacher, dino_loss, data_loader, optimizer, schedules, epoch, fp16_scaler, args, amp_dtype
-        )
-        if utils.is_main_process():
-            utils.write_log_line(args.output_dir, {**{f"train_{k}": v for k, v in means.items()}, "epoch": epoch})
-        state = run_state(student, teacher, optimizer, epoch + 1, args, dino_loss, fp16_scaler)
-        utils.save_on_master(state, checkpoint_path)
-        if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-            utils.save_on_master(state, os.path.join(args.output_dir, f"checkpoint{epoch:04}.pth"))
+    state = functools.partial(run_state, student, teacher, optimizer, dino_loss, fp16_scaler, args)
+    writer = utils.CheckpointWriter(checkpoint_path, keep_previous=loaded in (None, checkpoint_path))
+    with utils.StopRequest() as stop, writer:
+        keeper = RunKeeper(args, state, writer, stop, first_step, progress["meters"])
+        for epoch in range(progress["epoch"], args.epochs):
+            data_loader.sampler.set_epoch(epoch, keeper.first_step)
+            means = train_one_epoch(
+                student, teacher, dino_loss, data_loader, optimizer, schedules, epoch, fp16_scaler, args, amp_dtype,
+                keeper,
+            )  # fmt: skip
+            if keeper.stopped_by:
+                break
+            if utils.is_main_process():
+                utils.write_log_line(args.output_dir, {**{f"train_{k}": v for k, v in means.items()}, "epoch": epoch})
+            keeper.save_epoch(epoch)
+    if writer.failure:
+        raise UserError(f"the last checkpoint is lost: {writer.failure}. Make room, and start again", exit_code=5)
     utils.log(f"Training took {time.time() - start:.0f} s; weights are in {checkpoint_path}")
+    if keeper.stopped_by:
+        stop.leave(keeper.stopped_by)
+
+
+def steps_done(progress, args, steps):
+    """How many of an epoch's `steps` the checkpoint has behind it, also if a step was of another number of images."""
+    now, before = utils.global_batch(vars(args)), utils.global_batch(utils.plain_args(progress["args"]))
+    return min(progress["step"] * (before or now) // now, steps)
 
 
 def describe_run(args, device, amp_dtype, images, steps):
@@ -497,7 +635,7 @@ def describe_run(args, device, amp_dtype, images, steps):
     flags = "\n".join(f"{k}: {v}" for k, v in sorted(vars(args).items()))
     return (
         f"{flags}\n{args.arch} on {args.world_size} × {device.type} in {precision}: {images} images, {steps} steps of "
-        f"{args.batch_size_per_gpu * args.world_size} in each of {args.epochs} epochs"
+        f"{utils.global_batch(vars(args))} in each of {args.epochs} epochs"
     )
 
 

@@ -12,10 +12,13 @@ import math
 import os
 import random
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict, deque
 from pathlib import Path
@@ -291,6 +294,63 @@ def log(*words):
         print(*words, flush=True)
 
 
+def agree(loss, *wishes):
+    """What one process finds, all do: a HostCopy of [whether any loss is not finite, the largest of each wish].
+
+    `loss` is a scalar on the device, `wishes` are numbers on the host. One small all-reduce, and nobody waits.
+    """
+    flags = torch.stack([(~loss.detach().isfinite()).float(), *(loss.new_full((), float(wish)) for wish in wishes)])
+    if get_world_size() > 1:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return HostCopy(flags)
+
+
+class StopRequest:
+    """Notes SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, so that a run can finish its step and save before it ends.
+
+    As a context manager; `signal` is the number of the first that came, 0 before. A second SIGINT interrupts at once;
+    not within a second, because launchers pass on a Ctrl-C that the processes have had from the terminal already.
+    """
+
+    def __enter__(self):
+        self.signal, self.interrupted, self.before = 0, None, {}
+        if threading.current_thread() is threading.main_thread():  # Python's signals are the main thread's
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+                number = getattr(signal, name, None)  # Windows has the first two
+                if number is not None:
+                    self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def note(self, number, _):
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self.interrupted is not None and now - self.interrupted > 1:
+                raise KeyboardInterrupt
+            self.interrupted = self.interrupted or now
+        self.signal = self.signal or number
+
+    def leave(self, number):
+        """End as signal `number` asks: by what handled it before us, as under submitit, or with code 128 + number."""
+        handler = self.before.get(number)
+        if callable(handler) and handler is not signal.default_int_handler:
+            self.__exit__()
+            handler(number, None)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(128 + number)
+
+
+def ignore_signals(_):
+    """For a loader's processes, which get the signals of their group too: they end when the training process does."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def pick_amp_dtype(device, use_fp16, amp_dtype):
     """dtype of mixed precision, or None for float32 throughout.
 
@@ -353,6 +413,11 @@ class SmoothedValue:
             self.unread.clear()
         return self
 
+    def totals(self):
+        """(total, count), what a checkpoint in the middle of an epoch has to keep."""
+        self.read()
+        return self.total, self.count
+
     def synchronize_between_processes(self):
         """Add up total and count over all processes; the window stays each process's own."""
         self.read()
@@ -391,13 +456,20 @@ def collective_device():
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
+def gather_objects(value):
+    """What every process gives, in the order of ranks."""
+    if get_world_size() == 1:
+        return [value]
+    values = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def check_same_everywhere(number, what):
     """Raise UserError on every rank if the ranks do not agree on a number."""
-    if get_world_size() > 1:
-        numbers = [None] * get_world_size()
-        dist.all_gather_object(numbers, number)
-        if len(set(numbers)) > 1:
-            raise UserError(f"{what} differs between processes: {numbers}. --output_dir must be one folder for all")
+    numbers = gather_objects(number)
+    if len(set(numbers)) > 1:
+        raise UserError(f"{what} differs between processes: {numbers}. --output_dir must be one folder for all")
 
 
 class MetricLogger:
@@ -418,19 +490,34 @@ class MetricLogger:
         for meter in self.meters.values():
             meter.synchronize_between_processes()
 
+    def totals(self):
+        """{name: (total, count)} of every process: a list, in the order of ranks. All processes have to call it."""
+        return gather_objects({name: meter.totals() for name, meter in self.meters.items()})
+
+    def go_on_from(self, everyones):
+        """Take up what `totals` gave. Rank 0 takes all of it if there were more or fewer processes then."""
+        if len(everyones) == get_world_size():
+            everyones = [everyones[get_rank()]]
+        elif not is_main_process():
+            return
+        for totals in everyones:
+            for name, (total, count) in totals.items():
+                self.meters[name].total += total
+                self.meters[name].count += count
+
     def __str__(self):
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
-    def log_every(self, iterable, print_freq, header=""):
+    def log_every(self, iterable, print_freq, header="", start=0):
         """Yield from `iterable`; every `print_freq` items, and at the last, print progress and the meters on rank 0.
 
-        `time` is seconds an item, `data` the part of it spent waiting for the item, `max mem` MB: of the GPU's
-        memory, or of the process where there is no GPU.
+        The first item counts as number `start`. `time` is seconds an item, `data` the part of it spent waiting for the
+        item, `max mem` MB: of the GPU's memory, or of the process where there is no GPU.
         """
         step_time, data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
-        number = len(iterable)
-        start = end = time.time()
-        for i, item in enumerate(iterable):
+        number = start + len(iterable)
+        began = end = time.time()
+        for i, item in enumerate(iterable, start):
             data_time.update(time.time() - end)
             yield item
             step_time.update(time.time() - end)
@@ -442,8 +529,9 @@ class MetricLogger:
                 timing = (f"time: {step_time}", f"data: {data_time}", f"max mem: {peak_memory_mb():.0f}")
                 print(self.delimiter.join((header, progress, f"eta: {eta}", *meters, *timing)), flush=True)
             end = time.time()
-        total = time.time() - start
-        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({total / max(number, 1):.6f} s / it)")
+        total = time.time() - began
+        per_item = total / max(number - start, 1)
+        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({per_item:.6f} s / it)")
 
 
 def peak_memory_mb():
@@ -458,28 +546,24 @@ def peak_memory_mb():
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-class LaggedScalar:
-    """Reads a scalar of the training step without making the host wait for the step.
-
-    `push` starts the new value's way to the host and returns the newest that has arrived: on CUDA the one pushed a step
-    ago (None at first), so that the device always has a step of work in its queue; elsewhere the value itself, for
-    which mps has to be waited for.
+class HostCopy:
+    """A small tensor on its way to the host. Start it before the backward pass and read it after launching that: then
+    the device has a backward pass of work in its queue while the host waits, and never stands still.
     """
 
-    def __init__(self):
-        self.previous = None
+    def __init__(self, tensor):
+        self.values, self.arrived = tensor.detach(), None
+        if tensor.device.type == "cuda":
+            self.values = torch.empty_like(self.values, device="cpu", pin_memory=True)
+            self.values.copy_(tensor.detach(), non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
 
-    def push(self, tensor):
-        if tensor.device.type != "cuda":
-            return tensor.item()
-        arriving = tensor.detach().to("cpu", non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        previous, self.previous = self.previous, (arriving, event)
-        if previous is None:
-            return None
-        previous[1].synchronize()
-        return previous[0].item()
+    def read(self):
+        """The number, or list of numbers."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.values.tolist()
 
 
 def write_log_line(output_dir, stats):
@@ -499,7 +583,8 @@ def is_outdated(line, epoch, last):
         logged = json.loads(line)
     except ValueError:
         return last and line.startswith(b"{")
-    return isinstance(logged, dict) and "train_loss" in logged and logged.get("epoch", -1) >= epoch
+    number = logged.get("epoch") if isinstance(logged, dict) and "train_loss" in logged else None
+    return isinstance(number, int) and number >= epoch
 
 
 # ---- schedules ----
@@ -612,8 +697,11 @@ def cancel_gradients_last_layer(epoch, model, freeze_last_layer):
 # ---- checkpoints ----
 
 
-def write_whole(path, write):
-    """Call `write(file)` such that `path` then holds all of it, or, whatever happens, what it held before."""
+def write_whole(path, write, previous=None):
+    """Call `write(file)` such that `path` then holds all of it, or, whatever happens, what it held before.
+
+    That is kept as the file `previous`, if one is named; at no moment there is nothing at `path`.
+    """
     path = Path(path).resolve()  # what a link points to, not the link
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -621,10 +709,84 @@ def write_whole(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            keep_as(path, Path(previous))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def keep_as(path, previous):
+    """Let `previous` name the file at `path` too."""
+    link = previous.with_name(previous.name + ".tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, link)
+    os.replace(link, previous)
+
+
+def to_host(state):
+    """A copy of nested dicts, lists and tuples with the tensors in them copied to main memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: to_host(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(to_host, state))
+    return state
+
+
+class CheckpointWriter:
+    """Writes checkpoints to `path` on rank 0, in the background; the one before stays beside it as *.prev.pth.
+
+    As a context manager, which waits for the last one. `failure` says why that could not be written, if so: the run
+    goes on, and what was there before is as it was.
+    """
+
+    def __init__(self, path, keep_previous=True):
+        self.path, self.previous = path, previous_checkpoint(path)
+        self.keep_previous = keep_previous  # False if what is at `path` is damaged
+        self.thread, self.failure = None, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
+
+    def save(self, state, *copies):
+        """Take a copy of the state and write it, also to the files `copies`, while the caller goes on."""
+        self.wait()
+        if is_main_process():
+            self.thread = threading.Thread(target=self._write, args=(to_host(state), copies))
+            self.thread.start()
+
+    def wait(self):
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def _write(self, state, copies):
+        previous = self.previous if self.keep_previous else None
+        try:
+            write_whole(self.path, lambda file: torch.save(state, file), previous)
+            self.keep_previous = True
+            for copy in copies:
+                write_whole(copy, lambda file: torch.save(state, file))
+            self.failure = None
+        except Exception as e:  # torch.save wraps what the system says
+            reason = " ".join(str(getattr(e, "strerror", None) or e).split())[:200]
+            self.failure = f"{self.path} could not be written ({reason}); what it held before is still there"
+            print(f"warning: {self.failure}. The run goes on", flush=True)
+
+
+def previous_checkpoint(path):
+    """checkpoint.pth -> checkpoint.prev.pth"""
+    path = Path(path)
+    return str(path.with_name(f"{path.stem}.prev{path.suffix}"))
 
 
 def save_on_master(state, path):
@@ -655,7 +817,13 @@ def load_checkpoint(path):
     """
     _allow_public_checkpoints()
     try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as e:
+        raise UserError(f"{path} is read by safetensors, which is not installed: pip install safetensors") from e
     except FileNotFoundError as e:
         raise UserError(f"there is no file {path}") from e
     except Exception as e:  # torch raises a dozen types here, by where the damage is
@@ -679,56 +847,97 @@ SHAPING_ARGS = (
     "optimizer",
     "global_crops_size",
 )
-# Those that change nothing of what is computed, nor anything that should be remarked on.
+# Those that change nothing of what is computed, or (the last line) only where: what they amount to, the images a step,
+# is looked at instead.
 FREE_ARGS = (
-    "config",
-    "init_from",
-    "data_path",
-    "output_dir",
-    "num_workers",
-    "saveckp_freq",
-    "dist_url",
-    "local_rank",
-    "rank",
-    "gpu",
+    *("config", "init_from", "data_path", "output_dir", "num_workers", "dist_url", "local_rank", "rank", "gpu"),
+    *("saveckp_freq", "saveckp_iters", "save_every_minutes", "max_bad_steps", "allow_changed_args"),
+    *("world_size", "batch_size_per_gpu", "grad_accum_steps", "device"),
 )
+
+
+def global_batch(args):
+    """Images a step over all processes, of the arguments of a run as a dict; None if they don't say."""
+    if "batch_size_per_gpu" not in args:
+        return None
+    return args["batch_size_per_gpu"] * args.get("world_size", 1) * args.get("grad_accum_steps", 1)
 
 
 def check_resumable(path, checkpoint, args):
     """Raise UserError if a file is no training checkpoint, or one of a run whose arguments make other tensors.
 
-    Says which other arguments have changed.
+    Arguments that would change the result need --allow_changed_args, and are named.
     """
     epoch = checkpoint.get("epoch") if isinstance(checkpoint, dict) else None
     networks = isinstance(epoch, int) and all(is_network_state(checkpoint.get(key)) for key in ("student", "teacher"))
     if not networks or epoch < 0:
         raise UserError(f"{path} is no training checkpoint, and would be overwritten. Move it, or name another folder")
-    before = checkpoint.get("args") or {}
-    before = {} if isinstance(before, list) else dict(before if isinstance(before, dict) else vars(before))
+    before, now = plain_args(checkpoint.get("args")), plain_args(args)
     if vit_factory(before.get("arch")) is vit_factory(args.arch) is not None:
         before["arch"] = args.arch  # deit_small is another name of vit_small
-    now = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
-    before = {name: list(value) if isinstance(value, tuple) else value for name, value in before.items()}
+    batches = (global_batch(before), global_batch(now))
+    if None not in batches:
+        before["images a step"], now["images a step"] = batches
     changed = [name for name in now if name in before and before[name] != now[name] and name not in FREE_ARGS]
     shaping = [name for name in changed if name in SHAPING_ARGS]
+    then, wanted = (
+        [f"{'' if ' ' in name else '--'}{name} {values[name]}" for name in shaping or changed]
+        for values in (before, now)
+    )
     if shaping:
-        then = " ".join(f"--{name} {before[name]}" for name in shaping)
-        wanted = " ".join(f"--{name} {now[name]}" for name in shaping)
-        raise UserError(f"{path} was made with {then}, this run has {wanted}. Use the same, or another --output_dir")
+        raise UserError(
+            f"{path} was made with {' '.join(then)}, this run has {' '.join(wanted)}. Use the same, or another "
+            "--output_dir"
+        )
+    if changed and not getattr(args, "allow_changed_args", True):
+        raise UserError(
+            f"{path} was made with {', '.join(then)}; this run has {', '.join(wanted)}, which would change the result. "
+            "Use the same, or add --allow_changed_args true to go on with these"
+        )
     if changed:
-        log("note: going on with " + ", ".join(f"--{name} {now[name]} (was {before[name]})" for name in changed))
+        log(
+            "note: going on with "
+            + ", ".join(f"{w} (was {before[name]})" for w, name in zip(wanted, changed, strict=True))
+        )
+
+
+def plain_args(args):
+    """The arguments of a run, in whatever form, as a dict of plain types."""
+    if not isinstance(args, dict):
+        args = vars(args) if isinstance(args, argparse.Namespace) else {}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in args.items()}
+
+
+def load_newest(path):
+    """(checkpoint, its path): of `path`, or, with a warning, of the one before if that is missing or damaged.
+
+    (None, None) if there is neither. Raises UserError if what there is can't be read.
+    """
+    found = [file for file in (path, previous_checkpoint(path)) if os.path.isfile(file)]
+    for i, file in enumerate(found):
+        try:
+            checkpoint = load_checkpoint(file)
+        except UserError as e:
+            if i == len(found) - 1:
+                raise
+            log(f"warning: {e}. Going on from the one before, {found[i + 1]}")
+            continue
+        if file != path and len(found) == 1:
+            log(f"warning: there is no {path}. Going on from the one before, {file}")
+        return checkpoint, file
+    return None, None
 
 
 def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
     """If there is a checkpoint at `path`, load each object's state from it and update the dict `run_variables`.
 
     `objects` are modules, optimisers or scalers (None is passed over), by their keys in the file; `module.` in front
-    of a module's keys doesn't matter. `args` are this run's, to be held against those in the file. Returns whether a
-    checkpoint was there. Raises UserError if one does not fit.
+    of a module's keys doesn't matter. `args` are this run's, to be held against those in the file. In place of a
+    damaged file comes *.prev.pth. Returns the path of what was loaded, or None. Raises UserError if it does not fit.
     """
-    if not os.path.isfile(path):
-        return False
-    checkpoint = load_checkpoint(path)
+    checkpoint, path = load_newest(str(path))
+    if checkpoint is None:
+        return None
     if args is not None:
         check_resumable(path, checkpoint, args)
     log(f"resuming from {path}")
@@ -749,7 +958,7 @@ def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
     for name in run_variables or {}:
         if name in checkpoint:
             run_variables[name] = checkpoint[name]
-    return True
+    return path
 
 
 def load_state(target, state):

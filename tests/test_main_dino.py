@@ -3,11 +3,13 @@
 import argparse
 import copy
 import json
+import math
 import random
 import signal
 import socket
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -431,9 +433,9 @@ def one_epoch_of(monkeypatch, tmp_path, tiny_root, *flags):
     seen = set()
     forward = main_dino.DINOLoss.forward
 
-    def spy(self, student, teacher, epoch):
+    def spy(self, student, teacher, *rest, **named):
         seen.update((student.dtype, teacher.dtype))
-        return forward(self, student, teacher, epoch)
+        return forward(self, student, teacher, *rest, **named)
 
     monkeypatch.setattr(main_dino.DINOLoss, "forward", spy)
     checkpoint = train(tiny_root, tmp_path, "--epochs", 1, "--warmup_epochs", 0, *flags)
@@ -480,18 +482,82 @@ def test_last_layer_stands_still_while_frozen_and_moves_after(tmp_path, tiny_roo
     assert torch.equal(gain, torch.ones_like(gain))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_code_3_and_keeps_the_checkpoint(
+# ---- losses that are not finite ----
+
+
+def losses_that_are(monkeypatch, bad):
+    """The loss of the calls whose number is in `bad` becomes NaN."""
+    forward, calls = main_dino.DINOLoss.forward, []
+
+    def spoil(*args, **named):
+        calls.append(len(calls))
+        return forward(*args, **named) * (math.nan if calls[-1] in bad else 1)
+
+    monkeypatch.setattr(main_dino.DINOLoss, "forward", spoil)
+
+
+def test_too_many_losses_that_are_not_finite_end_the_run_with_code_3_and_keep_the_checkpoint(
     monkeypatch, capsys, tmp_path, tiny_root
 ):
-    train(tiny_root, tmp_path, "--epochs", 1, "--warmup_epochs", 0)
-    before = (tmp_path / "checkpoint.pth").read_bytes()
-    forward = main_dino.DINOLoss.forward
-    monkeypatch.setattr(main_dino.DINOLoss, "forward", lambda *a: forward(*a) * float("nan"))
-    flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path, "--warmup_epochs", 0]
+    flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path, "--max_bad_steps", 2]
+    losses_that_are(monkeypatch, range(6, 100))  # 5 steps an epoch
     code, error = fails(monkeypatch, capsys, *flags)
     assert code == 3
-    assert "the loss is nan in epoch 1, step 5" in error
-    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert "the loss is nan in epoch 1, step 8, after 2 such steps in a row; bad_step.json" in error
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
+    (found,) = json.loads((tmp_path / "bad_step.json").read_text())
+    assert (found["epoch"], found["step"], found["loss"]) == (1, 8, "nan")
+    assert np.array(found["loss_terms"]).shape == (2, 4)
+    assert len(found["images"]) == 8
+    assert all(Path(image).is_file() for image in found["images"])
+    assert {"backbone.cls_token", "head.mlp.0.weight"} <= set(found["gradient_norms"])
+
+
+def test_a_step_with_a_loss_that_is_not_finite_leaves_no_trace(monkeypatch, capsys, tmp_path, tiny_root):
+    """The first step of the run is left out: what follows is what would have followed without it."""
+    losses_that_are(monkeypatch, {0})
+    states, verdicts = [], main_dino.update_teacher
+    one_step = main_dino.compute_gradients
+
+    def look(student, teacher, dino_loss, *rest):
+        networks = (student, teacher, dino_loss)
+        states.append([{k: v.clone() for k, v in network.state_dict().items()} for network in networks])
+        return one_step(student, teacher, dino_loss, *rest)
+
+    monkeypatch.setattr(main_dino, "compute_gradients", look)
+    checkpoint = train(tiny_root, tmp_path, "--epochs", 1, "--warmup_epochs", 0)
+    for before, after in zip(states[0], states[1], strict=True):
+        assert_same_tensors(before, after)
+    assert not torch.equal(states[1][2]["center"], states[2][2]["center"])
+    assert all(value.isfinite().all() for value in checkpoint["student"].values())
+    assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {4}
+    assert "the loss is nan in epoch 0, step 0: this step is left out (1 in a row)" in capsys.readouterr().out
+    assert verdicts is main_dino.update_teacher
+
+
+def test_single_bad_steps_do_not_add_up(monkeypatch, tmp_path, tiny_root):
+    losses_that_are(monkeypatch, {1, 3, 6, 8})
+    assert train(tiny_root, tmp_path, "--max_bad_steps", 1)["epoch"] == 2
+
+
+# ---- gradient accumulation ----
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(tiny_root, tmp_path):
+    flags = ("--drop_path_rate", 0, "--use_fp16", "false", "--optimizer", "sgd", "--lr", 1)
+    large = train(tiny_root, tmp_path / "large", *flags, "--batch_size_per_gpu", 8)
+    small = train(tiny_root, tmp_path / "small", *flags, "--batch_size_per_gpu", 2, "--grad_accum_steps", 4)
+    start, _ = main_dino.build_student_and_teacher(seeded(arguments(*SMALL_RUN)), torch.device("cpu"), None)
+    for network in ("student", "teacher", "dino_loss"):
+        for key, value in large[network].items():
+            assert_near(small[network][key], value, 1e-5, f"{network} {key}")
+    key = "backbone.blocks.0.mlp.fc1.weight"
+    assert not torch.allclose(large["teacher"][key], start.state_dict()[key], rtol=1e-3)
+    logs = [(tmp_path / name / "log.txt").read_text().splitlines() for name in ("large", "small")]
+    for one, other in zip(*logs, strict=True):
+        one, other = json.loads(one), json.loads(other)
+        assert one["train_lr"] == other["train_lr"]
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
 
 
 def test_fp16_clips_the_true_gradients_and_not_the_scaled_ones(tmp_path, tiny_root):
@@ -563,7 +629,8 @@ def finished(tiny_root, tmp_path_factory):
 
 def test_checkpoint_has_the_published_form_in_plain_types(finished):
     checkpoint, _ = finished
-    assert set(checkpoint) == {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"}
+    public = {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"}
+    assert set(checkpoint) == public | {"step", "meters"}
     assert checkpoint["epoch"] == 2
     student, teacher = checkpoint["student"], checkpoint["teacher"]
     assert set(student) == {f"module.{key}" for key in teacher}
@@ -621,6 +688,7 @@ def test_drop_path_differs_between_steps_and_ranks_but_not_between_runs(monkeypa
 def test_extra_checkpoints_are_kept_every_so_many_epochs(tiny_root, tmp_path):
     train(tiny_root, tmp_path, "--epochs", 3, "--saveckp_freq", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.prev.pth",
         "checkpoint.pth",
         "checkpoint0000.pth",
         "checkpoint0002.pth",

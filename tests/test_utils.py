@@ -578,9 +578,14 @@ def test_peak_memory_is_in_megabytes_whatever_the_system_counts_in(monkeypatch, 
     assert utils.peak_memory_mb() == megabytes
 
 
-def test_a_lagged_scalar_on_the_cpu_is_the_value_itself():
-    lagged = utils.LaggedScalar()
-    assert [lagged.push(torch.tensor(x, requires_grad=True)) for x in (1.5, -2.0, math.inf)] == [1.5, -2.0, math.inf]
+def test_a_copy_for_the_host_is_the_numbers_themselves():
+    assert utils.HostCopy(torch.tensor(1.5, requires_grad=True)).read() == 1.5
+    assert utils.HostCopy(torch.tensor([-2.0, math.inf])).read() == [-2.0, math.inf]
+
+
+@pytest.mark.parametrize(("loss", "bad"), [(1.0, 0), (math.nan, 1), (math.inf, 1), (-math.inf, 1)])
+def test_one_process_agrees_with_itself(loss, bad):
+    assert utils.agree(torch.tensor(loss, requires_grad=True), 15, False).read() == [bad, 15, 0]
 
 
 def log_lines(folder):
@@ -962,6 +967,26 @@ def test_a_file_that_would_run_code_is_refused_by_name_and_runs_nothing(tmp_path
     assert not marker.exists()
 
 
+def test_safetensors_are_read_and_a_torn_file_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weights.safetensors"
+    state = tiny_vit(4).state_dict()
+    save_file(state, path)
+    target = tiny_vit(5)
+    utils.load_weights(target, str(path))
+    assert same_state(target, state)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"weights\.safetensors can't be read"):
+        utils.load_checkpoint(path)
+
+
+def test_without_safetensors_its_files_are_a_user_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="pip install safetensors"):
+        utils.load_checkpoint(tmp_path / "weights.safetensors")
+
+
 def test_a_plain_pickle_is_refused_and_runs_nothing(tmp_path):
     with open(tmp_path / "c.pth", "wb") as file:
         pickle.dump(Malicious(os.mkdir, str(tmp_path / "marker")), file)
@@ -1007,7 +1032,7 @@ def test_resuming_does_not_mind_the_module_prefix(tmp_path, in_file, in_model):
     torch.save({"student": prefixed(state) if in_file else state, "epoch": 7}, tmp_path / "c.pth")
     progress = {"epoch": 0, "best": 1}
     model = Wrapped(target) if in_model else target
-    assert utils.restart_from_checkpoint(tmp_path / "c.pth", progress, student=model) is True
+    assert utils.restart_from_checkpoint(tmp_path / "c.pth", progress, student=model) == str(tmp_path / "c.pth")
     assert same_state(target, source)
     assert progress == {"epoch": 7, "best": 1}
 
@@ -1034,7 +1059,7 @@ def test_resuming_restores_the_optimizer(tmp_path):
 def test_nothing_to_resume_from_changes_nothing(tmp_path):
     target, progress = nn.Linear(3, 2), {"epoch": 0}
     before = {key: value.clone() for key, value in target.state_dict().items()}
-    assert utils.restart_from_checkpoint(tmp_path / "nowhere.pth", progress, student=target) is False
+    assert utils.restart_from_checkpoint(tmp_path / "nowhere.pth", progress, student=target) is None
     assert same_state(target, before)
     assert progress == {"epoch": 0}
 
