@@ -73,7 +73,11 @@ def image_files(folder, flag):
     """Paths of the images directly in a folder, frame-2 before frame-10. Raises UserError, naming the flag, if none."""
     if not os.path.isdir(folder):
         raise UserError(f"{flag} {folder} is no folder")
-    paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMG_EXTENSIONS]
+    try:
+        files = [path for path in Path(folder).iterdir() if not path.name.startswith(".")]  # ._a.jpg is none
+    except OSError as e:
+        raise UserError(f"can't list {flag} {folder}: {e.strerror}") from e
+    paths = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
     if not paths:
         raise UserError(f"{flag} {folder} has no images in it ({', '.join(IMG_EXTENSIONS)})")
     return sorted(paths, key=lambda path: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)])

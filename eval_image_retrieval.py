@@ -115,9 +115,9 @@ def load_ground_truth(path):
         lists = [[str(name) for name in cfg[key]] for key in ("imlist", "qimlist")]
         gnd = [{key: [int(i) for i in query[key]] for key in ("easy", "hard", "junk")} for query in cfg["gnd"]]
         numbers = [i for query in gnd for key in query.values() for i in key]
-        if len(gnd) != len(lists[1]) or not gnd or not all(0 <= i < len(lists[0]) for i in numbers):
+        if len(gnd) != len(lists[1]) or not all(lists) or not all(0 <= i < len(lists[0]) for i in numbers):
             raise ValueError("its lists do not fit together")
-    except (KeyError, IndexError, TypeError, ValueError) as e:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as e:
         raise UserError(f"{path} is no ground truth with imlist, qimlist and gnd (easy, hard, junk): {e}") from e
     return {"imlist": lists[0], "qimlist": lists[1], "gnd": gnd}
 
@@ -181,9 +181,16 @@ def main(args):
 
     # ---- features: one image at a time, each has a size of its own ----
     loaders = [dino_data.eval_loader(split, 1, args.num_workers, device) for split in splits]
-    features = [utils.extract_features(model, loader, args.use_cuda, args.multiscale) for loader in loaders]
+    try:
+        features = [utils.extract_features(model, loader, args.use_cuda, args.multiscale) for loader in loaders]
+    except (RuntimeError, AssertionError) as e:  # a shape that a network is not made for: ViTs take all
+        if utils.vit_factory(args.arch):
+            raise
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"--arch {args.arch} does not take images of every shape: {reason}. Choose another") from e
     if not utils.is_main_process():
         return
+    utils.check_finite_features(*features)
 
     # ---- ranking ----
     database, queries = (F.normalize(part, dim=1) for part in features)  # [N, D], [Q, D]

@@ -131,10 +131,7 @@ def knn_classifier(train_features, train_labels, test_features, test_labels, k, 
 @torch.no_grad()
 def knn_accuracies(train_features, train_labels, test_features, test_labels, ks, T):
     """{k: (top-1, top-5)} as `knn_classifier` gives them for each k of a list, from one search."""
-    if not (train_features.isfinite().all() and test_features.isfinite().all()):
-        raise UserError(
-            "the features hold NaN or infinite numbers: the network has diverged, or its weights are damaged"
-        )
+    utils.check_finite_features(train_features, test_features)
     classes, labels = torch.cat((train_labels, test_labels)).unique(return_inverse=True)  # renumbered without gaps
     train_labels, test_labels = labels.split((len(train_labels), len(test_labels)))
     rows = max(NUMBERS_AT_ONCE // max(len(train_features), len(classes)), 1)

@@ -382,6 +382,7 @@ class SmoothedValue:
     """A series of scalars: median and mean of the last `window_size`, and the mean of all.
 
     Tensors are taken in without being read: reading waits for the device, and happens when a statistic is asked for.
+    Of an empty window they are NaN, as in an epoch that goes on from a checkpoint until its next good step.
     """
 
     def __init__(self, window_size=20, fmt="{median:.6f} ({global_avg:.6f})"):
@@ -428,11 +429,11 @@ class SmoothedValue:
 
     @property
     def median(self):
-        return statistics.median(self.read().window)
+        return statistics.median(self.read().window or [math.nan])
 
     @property
     def avg(self):
-        return statistics.fmean(self.read().window)
+        return statistics.fmean(self.read().window or [math.nan])
 
     @property
     def global_avg(self):
@@ -440,11 +441,11 @@ class SmoothedValue:
 
     @property
     def max(self):
-        return max(self.read().window)
+        return max(self.read().window or [math.nan])
 
     @property
     def value(self):
-        return self.read().window[-1]
+        return (self.read().window or [math.nan])[-1]
 
     def __str__(self):
         named = ("median", "avg", "global_avg", "max", "value")
@@ -1429,6 +1430,14 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False):
     ordered = torch.empty(len(data_loader.dataset), found.shape[1], device=store)
     ordered[places.to(store)] = found.to(store)
     return ordered
+
+
+def check_finite_features(*features):
+    """Raise UserError if features hold NaN or infinite numbers."""
+    if not all(part.isfinite().all() for part in features):
+        raise UserError(
+            "the features hold NaN or infinite numbers: the network has diverged, or its weights are damaged"
+        )
 
 
 def gather_rows(*tensors):

@@ -314,3 +314,14 @@ def test_cache_folder_follows_the_environment(monkeypatch):
 def test_seeds_of_samples_do_not_meet_those_of_steps_or_orders():
     uses = (utils.ORDER, utils.SAMPLE, utils.STEP)
     assert len({utils.derive_seed(0, use, 1, 2) for use in uses}) == 3
+
+
+def test_the_images_of_a_folder_are_listed_by_their_numbers_and_without_hidden_files(tmp_path):
+    for name in ("f10.png", "f2.JPG", "._f1.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in dino_data.image_files(tmp_path, "--x")] == ["f2.JPG", "f10.png"]
+    with pytest.raises(UserError, match=r"--x .* is no folder"):
+        dino_data.image_files(tmp_path / "nowhere", "--x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--x .*empty has no images"):
+        dino_data.image_files(tmp_path / "empty", "--x")

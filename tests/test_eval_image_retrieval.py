@@ -71,7 +71,11 @@ def data(tmp_path, photographs):
 def weights(tmp_path_factory):
     torch.manual_seed(5)
     path = tmp_path_factory.mktemp("weights") / "nano.pth"
-    torch.save(vits.vit_nano(patch_size=8, img_size=[64]).state_dict(), path)
+    state = vits.vit_nano(patch_size=8, img_size=[64]).state_dict()
+    wide = {key: 4 * value if key.endswith(("weight", "embed")) else value for key, value in state.items()}
+    wide["norm.weight"] = torch.rand(128)  # with the bias: features of different lengths
+    wide["norm.bias"] = torch.randn(128)
+    torch.save(wide, path)  # larger than at the start of training, so that features of different images differ
     return path
 
 
@@ -229,7 +233,12 @@ def test_damaged_or_foreign_ground_truths_are_one_line(monkeypatch, capsys, data
         path.write_bytes(whole[: int(share * len(whole))])
         assert "gnd_roxford5k.pkl was not loaded" in error(monkeypatch, capsys, "--data_path", data)
     cfg = pickle.loads(whole)
-    for wrong in ([1, 2], {"imlist": ["a"]}, {**cfg, "gnd": cfg["gnd"][:2]}, {**cfg, "imlist": cfg["imlist"][:3]}):
+    nothing = {"easy": [], "hard": [], "junk": []}
+    infinite = {**cfg, "gnd": [{**query, "easy": [np.inf]} for query in cfg["gnd"]]}
+    empty = {"imlist": [], "qimlist": cfg["qimlist"], "gnd": [nothing] * 5}
+    shortened = ({**cfg, "gnd": cfg["gnd"][:2]}, {**cfg, "imlist": cfg["imlist"][:3]})
+    outside = [{**cfg, "gnd": [*cfg["gnd"][:4], {**nothing, "junk": [number]}]} for number in (-1, 15)]
+    for wrong in ([1, 2], {"imlist": ["a"]}, *shortened, *outside, infinite, empty):
         path.write_bytes(pickle.dumps(wrong))
         assert "is no ground truth" in error(monkeypatch, capsys, "--data_path", data)
     path.unlink()
@@ -253,6 +262,34 @@ def test_an_image_too_small_for_a_patch_is_named(monkeypatch, capsys, data):
     Image.new("RGB", (64, 15)).save(image)
     flags = ("--data_path", data, "--pretrained_weights", "random", "--multiscale", "true")
     assert f"{image} is too small at 64 × 15 pixels" in error(monkeypatch, capsys, *flags)
+
+
+@pytest.mark.parametrize("diverged", [[0], [1], [0, 1]])
+def test_features_that_are_not_numbers_give_no_figure(monkeypatch, capsys, data, diverged):
+    parts = [torch.ones(15, 128), torch.ones(5, 128)]
+    for i in diverged:
+        parts[i][2, 3] = np.nan
+    monkeypatch.setattr(utils, "extract_features", lambda *_: parts.pop(0))
+    flags = ("--data_path", data, "--pretrained_weights", "random")
+    assert "the features hold NaN or infinite numbers" in error(monkeypatch, capsys, *flags)
+
+
+def test_a_network_that_takes_some_shapes_only_is_named(monkeypatch, capsys, data):
+    flags = ("--data_path", data, "--pretrained_weights", "random", "--arch", "timm:vit_tiny_patch16_224")
+    says = (
+        r"--arch timm:vit_tiny_patch16_224 does not take images of every shape: Input \w+ \(\d+\) should be divisible"
+    )
+    assert re.search(says, error(monkeypatch, capsys, *flags))
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, data):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(utils, "extract_features", broken)
+    parser = utils.OneLineParser(parents=[retrieval.get_args_parser()])
+    with pytest.raises(RuntimeError, match="a bug"):
+        retrieval.main(parser.parse_args([*SMALL, "--data_path", str(data), "--pretrained_weights", "random"]))
 
 
 @pytest.mark.parametrize(
@@ -329,6 +366,17 @@ def test_printed_figures_equal_a_slow_evaluation(data, weights, multiscale):
     for name, numbers in printed.items():
         assert numbers == pytest.approx(want[name], abs=0.006)
     assert len({numbers[0] for numbers in printed.values()}) > 1
+
+
+@pytest.mark.parametrize("flags", [("--num_workers", "2"), ("--use_cuda", "false")])
+def test_figures_do_not_depend_on_how_they_are_computed(capsys, data, weights, flags):
+    def run(*more):
+        parser = utils.OneLineParser(parents=[retrieval.get_args_parser()])
+        words = (*SMALL, "--data_path", data, "--pretrained_weights", weights, *more)
+        retrieval.main(parser.parse_args([str(word) for word in words]))
+        return figures(capsys.readouterr().out)
+
+    assert run() == run(*flags) != {}
 
 
 @pytest.mark.slow

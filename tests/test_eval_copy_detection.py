@@ -1,0 +1,556 @@
+"""Copy detection: features, whitening and figures against slow obvious ones, the layout on disk, runs end to end."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_near, run_script, shared, tensor
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+
+import dino_data
+import eval_copy_detection as copy_detection
+import utils
+import vision_transformer as vits
+
+SMALL = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu", "--num_workers", "0", "--imsize", "40"]
+
+
+# ---- a small data set in the true layout ----
+
+# fmt: off
+PHOTOGRAPHS = {
+    "200000": "astronaut", "200050": "motorcycle_left", "200100": "chelsea", "200200": "coffee", "200300": "rocket",
+    "200400": "camera", "200500": "coins", "200600": "text",
+}
+# fmt: on
+
+
+def attack(image, kind):
+    """A strong copy of a photograph, as people make them."""
+    width, height = image.size
+    if kind == 0:
+        return ImageEnhance.Brightness(ImageOps.mirror(image)).enhance(0.6)
+    if kind == 1:
+        inside = image.crop((width // 5, height // 5, width, height)).rotate(12)
+        return inside.filter(ImageFilter.GaussianBlur(2))
+    page = Image.new("RGB", (2 * width, 2 * height), "white")
+    page.paste(image, (width // 3, height // 2))
+    ImageDraw.Draw(page).rectangle((0, 0, width // 2, height), fill="blue")
+    return page
+
+
+def crop(image, share):
+    """What is left of a photograph when `share` per cent of its area are cut off around it."""
+    kept = (1 - share / 100) ** 0.5
+    width, height = image.size
+    left, top = round(width * (1 - kept) / 2), round(height * (1 - kept) / 2)
+    return image.crop((left, top, width - left, height - top))
+
+
+@pytest.fixture(scope="module")
+def copydays(tmp_path_factory):
+    """Eight originals, two of them of one prefix; ten strong copies; blocks of other sizes, most of them missing."""
+    root = tmp_path_factory.mktemp("data") / "copydays"
+    folders = {
+        name: root / name for name in ("original", "strong", "jpegqual/3", "jpegqual/20", "crops/20", "crops/80")
+    }
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    files = {Path(path).stem: path for path in dino_data.find_photographs()}
+    for number, (name, photograph) in enumerate(PHOTOGRAPHS.items()):
+        image = dino_data.load_image(files[photograph])
+        image.thumbnail((160, 160))
+        image.save(folders["original"] / f"{name}.jpg", quality=95)
+        image.save(folders["jpegqual/3"] / f"{name}.jpg", quality=3)
+        image.save(folders["jpegqual/20"] / f"{name}.jpg", quality=20)
+        crop(image, 20).save(folders["crops/20"] / f"{name}.jpg")
+        if number % 3:
+            crop(image, 80).save(folders["crops/80"] / f"{name}.jpg")
+        for copy in range(2 if number < 2 else 1):
+            attack(image, (number + copy) % 3).save(folders["strong"] / f"{int(name) + copy + 1}.jpg")
+    return root
+
+
+@pytest.fixture
+def own(copydays, tmp_path):
+    """A copy of the data set to spoil."""
+    shutil.copytree(copydays, tmp_path / "copydays")
+    return tmp_path / "copydays"
+
+
+@pytest.fixture(scope="module")
+def others(sample_root, tmp_path_factory):
+    """Folders of 306 images, more than the features are wide, for the whitening, and of 54 distractors."""
+    root = tmp_path_factory.mktemp("others")
+    classes = sorted((sample_root / "train").iterdir())
+    for name, places in (("whitening", range(17)), ("distractors", range(20, 23))):
+        (root / name).mkdir()
+        for source in (folder / f"{i:04}.png" for folder in classes for i in places):
+            (root / name / f"{source.parent.name}_{source.name}").symlink_to(source)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("weights") / "nano.pth"
+    state = vits.vit_nano(patch_size=8, img_size=[40]).state_dict()
+    wide = {key: 4 * value if key.endswith(("weight", "embed")) else value for key, value in state.items()}
+    wide["norm.weight"] = torch.rand(128)  # with the bias: features of different lengths
+    wide["norm.bias"] = torch.randn(128)
+    torch.save(wide, path)  # larger than at the start of training, so that features of different images differ
+    return path
+
+
+def arguments(*flags):
+    parser = utils.OneLineParser(parents=[copy_detection.get_args_parser()])
+    return parser.parse_args([str(flag) for flag in (*SMALL, *flags)])
+
+
+def run(capsys, *flags):
+    capsys.readouterr()
+    copy_detection.main(arguments(*flags))
+    return capsys.readouterr().out
+
+
+def error(monkeypatch, capsys, *flags):
+    """The line of a run that ends with code 2."""
+    monkeypatch.setattr(sys, "argv", ["eval_copy_detection.py", *SMALL, *map(str, flags)])
+    with pytest.raises(SystemExit) as ended:
+        utils.run(copy_detection.main, copy_detection.get_args_parser(), "")
+    captured = capsys.readouterr()
+    line = captured.err.strip()
+    assert ended.value.code == 2
+    assert "\n" not in line
+    assert line.startswith("error: ")
+    assert "mAP" not in captured.out
+    return line
+
+
+def figures(output):
+    """{block: (mAP, number of queries)} of what a run printed."""
+    found = re.findall(r"^eval on (\S+) mAP=(\d\.\d{3}) \((\d+) queries\)$", output, re.M)
+    return {block: (float(mean_ap), int(number)) for block, mean_ap, number in found}
+
+
+# ---- flags ----
+
+
+def test_flags_have_the_published_names_and_defaults():
+    args = vars(utils.OneLineParser(parents=[copy_detection.get_args_parser()]).parse_args([]))
+    published = {"arch": "vit_base", "patch_size": 8, "imsize": 320, "batch_size_per_gpu": 16, "use_cuda": True}
+    published |= {"pretrained_weights": "", "checkpoint_key": "teacher", "num_workers": 10}
+    assert published.items() <= args.items()
+    assert {"data_path", "whitening_path", "distractors_path", "dist_url", "local_rank", "device"} <= args.keys()
+    assert arguments("--batch_size", 3).batch_size_per_gpu == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--imsize", "0"], "--imsize 0 must be at least 1"),
+        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0 must be at least 1"),
+        (["--num_workers", "-1"], "--num_workers -1 must be at least 0"),
+        (["--imsize", "7"], "--imsize 7 is smaller than one patch (--patch_size 8)"),
+        (["--arch", "resnet50"], "--arch resnet50 has no CLS and patch tokens. Take one of vit_"),
+        (["--arch", "vit_smal"], "unknown --arch vit_smal; did you mean vit_small"),
+    ],
+)
+def test_bad_flags_are_one_line(monkeypatch, capsys, flags, says):
+    assert says in error(monkeypatch, capsys, *flags)
+
+
+def test_an_image_of_one_patch_is_enough(capsys, copydays, weights):
+    flags = ("--data_path", copydays, "--pretrained_weights", weights, "--imsize", 8)
+    assert figures(run(capsys, *flags))["original"] == (1, 8)
+
+
+# ---- data ----
+
+
+def test_blocks_are_the_folders_that_are_there_with_all_their_images(copydays):
+    sizes = {block: len(files) for block, files in copy_detection.find_blocks(copydays).items()}
+    assert sizes == {"original": 8, "strong": 10, "jpegqual/3": 8, "jpegqual/20": 8, "crops/20": 8, "crops/80": 5}
+
+
+def test_all_published_blocks_are_known(tmp_path):
+    wanted = ["original", "strong", *(f"jpegqual/{q}" for q in (3, 5, 8, 10, 15, 20, 30, 50, 75))]
+    wanted += [f"crops/{share}" for share in (10, 15, 20, 30, 40, 50, 60, 70, 80)]
+    for block in [*wanted, "crops/90", "other"]:
+        (tmp_path / block).mkdir(parents=True)
+        (tmp_path / block / "1.jpg").touch()
+    assert list(copy_detection.find_blocks(tmp_path)) == wanted
+
+
+def paths(folder, *names):
+    return [Path(folder) / name for name in names]
+
+
+def test_strong_copies_have_all_originals_of_their_first_four_characters():
+    originals = paths("original", "200000.jpg", "200050.jpg", "200100.jpg")
+    strong = paths("strong", "200001.jpg", "2001.jpg", "200077.JPG")
+    assert copy_detection.positives("strong", strong, originals) == [[0, 1], [2], [0, 1]]
+
+
+def test_other_copies_have_the_original_of_their_whole_name():
+    originals = paths("original", "200000.jpg", "200050.jpg", "200100.jpg")
+    copies = paths("crops/50", "200100.jpg", "200050.jpg")
+    assert copy_detection.positives("crops/50", copies, originals) == [[2], [1]]
+
+
+def test_copies_under_other_names_are_in_the_order_of_the_originals():
+    originals, copies = (paths(folder, *(f"{folder}{i}.jpg" for i in range(3))) for folder in "ab")
+    assert copy_detection.positives("jpegqual/3", copies, originals) == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("block", "names", "lone"),
+    [
+        ("crops/50", ["x.jpg", "y.jpg"], "2 of the 2 images in crops/50/ have no original: f/x.jpg, f/y.jpg"),
+        (
+            "crops/50",
+            ["2000.jpg", "2001.jpg", "2003.jpg"],
+            "1 of the 3 images in crops/50/ have no original: f/2003.jpg",
+        ),
+        ("strong", ["2000a.jpg", "2009a.jpg"], "1 of the 2 images in strong/ have no original: f/2009a.jpg"),
+        ("strong", ["x.jpg", "y.jpg", "z.jpg"], "3 of the 3 images in strong/ have no original"),
+    ],
+)
+def test_copies_without_an_original_are_named(block, names, lone):
+    originals = paths("original", "2000.jpg", "2001.jpg", "2002.jpg")
+    with pytest.raises(utils.UserError, match=re.escape(lone)):
+        copy_detection.positives(block, paths("f", *names), originals)
+
+
+def test_bad_folders_are_one_line(monkeypatch, capsys, own, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    flags = ("--data_path", own, "--pretrained_weights", "random")
+    assert f"--whitening_path {empty} has no images" in error(monkeypatch, capsys, *flags, "--whitening_path", empty)
+    assert f"--distractors_path {empty} has no im" in error(monkeypatch, capsys, *flags, "--distractors_path", empty)
+    assert "--whitening_path none is no folder" in error(monkeypatch, capsys, *flags, "--whitening_path", "none")
+    assert f"--data_path {empty} must hold original/" in error(monkeypatch, capsys, "--data_path", empty)
+    assert "--data_path none must hold original/" in error(monkeypatch, capsys, "--data_path", "none")
+    (own / "strong" / "299900.jpg").symlink_to(own / "strong" / "200001.jpg")
+    assert "1 of the 11 images in strong/ have no original" in error(monkeypatch, capsys, *flags)
+    for file in (own / "strong").iterdir():
+        file.unlink()
+    assert f"--data_path {own}/strong has no images" in error(monkeypatch, capsys, *flags)
+    for block in ("strong", "jpegqual", "crops"):
+        shutil.rmtree(own / block)
+    assert f"--data_path {own} must hold original/" in error(monkeypatch, capsys, *flags)
+    (own / "original").rename(own / "strong")
+    assert f"--data_path {own} must hold original/" in error(monkeypatch, capsys, *flags)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_images_are_named(monkeypatch, capsys, own, workers):
+    image = own / "crops" / "80" / "200050.jpg"
+    image.write_bytes(image.read_bytes()[:400])
+    flags = ("--data_path", own, "--pretrained_weights", "random", "--num_workers", workers)
+    assert f"can't read the image {image}" in error(monkeypatch, capsys, *flags)
+
+
+def test_upper_case_endings_and_files_that_are_no_images_are_no_reason_to_stop(capsys, own, weights):
+    for file in list((own / "jpegqual" / "3").iterdir()):
+        file.rename(file.with_suffix(".JPG"))
+    for file in list((own / "crops" / "20").iterdir()):
+        file.rename(file.with_name(f"copy_of_{file.name}"))
+    (own / "strong" / "notes.txt").write_text("not an image")
+    (own / "strong" / ".jpg").write_text("nor this")
+    flags = ("--pretrained_weights", weights, "--data_path")
+    changed = figures(run(capsys, *flags, own))
+    for file in list((own / "jpegqual" / "3").iterdir()):
+        file.rename(file.with_suffix(".jpg"))
+    assert changed == figures(run(capsys, *flags, own))
+
+
+def test_features_that_are_not_numbers_give_no_figure(monkeypatch, capsys, copydays, weights, tmp_path):
+    state = torch.load(weights, weights_only=True)
+    state["blocks.0.mlp.fc1.bias"][0] = np.nan
+    torch.save(state, tmp_path / "diverged.pth")
+    flags = ("--data_path", copydays, "--pretrained_weights", tmp_path / "diverged.pth")
+    assert "the features hold NaN or infinite numbers" in error(monkeypatch, capsys, *flags)
+
+
+# ---- features ----
+
+
+def test_features_are_cls_beside_the_fourth_power_mean_of_the_positive_patches():
+    torch.manual_seed(2)
+    vit = vits.vit_nano(patch_size=8, img_size=[32]).eval()
+    seen = []
+    vit.norm.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().double().numpy()))
+    features = copy_detection.CopyFeatures(vit)(tensor("copies", (2, 3, 32, 24)))
+    (tokens,) = seen
+    assert tokens.shape == (2, 1 + 4 * 3, vit.embed_dim)
+    assert (tokens[:, 1:] < 0).any()
+    for image, feature in zip(tokens, features, strict=True):
+        pooled = []
+        for dimension in range(vit.embed_dim):
+            total = 0.0
+            for patch in image[1:]:
+                total += max(float(patch[dimension]), 1e-6) ** 4
+            pooled.append((total / 12) ** 0.25)
+        assert_near(feature, [*image[0], *pooled], 2e-6)
+
+
+def test_nothing_positive_is_pooled_to_the_smallest_value():
+    class Tokens(torch.nn.Module):
+        def get_intermediate_layers(self, images, n):
+            assert n == 1
+            return [torch.tensor([[[-5.0, 2.0], [-3.0, 2.0], [-1.0, 4.0]]])]
+
+    features = copy_detection.CopyFeatures(Tokens())(None)
+    assert_near(features, [[-5, 2, 1e-6, ((2**4 + 4**4) / 2) ** 0.25]], 1e-5)
+
+
+# ---- whitening ----
+
+
+def golden_rows():
+    """Rows [16, 16] whose Gram matrix is the golden one, and what else is known of it."""
+    golden = json.loads(shared("goldens/retrieval.json").read_text())
+    gram = np.array(golden["pca_input_gram"])
+    return np.linalg.cholesky(gram).T, gram, np.array(golden["pca_out_cov"])
+
+
+def test_whitened_covariance_is_the_golden_one():
+    rows, gram, want = golden_rows()
+    pca = copy_detection.PCA(dim=8)
+    pca.train_pca(gram)
+    projected = pca.apply(rows)
+    assert projected.shape == (16, 8)
+    assert projected.T @ projected == pytest.approx(want, abs=1e-6)
+
+
+def test_the_components_kept_are_those_of_the_largest_variance():
+    rows, gram, _ = golden_rows()
+    pca = copy_detection.PCA(dim=5, whit=0)
+    pca.train_pca(gram)
+    projected = pca.apply(rows)
+    largest = np.linalg.svd(rows, compute_uv=False)[:5] ** 2
+    assert projected.T @ projected == pytest.approx(np.diag(largest), rel=1e-9, abs=1e-9)
+
+
+def test_components_are_divided_by_their_variance_to_the_given_power():
+    pca = copy_detection.PCA(dim=2, whit=0.25)
+    pca.train_pca(np.diag([16.0, 81.0]))
+    assert np.abs(pca.apply(np.eye(2))) == pytest.approx(np.array([[0, 1 / 2], [1 / 3, 0]]))
+
+
+def test_pca_takes_its_mean_off_and_keeps_the_kind_of_its_input():
+    pca = copy_detection.PCA(dim=3)
+    pca.train_pca(torch.eye(3))
+    pca.mean = np.array([1.0, 2.0, 3.0])
+    rows = tensor("rows", (4, 3))
+    assert (pca.apply(rows.numpy()) ** 2).sum(1) == pytest.approx(
+        ((rows - torch.tensor([1, 2, 3])) ** 2).sum(1).numpy()
+    )
+    for dtype in (torch.float32, torch.float64):
+        found = pca.apply(rows.to(dtype))
+        assert found.dtype == dtype
+        assert_near(found, pca.apply(rows.numpy()), 1e-6)
+
+
+def test_whitened_features_have_mean_0_and_their_axes_mean_square_1(capsys):
+    rows = (tensor("white", (500, 24)) @ tensor("mix", (24, 24)) + 5 * tensor("mean", (24,))).float()
+    pca = copy_detection.learn_whitening(rows)
+    white = pca.apply(rows)
+    assert white.shape == (500, 24)
+    assert white.dtype == torch.float32
+    assert white.mean(dim=0).numpy() == pytest.approx(np.zeros(24), abs=1e-4)
+    pca.mean = None
+    about_0 = pca.apply(rows).double()
+    assert (about_0.T @ about_0 / 500).numpy() == pytest.approx(np.eye(24), abs=1e-3)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_variance_below_a_hundred_thousandth_of_the_largest_counts_as_that():
+    pca = copy_detection.PCA(dim=3)
+    pca.train_pca(np.diag([4.0, 4e-9, 0.0]))
+    found = np.abs(pca.apply(np.eye(3)))
+    assert sorted(found.sum(axis=0)) == pytest.approx([0.5, (4e-5) ** -0.5, (4e-5) ** -0.5])
+
+
+def test_whitening_from_fewer_images_than_features_is_finite_and_says_so(capsys):
+    few = tensor("few", (6, 24)) + 3
+    pca = copy_detection.learn_whitening(few)
+    assert "6 images in --whitening_path are few for features 24 wide" in capsys.readouterr().out
+    assert pca.apply(tensor("new", (9, 24))).isfinite().all()
+    pca.mean = None
+    white = pca.apply(few).double()
+    gram = white @ white.T / 6  # 6 points in as many dimensions: no other shape has all mean squares 1
+    assert gram.numpy() == pytest.approx(np.eye(6), abs=1e-3)
+
+
+def test_images_that_are_all_alike_teach_no_whitening(monkeypatch, capsys, copydays, weights, tmp_path):
+    flags = ("--data_path", copydays, "--pretrained_weights", weights, "--whitening_path", tmp_path)
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        shutil.copy(copydays / "original" / "200100.jpg", tmp_path / name)
+        line = error(monkeypatch, capsys, *flags, "--batch_size_per_gpu", 2)
+        assert "--whitening_path needs images that differ" in line
+
+
+# ---- search ----
+
+
+def slow_ap(right, ranked):
+    """Area under precision over recall of a ranked list's first 20, trapezoid by trapezoid."""
+    area, hits = 0.0, 0
+    for rank, number in enumerate(ranked[:20]):
+        if number in right:
+            left = hits / rank if rank else 1.0
+            hits += 1
+            area += (left + hits / (rank + 1)) / 2 / len(right)
+    return area
+
+
+def test_only_the_20_nearest_count():
+    angles = torch.arange(30) * 0.05
+    database = torch.stack((angles.cos(), angles.sin()), dim=1)
+    queries = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
+    found = copy_detection.average_precisions(queries, database, [[0], [19], [20], [1, 25]])
+    assert found == pytest.approx([1, (0 + 1 / 20) / 2, 0, (0 + 1 / 2) / 2 / 2])
+
+
+def test_average_precisions_equal_a_slow_search():
+    queries, database = (
+        torch.nn.functional.normalize(tensor(name, (n, 6)), dim=1) for name, n in (("q", 15), ("d", 40))
+    )
+    rng = np.random.default_rng(0)
+    right = [rng.permutation(40)[: rng.integers(1, 9)].tolist() for _ in range(15)]
+    want = []
+    for query, numbers in zip(queries.tolist(), right, strict=True):
+        similarity = [sum(a * b for a, b in zip(query, row, strict=True)) for row in database.tolist()]
+        want.append(slow_ap(numbers, sorted(range(40), key=lambda i, s=similarity: -s[i])))
+    assert copy_detection.average_precisions(queries, database, right) == pytest.approx(want, abs=1e-9)
+    assert len(set(want)) > 10
+
+
+# ---- end to end ----
+
+
+def slow_figures(data, weights, whitening=None, distractors=None):
+    """The same evaluation from the definitions, image by image in float64."""
+    model = vits.vit_nano(patch_size=8, img_size=[40]).double().eval()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    tokens = []
+    model.norm.register_forward_hook(lambda module, inputs, output: tokens.append(output[0].numpy()))
+    mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    @torch.no_grad()
+    def feature(path):
+        image = Image.open(path).convert("RGB").resize((40, 40), Image.Resampling.BICUBIC)
+        model(torch.from_numpy((np.array(image).transpose(2, 0, 1) / 255 - mean) / std)[None])
+        cls, *patches = tokens.pop()
+        return np.concatenate((cls, (np.maximum(patches, 1e-6) ** 4).mean(axis=0) ** 0.25))
+
+    def features(folder):
+        return np.stack([feature(path) for path in sorted(folder.iterdir())])
+
+    center, basis = 0, np.eye(2 * model.embed_dim)
+    if whitening:
+        learned = features(whitening)
+        center = learned.mean(axis=0)
+        _, spread, basis = np.linalg.svd(learned)  # all of the basis: rows of no variance too
+        variances = np.zeros(len(basis))
+        variances[: len(spread)] = spread**2 / len(learned)
+        basis = basis / np.sqrt(np.maximum(variances, variances.max() / 1e5))[:, None]
+
+    def directions(folder):
+        rows = (features(folder) - center) @ basis.T
+        return rows / np.sqrt((rows**2).sum(axis=1, keepdims=True))
+
+    originals = sorted(os.listdir(data / "original"))
+    database = directions(data / "original")
+    if distractors:
+        database = np.concatenate((database, directions(distractors)))
+    found = {}
+    for block in ("original", "strong", "jpegqual/3", "jpegqual/20", "crops/20", "crops/80"):
+        aps = []
+        for name, query in zip(sorted(os.listdir(data / block)), directions(data / block), strict=True):
+            end = 4 if block == "strong" else None
+            right = [i for i, original in enumerate(originals) if original[:end] == name[:end]]
+            aps.append(slow_ap(right, (-(database @ query)).argsort().tolist()))
+        found[block] = (sum(aps) / len(aps), len(aps))
+    return found
+
+
+def assert_figures(printed, want):
+    assert list(printed) == list(want)
+    for block, (mean_ap, number) in want.items():
+        assert printed[block] == (pytest.approx(mean_ap, abs=0.00051), number)
+    assert len({mean_ap for mean_ap, _ in want.values()}) > 2, "figures that tell nothing"
+
+
+@pytest.mark.parametrize("parts", [(), ("distractors",), ("whitening",)])
+def test_figures_equal_a_slow_evaluation(capsys, copydays, weights, others, parts):
+    flags = [word for part in parts for word in (f"--{part}_path", others / part)]
+    output = run(capsys, "--data_path", copydays, "--pretrained_weights", weights, *flags)
+    assert_figures(figures(output), slow_figures(copydays, weights, **{part: others / part for part in parts}))
+    number = 54 if "distractors" in parts else 0
+    assert f"{8 + number} images to search among, {number} of them distractors" in output
+    assert "warning" not in output
+
+
+def test_figures_of_a_real_run_with_everything_equal_a_slow_evaluation(copydays, weights, others):
+    flags = ["--data_path", copydays, "--pretrained_weights", weights]
+    flags += ["--whitening_path", others / "whitening", "--distractors_path", others / "distractors"]
+    printed = figures(run_script("eval_copy_detection.py", *SMALL, *flags).stdout)
+    assert_figures(printed, slow_figures(copydays, weights, others / "whitening", others / "distractors"))
+
+
+def test_whitening_from_few_images_equals_a_slow_evaluation(capsys, copydays, weights, others, tmp_path):
+    for file in sorted((others / "whitening").iterdir())[::13]:
+        (tmp_path / file.name).symlink_to(file.resolve())
+    output = run(capsys, "--data_path", copydays, "--pretrained_weights", weights, "--whitening_path", tmp_path)
+    assert "24 images in --whitening_path are few" in output
+    assert_figures(figures(output), slow_figures(copydays, weights, whitening=tmp_path))
+
+
+def test_a_distractor_nearer_than_the_original_halves_the_rank(capsys, copydays, weights, tmp_path):
+    flags = ("--data_path", copydays, "--pretrained_weights", weights)
+    without = figures(run(capsys, *flags))
+    assert without["jpegqual/20"] == (1, 8)
+    shutil.copytree(copydays / "jpegqual" / "20", tmp_path / "distractors")
+    found = figures(run(capsys, *flags, "--distractors_path", tmp_path / "distractors"))
+    assert found["jpegqual/20"] == (0.25, 8)  # the original is second: (0 + 1 / 2) / 2
+    assert found["original"] == (1, 8)
+
+
+@pytest.mark.parametrize("flags", [("--num_workers", 2), ("--batch_size_per_gpu", 3), ("--use_cuda", "false")])
+def test_figures_do_not_depend_on_how_they_are_computed(capsys, copydays, weights, others, flags):
+    common = ("--data_path", copydays, "--pretrained_weights", weights, "--whitening_path", others / "distractors")
+    alone = figures(run(capsys, *common))
+    assert figures(run(capsys, *common, *flags)) == alone != {}
+
+
+def test_batches_and_loading_processes_are_those_asked_for(monkeypatch, copydays, weights):
+    made, eval_loader = [], dino_data.eval_loader
+
+    def spy(*args):
+        made.append(eval_loader(*args))
+        return made[-1]
+
+    monkeypatch.setattr(dino_data, "eval_loader", spy)
+    common = ("--data_path", copydays, "--pretrained_weights", weights)
+    copy_detection.main(arguments(*common, "--batch_size_per_gpu", 3, "--num_workers", 1))
+    assert {(loader.batch_size, loader.num_workers) for loader in made} == {(3, 1)}
+
+
+@pytest.mark.slow
+def test_two_processes_with_workers_print_what_one_does(copydays, weights, others):
+    flags = ["eval_copy_detection.py", *SMALL, "--data_path", copydays, "--pretrained_weights", weights]
+    flags += [word for part in ("whitening", "distractors") for word in (f"--{part}_path", others / part)]
+    alone = run_script(*flags).stdout
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    together = run_script(*launcher, *flags, "--num_workers", 1).stdout
+    assert figures(alone) == figures(together) != {}
+    assert together.count("images to search among") == 1
