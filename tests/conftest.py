@@ -92,6 +92,27 @@ def tiny_root(sample_root, tmp_path_factory):
 # ---- real runs ----
 
 
+def arguments_of(script, *flags):
+    """The arguments that a script (its module) makes of these flags."""
+    import utils
+
+    return utils.parse_args(utils.OneLineParser(parents=[script.get_args_parser()]), [str(flag) for flag in flags])
+
+
+def ending(monkeypatch, capsys, script, *flags):
+    """(exit code, error line) of a script's run in this process that ends with an error."""
+    import utils
+
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as ended:
+        utils.run(script.main, script.get_args_parser(), "")
+    line = capsys.readouterr().err.strip()
+    line = line[max(line.rfind("error: "), 0) :]  # a bar of progress may stand in front
+    assert "\n" not in line
+    assert line.startswith("error: ") or ended.value.code == 130  # Ctrl-C
+    return ended.value.code, line
+
+
 def run_script(*words, timeout=300, env=None, check=True):
     """Run `python <words>` in the checkout; returns the finished process, its output as text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}

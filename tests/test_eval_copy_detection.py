@@ -4,13 +4,12 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_near, run_script, shared, tensor
+from conftest import arguments_of, assert_near, ending, run_script, shared, tensor
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 import dino_data
@@ -109,8 +108,7 @@ def weights(tmp_path_factory):
 
 
 def arguments(*flags):
-    parser = utils.OneLineParser(parents=[copy_detection.get_args_parser()])
-    return parser.parse_args([str(flag) for flag in (*SMALL, *flags)])
+    return arguments_of(copy_detection, *SMALL, *flags)
 
 
 def run(capsys, *flags):
@@ -121,15 +119,8 @@ def run(capsys, *flags):
 
 def error(monkeypatch, capsys, *flags):
     """The line of a run that ends with code 2."""
-    monkeypatch.setattr(sys, "argv", ["eval_copy_detection.py", *SMALL, *map(str, flags)])
-    with pytest.raises(SystemExit) as ended:
-        utils.run(copy_detection.main, copy_detection.get_args_parser(), "")
-    captured = capsys.readouterr()
-    line = captured.err.strip()
-    assert ended.value.code == 2
-    assert "\n" not in line
-    assert line.startswith("error: ")
-    assert "mAP" not in captured.out
+    code, line = ending(monkeypatch, capsys, copy_detection, *SMALL, *flags)
+    assert code == 2
     return line
 
 

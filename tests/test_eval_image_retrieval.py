@@ -4,13 +4,12 @@ import json
 import os
 import pickle
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, shared
+from conftest import ending, run_script, shared
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision import transforms
 
@@ -81,13 +80,8 @@ def weights(tmp_path_factory):
 
 def error(monkeypatch, capsys, *flags):
     """The line of a run that ends with code 2."""
-    monkeypatch.setattr(sys, "argv", ["eval_image_retrieval.py", *SMALL, *map(str, flags)])
-    with pytest.raises(SystemExit) as ended:
-        utils.run(retrieval.main, retrieval.get_args_parser(), "")
-    line = capsys.readouterr().err.strip()
-    assert ended.value.code == 2
-    assert "\n" not in line
-    assert line.startswith("error: ")
+    code, line = ending(monkeypatch, capsys, retrieval, *SMALL, *flags)
+    assert code == 2
     return line
 
 

@@ -4,12 +4,11 @@ import json
 import math
 import re
 import shutil
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_near, run_script
+from conftest import ROOT, arguments_of, assert_near, ending, run_script
 from PIL import Image
 from torch import nn
 from torchvision import transforms
@@ -29,8 +28,7 @@ SMALL = [
 
 
 def arguments(*flags):
-    parser = utils.OneLineParser(parents=[eval_linear.get_args_parser()])
-    return parser.parse_args([str(flag) for flag in (*SMALL, *flags)])
+    return arguments_of(eval_linear, *SMALL, *flags)
 
 
 def run(*flags):
@@ -38,11 +36,7 @@ def run(*flags):
 
 
 def end(monkeypatch, capsys, *flags):
-    """Exit code and error line of a run that ends with one."""
-    monkeypatch.setattr(sys, "argv", ["eval_linear.py", *map(str, (*SMALL, *flags))])
-    with pytest.raises(SystemExit) as stop:
-        utils.run(eval_linear.main, eval_linear.get_args_parser(), "")
-    return stop.value.code, capsys.readouterr().err.strip()
+    return ending(monkeypatch, capsys, eval_linear, *SMALL, *flags)
 
 
 def log_of(folder):

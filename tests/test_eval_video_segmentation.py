@@ -5,14 +5,13 @@ import json
 import math
 import os
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_near, fill, run_script, shared, tensor
+from conftest import arguments_of, assert_near, ending, fill, run_script, shared, tensor
 from PIL import Image
 
 import dino_data
@@ -71,8 +70,7 @@ def annotation(davis, t=0, name="cup"):
 
 
 def arguments(*flags):
-    parser = utils.OneLineParser(parents=[evs.get_args_parser()])
-    return parser.parse_args([str(flag) for flag in (*SMALL, *flags)])
+    return arguments_of(evs, *SMALL, *flags)
 
 
 def run(*flags):
@@ -82,14 +80,9 @@ def run(*flags):
 def end(monkeypatch, capsys, davis, *flags):
     """The error line of a run that ends with one and code 2, and leaves no masks."""
     output_dir = davis.parent / "masks"
-    words = ["eval_video_segmentation.py", *SMALL, "--data_path", davis, "--output_dir", output_dir, *flags]
-    monkeypatch.setattr(sys, "argv", list(map(str, words)))
-    with pytest.raises(SystemExit) as stop:
-        utils.run(evs.main, evs.get_args_parser(), "")
-    said = capsys.readouterr().err.strip()
-    assert stop.value.code == 2
-    assert said.startswith("error: ")
-    assert "\n" not in said
+    paths = ("--data_path", davis, "--output_dir", output_dir)
+    code, said = ending(monkeypatch, capsys, evs, *SMALL, *paths, *flags)
+    assert code == 2
     assert not output_dir.is_dir() or not list(output_dir.iterdir())
     return said
 

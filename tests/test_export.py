@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import assert_near, fill, run_script, tensor
+from conftest import arguments_of, assert_near, ending, fill, run_script, tensor
 from PIL import Image
 from torch import nn
 
@@ -23,8 +23,7 @@ SMALL = ["--arch", "vit_nano", "--patch_size", "16"]
 
 
 def arguments(*flags):
-    parser = utils.OneLineParser(parents=[export.get_args_parser()])
-    return parser.parse_args([str(flag) for flag in (*SMALL, *flags)])
+    return arguments_of(export, *SMALL, *flags)
 
 
 def run(*flags):
@@ -32,11 +31,7 @@ def run(*flags):
 
 
 def end(monkeypatch, capsys, *flags):
-    """Exit code and error line of a run that ends with one."""
-    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, (*SMALL, *flags))])
-    with pytest.raises(SystemExit) as stop:
-        utils.run(export.main, export.get_args_parser(), "")
-    return stop.value.code, capsys.readouterr().err.strip()
+    return ending(monkeypatch, capsys, export, *SMALL, *flags)
 
 
 def network(name="teacher", side=48, patch_size=16):

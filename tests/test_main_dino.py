@@ -5,7 +5,6 @@ import copy
 import json
 import math
 import random
-import signal
 import socket
 import sys
 from functools import partial
@@ -895,32 +894,6 @@ def test_networks_of_timm_train(tiny_root, tmp_path, arch):
     assert all(tensor.isfinite().all() for tensor in state["student"].values())
 
 
-# Trains, and dies by SIGKILL at the start or the end of the first saving of a checkpoint, as the first argument says.
-DYING = """
-import os, signal, sys
-import main_dino, utils
-save, (moment, *flags) = utils.save_on_master, sys.argv[1:]
-def save_and_die(state, path):
-    if moment == "after":
-        save(state, path)
-    os.kill(os.getpid(), signal.SIGKILL)
-utils.save_on_master, sys.argv = save_and_die, ["main_dino.py", *flags]
-utils.run(main_dino.train_dino, main_dino.get_args_parser(), "")
-"""
-
-
-@pytest.mark.slow
-def test_a_run_killed_before_and_behind_a_checkpoint_goes_on_to_the_same_end(finished, tiny_root, tmp_path):
-    flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path, "--num_workers", 1]
-    for moment in ("before", "after"):
-        assert run_script("-c", DYING, moment, *flags, check=False).returncode == -signal.SIGKILL
-    assert (tmp_path / "checkpoint.pth").exists()
-    run_script("main_dino.py", *flags)
-    assert_same_run(torch.load(tmp_path / "checkpoint.pth", weights_only=True), finished[0])
-    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()]
-    assert epochs == [0, 1]
-
-
 # ---- several processes ----
 
 # Trains with main_dino and writes the loss of each step, averaged over the processes, as JSON to the first argument.
@@ -929,8 +902,8 @@ import json, sys
 import torch, torch.distributed as dist
 import main_dino, utils
 losses, forward = [], main_dino.DINOLoss.forward
-def record(self, *inputs):
-    loss = forward(self, *inputs)
+def record(self, *inputs, **named):
+    loss = forward(self, *inputs, **named)
     mean = loss.detach().clone().double()
     if utils.get_world_size() > 1:
         dist.all_reduce(mean)

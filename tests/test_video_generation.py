@@ -2,14 +2,13 @@
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_near, run_script, shared
+from conftest import ROOT, arguments_of, assert_near, ending, run_script, shared
 from PIL import Image
 
 import dino_data
@@ -20,8 +19,7 @@ SMALL = ["--arch", "vit_nano", "--patch_size", "16", "--device", "cpu"]
 
 
 def arguments(*flags):
-    parser = utils.OneLineParser(parents=[video_generation.get_args_parser()])
-    return parser.parse_args([str(flag) for flag in (*SMALL, *flags)])
+    return arguments_of(video_generation, *SMALL, *flags)
 
 
 def run(*flags):
@@ -29,12 +27,7 @@ def run(*flags):
 
 
 def end(monkeypatch, capsys, *flags):
-    """Exit code and error line of a run that ends with one; in front of it there may be a bar of progress."""
-    monkeypatch.setattr(sys, "argv", ["video_generation.py", *map(str, (*SMALL, *flags))])
-    with pytest.raises(SystemExit) as stop:
-        utils.run(video_generation.main, video_generation.get_args_parser(), "")
-    said = capsys.readouterr().err.strip()
-    return stop.value.code, said[max(said.rfind("error: "), 0) :]
+    return ending(monkeypatch, capsys, video_generation, *SMALL, *flags)
 
 
 @pytest.fixture(scope="module")

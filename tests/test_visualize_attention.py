@@ -1,12 +1,11 @@
 """Attention images: every picture against a slow float64 version of what it should show, and the script end to end."""
 
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_near, run_script, shared
+from conftest import ROOT, arguments_of, assert_near, ending, run_script, shared
 from PIL import Image
 
 import utils
@@ -17,8 +16,7 @@ MEAN, STD = (np.array(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229,
 
 
 def arguments(*flags):
-    parser = utils.OneLineParser(parents=[visualize_attention.get_args_parser()])
-    return parser.parse_args([str(flag) for flag in (*SMALL, *flags)])
+    return arguments_of(visualize_attention, *SMALL, *flags)
 
 
 def run(*flags):
@@ -26,11 +24,7 @@ def run(*flags):
 
 
 def end(monkeypatch, capsys, *flags):
-    """Exit code and error line of a run that ends with one."""
-    monkeypatch.setattr(sys, "argv", ["visualize_attention.py", *map(str, (*SMALL, *flags))])
-    with pytest.raises(SystemExit) as stop:
-        utils.run(visualize_attention.main, visualize_attention.get_args_parser(), "")
-    return stop.value.code, capsys.readouterr().err.strip()
+    return ending(monkeypatch, capsys, visualize_attention, *SMALL, *flags)
 
 
 def backbone():
