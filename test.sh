@@ -12,7 +12,7 @@ fi
 modules=(
   main_dino utils vision_transformer dino_data hubconf export
   eval_knn eval_linear eval_video_segmentation eval_image_retrieval eval_copy_detection
-  visualize_attention video_generation
+  visualize_attention video_generation benchmark
 )
 "$python" -m pytest -n 2 --durations 8 --cov-report= "${modules[@]/#/--cov=}"
 for module in "${modules[@]}"; do
