@@ -326,7 +326,7 @@ def train_one_epoch(
     UserError (exit code 3) is raised for more than args.max_bad_steps of them in a row.
     """
     keeper = keeper or RunKeeper()
-    metrics, bad_steps, done = utils.MetricLogger(), 0, keeper.first_step
+    metrics, done = utils.MetricLogger(), keeper.first_step
     metrics.go_on_from(keeper.meters)
     first = epoch * (done + len(data_loader)) + done
     batches = metrics.log_every(data_loader, 10, f"Epoch: [{epoch}/{args.epochs}]", done)
@@ -341,9 +341,9 @@ def train_one_epoch(
             student, teacher, dino_loss, crops, optimizer, step, epoch, fp16_scaler, args, amp_dtype, keeper
         )
         bad, stop_signal, save = verdict.read()  # the backward pass is still under way
-        bad_steps = bad_steps + 1 if bad else 0
+        keeper.bad_steps = keeper.bad_steps + 1 if bad else 0
         if bad:
-            leave_out(bad_steps, loss, student, dino_loss, data_loader.dataset, indices, epoch, step, args)
+            leave_out(keeper.bad_steps, loss, student, dino_loss, data_loader.dataset, indices, epoch, step, args)
         else:
             # ---- student ----
             fp16_scaler.unscale_(optimizer)
@@ -513,7 +513,8 @@ class RunKeeper:
     def __init__(self, args=None, state=None, writer=None, stop=None, first_step=0, meters=()):
         self.args, self.state, self.writer, self.stop = args, state, writer, stop
         self.first_step, self.meters = first_step, meters
-        self.saved_at, self.stopped_by = time.monotonic(), 0
+        self.saved_at, self.stopped_by, self.bad_steps = time.monotonic(), 0, 0
+        self.unlogged = []
 
     def wishes(self, step):
         """(signal to stop or 0, whether to save) after this step of the run, as far as this process knows."""
@@ -527,6 +528,19 @@ class RunKeeper:
     def save(self, epoch, step, meters):
         self.writer.save(self.state(epoch, step, meters))
         self.saved_at = time.monotonic()
+
+    def log_epoch(self, stats):
+        """Add a line to log.txt on rank 0. What can't be written now is written with the next."""
+        if not utils.is_main_process():
+            return
+        self.unlogged.append(stats)
+        try:
+            while self.unlogged:
+                utils.write_log_line(self.args.output_dir, self.unlogged[0])
+                self.unlogged.pop(0)
+        except OSError as e:
+            path = os.path.join(self.args.output_dir, "log.txt")
+            utils.log(f"warning: {path} could not be written ({e.strerror}). The run goes on")
 
     def save_epoch(self, epoch):
         """Save behind a whole epoch, every so often under a name of its own too; the next one begins at its start."""
@@ -614,11 +628,13 @@ def train_dino(args):
             )  # fmt: skip
             if keeper.stopped_by:
                 break
-            if utils.is_main_process():
-                utils.write_log_line(args.output_dir, {**{f"train_{k}": v for k, v in means.items()}, "epoch": epoch})
+            keeper.log_epoch({**{f"train_{k}": v for k, v in means.items()}, "epoch": epoch})
             keeper.save_epoch(epoch)
     if writer.failure:
         raise UserError(f"the last checkpoint is lost: {writer.failure}. Make room, and start again", exit_code=5)
+    if keeper.unlogged:
+        epochs = ", ".join(str(stats["epoch"]) for stats in keeper.unlogged)
+        raise UserError(f"the lines of epochs {epochs} of log.txt are lost: it could not be written", exit_code=5)
     utils.log(f"Training took {time.time() - start:.0f} s; weights are in {checkpoint_path}")
     if keeper.stopped_by:
         stop.leave(keeper.stopped_by)

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections import defaultdict, deque
 from pathlib import Path
 
@@ -132,6 +134,10 @@ def process_flags():
 # fmt: on
 
 
+# How gloo and nccl say it.
+PEER_LOST = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
+
+
 def run(main, flags, description):
     """What every script does under `__main__`: parse, run `main(args)`, turn a UserError into one line and a code."""
     for stream in (sys.stdout, sys.stderr):
@@ -150,6 +156,12 @@ def run(main, flags, description):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    except RuntimeError as e:
+        if not (get_world_size() > 1 and PEER_LOST.search(str(e))):
+            raise
+        what = "the connection to another process is lost. What ended it stands on its own screen, or above"
+        print(f"error (rank {get_rank()}): {what}", file=sys.stderr, flush=True)
+        sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -313,7 +325,8 @@ class StopRequest:
     """
 
     def __enter__(self):
-        self.signal, self.interrupted, self.before = 0, None, {}
+        self.signal, self.noted, self.interrupted, self.before = 0, set(), None, {}
+        self.children = set(multiprocessing.active_children())
         if threading.current_thread() is threading.main_thread():  # Python's signals are the main thread's
             for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
                 number = getattr(signal, name, None)  # Windows has the first two
@@ -324,6 +337,17 @@ class StopRequest:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self.kill_loaders()
+
+    def kill_loaders(self):
+        """End the processes of loaders. Python would at its end, by the SIGTERM that they ignore, and wait for ever."""
+        deaf = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if deaf else None  # torch's would raise an error
+        for child in set(multiprocessing.active_children()) - self.children:
+            child.kill()
+            child.join()
+        if deaf:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
     def note(self, number, _):
         if number == signal.SIGINT:
@@ -332,13 +356,18 @@ class StopRequest:
                 raise KeyboardInterrupt
             self.interrupted = self.interrupted or now
         self.signal = self.signal or number
+        self.noted.add(number)
 
     def leave(self, number):
-        """End as signal `number` asks: by what handled it before us, as under submitit, or with code 128 + number."""
-        handler = self.before.get(number)
-        if callable(handler) and handler is not signal.default_int_handler:
-            self.__exit__()
-            handler(number, None)
+        """End as signal `number` asks: by what handled it before us, as under submitit, or with code 128 + number.
+
+        What handled others that have come here is called, too: Slurm may send SIGTERM first and SIGUSR2 behind it.
+        """
+        for each in sorted({number, *self.noted}):
+            handler = self.before.get(each)
+            if callable(handler) and handler is not signal.default_int_handler:
+                self.__exit__()
+                handler(each, None)
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(128 + number)
@@ -497,14 +526,14 @@ class MetricLogger:
 
     def go_on_from(self, everyones):
         """Take up what `totals` gave. Rank 0 takes all of it if there were more or fewer processes then."""
-        if len(everyones) == get_world_size():
-            everyones = [everyones[get_rank()]]
-        elif not is_main_process():
-            return
-        for totals in everyones:
+        as_many = len(everyones) == get_world_size()
+        for rank, totals in enumerate(everyones):
+            mine = rank == get_rank() if as_many else is_main_process()
             for name, (total, count) in totals.items():
-                self.meters[name].total += total
-                self.meters[name].count += count
+                meter = self.meters[name]  # every rank has all of them, since they are added up over the ranks
+                if mine:
+                    meter.total += total
+                    meter.count += count
 
     def __str__(self):
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
@@ -778,8 +807,9 @@ class CheckpointWriter:
             for copy in copies:
                 write_whole(copy, lambda file: torch.save(state, file))
             self.failure = None
-        except Exception as e:  # torch.save wraps what the system says
-            reason = " ".join(str(getattr(e, "strerror", None) or e).split())[:200]
+        except Exception as e:
+            cause = e if isinstance(e, OSError) else e.__context__ or e  # torch.save wraps what the system says
+            reason = " ".join(str(getattr(cause, "strerror", None) or e).split())[:200]
             self.failure = f"{self.path} could not be written ({reason}); what it held before is still there"
             print(f"warning: {self.failure}. The run goes on", flush=True)
 
@@ -811,10 +841,11 @@ def _allow_public_checkpoints():
     torch.serialization.add_safe_globals(allowed)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, verify=False):
     """Everything in a checkpoint file, on the CPU. Unpickles tensors, plain types and Namespaces only.
 
-    Raises UserError if the file is missing, torn, or holds anything else.
+    `verify` holds it against its checksums, which torch writes, unless told not to, but never looks at. Raises
+    UserError if the file is missing, torn, or holds anything else.
     """
     _allow_public_checkpoints()
     try:
@@ -822,6 +853,8 @@ def load_checkpoint(path):
             from safetensors.torch import load_file
 
             return load_file(path)
+        if verify and zipfile.is_zipfile(path):
+            check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as e:
         raise UserError(f"{path} is read by safetensors, which is not installed: pip install safetensors") from e
@@ -836,6 +869,14 @@ def load_checkpoint(path):
             raise UserError(f"{path} holds a {what}, which could run code when loaded, and was not loaded") from e
         what = reason[:200] or type(e).__name__
         raise UserError(f"{path} can't be read as a checkpoint; is it complete? ({what})") from e
+
+
+def check_sums(path):
+    """Raise BadZipFile if the contents of a file of torch.save are not what its checksums say."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
 
 
 # Arguments that decide which tensors a run has: with others, a checkpoint can't be gone on from.
@@ -917,7 +958,7 @@ def load_newest(path):
     found = [file for file in (path, previous_checkpoint(path)) if os.path.isfile(file)]
     for i, file in enumerate(found):
         try:
-            checkpoint = load_checkpoint(file)
+            checkpoint = load_checkpoint(file, verify=True)
         except UserError as e:
             if i == len(found) - 1:
                 raise

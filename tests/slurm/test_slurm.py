@@ -1,0 +1,268 @@
+"""run_with_submitit.py, and main_dino.py by srun, on a real Slurm cluster of two nodes that this machine plays.
+
+Each node has its own network, name and daemon (start_slurm.sh). Jobs are made slow where something has to happen to
+them; in what they compute they are the one run of the fixture `whole`.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL_RUN, assert_near, run_script
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+
+START = Path(__file__).with_name("start_slurm.sh")
+# 20 steps of 8 images in 4 epochs.
+RUN = [*SMALL_RUN, "--epochs", 4, "--use_fp16", "false", "--drop_path_rate", 0, "--optimizer", "sgd", "--lr", 0.05]
+TWO_NODES = ["--ngpus", 0, "--nodes", 2, "--cpus_per_task", 2, "--mem_gb", 1, "--batch_size_per_gpu", 4]
+
+
+# ---- the cluster ----
+
+
+def why_not():
+    if not (sys.platform == "linux" and Path("/etc/debian_version").exists() and shutil.which("apt-get")):
+        return "this is no Debian"
+    if os.geteuid() != 0:
+        return "only root can make the nodes' networks"
+    if subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True).returncode:
+        return "no namespaces allowed here"
+    return None
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Runs a command where the cluster can be reached, and returns what it prints."""
+    if why_not():
+        pytest.skip(f"a Slurm cluster on this machine: {why_not()}")
+    folder = Path("/tmp") / f"slurm-test-{os.getpid()}"  # not deep down: sockets have short paths
+    env = {**os.environ, "SLURM_DIR": str(folder), "OWNER": str(os.getpid())}
+    installed = subprocess.run([START, "install"], env=env, capture_output=True, text=True, timeout=300)
+    if installed.returncode:
+        pytest.skip(f"can't install Slurm: {installed.stderr[-300:]}")
+    try:
+        log = tmp_path_factory.mktemp("slurm") / "log"
+        with log.open("w") as file:  # not a pipe: the daemons would keep it open
+            started = subprocess.run([START, "start"], env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        assert started.returncode == 0, log.read_text()
+
+        def run(*words, check=True, **more):
+            words = [folder / "enter", "timeout", "120", *words]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+            done = subprocess.run(list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True)
+            if not check:
+                return done
+            assert done.returncode == 0, f"{words}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            return done.stdout
+
+        yield run
+    finally:
+        subprocess.run([START, "clean"], env=env, stdin=subprocess.DEVNULL, timeout=90, check=True)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """An environment in which each image takes so many seconds to open, in jobs too."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "sitecustomize.py").write_text(
+        "import os, time\nimport PIL.Image\nopened = PIL.Image.open\n"
+        "def slowly(*args, **more):\n    time.sleep(float(os.environ['SLOW']))\n    return opened(*args, **more)\n"
+        "if 'SLOW' in os.environ:\n    PIL.Image.open = slowly\n"
+    )
+    return lambda seconds: {"PYTHONPATH": str(folder), "SLOW": str(seconds)}
+
+
+# ---- jobs ----
+
+
+def submit(cluster, tiny_root, output, *flags, **env):
+    """The number of a training job, and the file of its log."""
+    flags = [*RUN, *TWO_NODES, "--data_path", tiny_root / "train", "--output_dir", output, *flags]
+    said = cluster(sys.executable, "run_with_submitit.py", *flags, **env)
+    job, log = re.findall(r"submitted job (\d+); its log is (\S+)", said)[0]
+    return job, Path(log)
+
+
+def wait_until(happened, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.5)
+
+
+def wait_for_text(log, text, seconds=60):
+    wait_until(lambda: log.exists() and text in log.read_text(), seconds, f"{text!r} in {log}")
+
+
+def wait_for_end(cluster, job, log, seconds):
+    """Wait for a job's result files; prints its log if they don't come."""
+    try:
+        wait_until(lambda: not cluster("squeue", "-h", "-j", job), seconds, f"end of job {job}")
+        assert "JobState=COMPLETED" in cluster("scontrol", "show", "job", job)
+    except AssertionError:
+        print(log.read_text()[-6000:], cluster("scontrol", "show", "job", job, check=False).stdout)
+        raise
+
+
+def restarts(cluster, job):
+    return int(re.search(r"Restarts=(\d+)", cluster("scontrol", "show", "job", job)).group(1))
+
+
+def assert_same(one, other):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict | list | tuple):
+        assert type(one) is type(other)
+        assert len(one) == len(other)
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_same(one[key], other[key])
+    else:
+        assert one == other
+
+
+def result(folder):
+    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
+    for name in ("output_dir", "rank", "gpu"):
+        checkpoint["args"].pop(name)
+    return checkpoint, (folder / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, tiny_root, tmp_path_factory):
+    """The folder of a two-node run that nothing happens to, with an evaluation behind it."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = ["--evaluate_after", "knn", "--wait", "--ngpus", 1, "--use_volta32", "--slurm_extra", "nice=1"]
+    flags = [*RUN, *TWO_NODES, *flags, "--data_path", tiny_root / "train", "--output_dir", folder / "%j"]
+    said = cluster(sys.executable, "run_with_submitit.py", *flags)
+    job = re.search(r"submitted job (\d+)", said).group(1)
+    return folder / job, said, cluster("scontrol", "show", "job", job)
+
+
+@pytest.fixture(scope="module")
+def timed_out(cluster, tiny_root, slow, tmp_path_factory):
+    """A job whose time limit is too short for it: it takes some minutes, in which other tests run."""
+    folder = tmp_path_factory.mktemp("timed_out")
+    return folder, *submit(cluster, tiny_root, folder, "--timeout", 1, "--signal_delay", 15, **slow(0.65))
+
+
+# As in the README.
+BATCH = """#!/bin/bash
+#SBATCH --nodes=2 --ntasks-per-node=1 --mem=1G --time=60 --requeue --signal=USR2@120 --open-mode=append
+srun {command} && exit
+code=$?
+case $code in
+  140) scontrol requeue $SLURM_JOB_ID ;;
+  143) sleep 600 ;;
+esac
+exit $code
+"""
+
+
+def submit_batch(cluster, tiny_root, folder, **env):
+    flags = [*RUN, "--batch_size_per_gpu", 4, "--data_path", tiny_root / "train", "--output_dir", folder]
+    script, log = folder / "job.sh", folder / "job.out"
+    script.write_text(BATCH.format(command=" ".join(map(str, (sys.executable, ROOT / "main_dino.py", *flags)))))
+    return re.search(r"\d+", cluster("sbatch", f"--output={log}", script, **env)).group(), log
+
+
+@pytest.fixture(scope="module")
+def interrupted(cluster, timed_out, tiny_root, slow, tmp_path_factory):
+    """Jobs, by what they were started and interrupted with, and their logs and folders."""
+    ways = {
+        "submitit, scontrol requeue": submit,
+        "sbatch, SIGUSR2": submit_batch,
+        "sbatch, scontrol requeue": submit_batch,
+    }
+    jobs = {}
+    for way, start in ways.items():
+        folder = tmp_path_factory.mktemp("interrupted")
+        jobs[way] = (*start(cluster, tiny_root, folder, **slow(0.3)), folder)
+    for way, (job, log, _) in jobs.items():
+        wait_for_text(log, "Epoch: [0/4]  [4/5]")
+        cluster(*(["scancel", "--signal=USR2", job] if "USR2" in way else ["scontrol", "requeue", job]))
+    return jobs
+
+
+# ---- what has to hold ----
+
+
+def test_a_job_on_two_nodes_trains_as_one_process_does(whole, tiny_root, tmp_path):
+    folder, said, shown = whole
+    run_script("main_dino.py", *RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path)
+    one, two = (re.findall(r'"train_loss": ([\d.]+)', (f / "log.txt").read_text()) for f in (tmp_path, folder))
+    assert len(one) == 4
+    assert_near([float(loss) for loss in two], [float(loss) for loss in one], 1e-5)
+    assert "hostname=n1" in said
+    assert "hostname=n2" in next(folder.glob("*_1_log.out")).read_text()
+    assert "Features=volta32gb" in shown
+    assert "gres:gpu:1" in shown
+    assert "Nice=1" in shown
+    assert "CPUs/Task=2" in shown
+
+
+def test_the_evaluation_follows_in_the_same_folder(whole):
+    folder, said, _ = whole
+    assert f"tensors from {folder}/checkpoint.pth [teacher]" in said
+    assert "20-NN classifier result: Top1:" in said
+    assert len(list(folder.glob("*_submission.sh"))) == 2
+
+
+def test_a_preempted_job_comes_back_and_ends_bit_identically(cluster, whole, tiny_root, slow, tmp_path):
+    flags = ["--timeout", 60, "--ngpus", 1]
+    job, log = submit(cluster, tiny_root, tmp_path, *flags, **slow(0.15))
+    wait_for_text(log, "Epoch: [1/4]  [0/5]")
+    cluster("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_for_end(cluster, job, log, 90)
+    said = log.read_text()
+    assert "stopped in epoch 1 after step" in said
+    assert "Requeued job" in said
+    assert "going on in epoch 1 behind step" in said
+    assert restarts(cluster, job) == 1
+    assert_same(result(tmp_path), result(whole[0]))
+
+
+@pytest.mark.parametrize("way", ["submitit, scontrol requeue", "sbatch, SIGUSR2", "sbatch, scontrol requeue"])
+def test_an_interrupted_job_comes_back_and_ends_bit_identically(cluster, interrupted, whole, way):
+    job, log, folder = interrupted[way]
+    wait_for_end(cluster, job, log, 90)
+    said = log.read_text()
+    assert "stopped in epoch" in said
+    assert "behind step" in said
+    assert ("saved; waiting for Slurm to end or requeue the job" in said) == way.startswith("submitit")
+    assert restarts(cluster, job) == 1
+    assert_same(result(folder), result(whole[0]))
+
+
+def test_an_error_ends_the_job_with_its_exit_code_and_nothing_comes_after(cluster, timed_out, tmp_path):
+    flags = [*RUN, *TWO_NODES, "--data_path", tmp_path / "none", "--output_dir", tmp_path, "--wait"]
+    done = cluster(sys.executable, "run_with_submitit.py", *flags, "--evaluate_after", "knn", check=False)
+    job, after = re.findall(r"submitted job (\d+)", done.stdout)
+    assert done.returncode == 2
+    assert "error (rank 0): --data_path" in done.stdout
+    assert f"error: job {job} ended with 2; its logs: {tmp_path}/{job}_*_log.out" in done.stderr
+    wait_until(lambda: not cluster("squeue", "-h", "-j", after), 30, "end of the evaluation")
+
+
+def test_what_slurm_refuses_is_one_line_and_leaves_no_files(cluster, tiny_root, tmp_path):
+    flags = [*RUN, *TWO_NODES, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "out"]
+    done = cluster(sys.executable, "run_with_submitit.py", *flags, "--partition", "nowhere", check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: Slurm does not accept the job: .*partition.*\n", done.stderr)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_job_whose_time_is_up_comes_back_and_ends_bit_identically(cluster, timed_out, whole):
+    folder, job, log = timed_out
+    wait_for_end(cluster, job, log, 180)
+    said = log.read_text()
+    assert "this job is timed-out" in said
+    assert "(29 remaining timeouts)" in said
+    assert restarts(cluster, job) >= 1
+    assert_same(result(folder), result(whole[0]))

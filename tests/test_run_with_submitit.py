@@ -1,0 +1,480 @@
+"""run_with_submitit.py without Slurm: real jobs on this machine, and what Slurm would be asked for.
+
+Jobs on a real cluster are in tests/slurm.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import submitit
+import torch
+from conftest import ROOT, SMALL_RUN, assert_near, run_script
+
+import eval_knn
+import main_dino
+import run_with_submitit
+import utils
+from run_with_submitit import Task
+from utils import UserError
+
+SAME = ["--use_fp16", "false", "--drop_path_rate", "0", "--optimizer", "sgd", "--lr", "0.05"]
+TWO_PROCESSES = [*SMALL_RUN, *SAME, "--batch_size_per_gpu", 4, "--ngpus", 0, "--nodes", 1, "--tasks_per_node", 2]
+LOCAL = ["run_with_submitit.py", *TWO_PROCESSES, "--cluster", "local"]
+
+
+def parsed(*flags):
+    return utils.parse_args(utils.OneLineParser(parents=[run_with_submitit.get_args_parser()]), list(map(str, flags)))
+
+
+def checked(*flags):
+    args = parsed(*flags)
+    run_with_submitit.check_args(args)
+    return args
+
+
+# ---- jobs on this machine ----
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_root, tmp_path_factory):
+    """The folder of a local job of two processes, started in another folder than ours, and what was said."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "train").symlink_to(tiny_root / "train")
+    if sys.version_info >= (3, 11):  # before, what is in the folder where a job starts comes first
+        (folder / "utils.py").write_text("raise RuntimeError('somebody else's')")
+    flags = [ROOT / LOCAL[0], *LOCAL[1:], "--wait", "--data_path", "train", "--output_dir", "out/%j"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, flags)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out" / re.search(r"submitted job (\d+)", done.stdout).group(1), done.stdout
+
+
+def losses(folder):
+    return [float(loss) for loss in re.findall(r'"train_loss": ([\d.]+)', (folder / "log.txt").read_text())]
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_job_have_the_losses_of_one_with_the_same_global_batch(whole, tiny_root, tmp_path):
+    run_script("main_dino.py", *SMALL_RUN, *SAME, "--data_path", tiny_root / "train", "--output_dir", tmp_path)
+    folder, said = whole
+    assert len(losses(tmp_path)) == 2
+    assert_near(losses(folder), losses(tmp_path), 1e-5)
+    assert "vit_nano on 2 × cpu" in said
+    assert f"its log is {folder}/{folder.name}_0_log.out" in said
+
+
+@pytest.mark.slow
+def test_a_local_job_that_gets_submitits_signal_starts_again_and_ends_bit_identically(whole, tiny_root, tmp_path):
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(
+        "import time\nimport PIL.Image\nopened = PIL.Image.open\n"
+        "PIL.Image.open = lambda *args, **more: time.sleep(0.1) or opened(*args, **more)\n"
+    )
+    flags = [*LOCAL, "--wait", "--data_path", tiny_root / "train", "--output_dir", tmp_path / "out"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(slow)}
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        waiting = subprocess.Popen([sys.executable, *map(str, flags)], cwd=ROOT, env=env, stdout=file, stderr=file)
+    wait_for_text(log, "Epoch: [1/2]  [0/5]")
+    job = re.search(r"submitted job (\d+)", log.read_text()).group(1)
+    processes = subprocess.run(["pgrep", "-P", job], capture_output=True, text=True).stdout.split()
+    assert len(processes) == 2
+    for process in processes:
+        os.kill(int(process), signal.SIGUSR2)
+    assert waiting.wait(60) == 0, log.read_text()
+    assert re.search(r"stopped in epoch 1 after step \d", log.read_text())
+    assert re.search(r"going on in epoch 1 behind step \d", log.read_text())
+    one, other = (torch.load(f / "checkpoint.pth", weights_only=True) for f in (tmp_path / "out", whole[0]))
+    for key in ("student", "teacher", "dino_loss"):
+        assert one[key].keys() == other[key].keys()
+        assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
+    assert (tmp_path / "out" / "log.txt").read_text() == (whole[0] / "log.txt").read_text()
+
+
+def wait_for_text(log, text, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (log.exists() and text in log.read_text()):
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else f"no {log}"
+        time.sleep(0.2)
+
+
+def test_wait_ends_with_the_exit_code_of_the_run(tmp_path):
+    flags = [*TWO_PROCESSES, "--cluster", "local", "--wait", "--tasks_per_node", 1, "--data_path", tmp_path / "none"]
+    done = run_script("run_with_submitit.py", *flags, "--output_dir", tmp_path, check=False)
+    assert done.returncode == 2
+    assert "error (rank 0): --data_path" in done.stdout
+    assert re.search(r"error: job \d+ ended with 2; its logs: .*_log\.out\n", done.stderr)
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_debug_trains_and_evaluates_in_this_process(tiny_root, tmp_path, capsys):
+    flags = [*SMALL_RUN, "--epochs", 1, "--ngpus", 0, "--nodes", 1, "--cluster", "debug", "--evaluate_after", "knn"]
+    before = dict(os.environ)
+    run_with_submitit.main(parsed(*flags, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "%j"))
+    said = capsys.readouterr().out
+    job = re.search(r"submitted job (DEBUG_\d+)", said).group(1)
+    assert f"tensors from {tmp_path}/{job}/checkpoint.pth [teacher]" in said
+    assert "20-NN classifier result" in said
+    assert torch.load(tmp_path / job / "checkpoint.pth", weights_only=True)["args"]["world_size"] == 1
+    assert dict(os.environ) == before
+
+
+# ---- what Slurm is asked for ----
+
+SBATCH = """#!/bin/sh
+echo "$1" >> "$FAKE/called"
+cp "$1" "$FAKE/$(wc -l < "$FAKE/called").sh"
+echo "Submitted batch job $((41 + $(wc -l < "$FAKE/called")))"
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A folder of a Slurm that takes every job and runs none: its jobs' files are 1.sh, 2.sh, ..."""
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    install(folder, "sbatch", SBATCH)
+    install(folder, "srun", "#!/bin/sh\n")
+    monkeypatch.setenv("FAKE", str(folder))
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return folder
+
+
+def install(folder, name, text):
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+def options(script):
+    """The options in a batch script, as a dict."""
+    pairs = (
+        line.removeprefix("#SBATCH --").partition("=") for line in script.read_text().splitlines() if "#SB" in line
+    )
+    return {name: value.strip("'") for name, _, value in pairs}
+
+
+def test_the_defaults_ask_for_two_nodes_of_eight_gpus(fake, tmp_path):
+    run_with_submitit.main(parsed("--output_dir", tmp_path / "out"))
+    assert options(fake / "1.sh") == {
+        "job-name": "dino", "nodes": "2", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "10",
+        "mem": "320GB", "time": "2800", "signal": "USR2@120", "requeue": "", "open-mode": "append",
+        "output": f"{tmp_path}/out/%j_0_log.out", "wckey": "submitit",
+    }  # fmt: skip
+    text = (fake / "1.sh").read_text()
+    assert re.search(r"\nsrun .*--cpus-per-task=10 --kill-on-bad-exit=1 ", text)
+    assert f"export PYTHONPATH={ROOT}" in text
+    saved = submitit.core.utils.DelayedSubmission.load(tmp_path / "out" / "42_submitted.pkl")
+    assert (saved._timeout_countdown, saved._timeout_min) == (30, 2800)
+    assert saved.function.main is main_dino.train_dino
+    assert vars(saved.function.args).keys() == vars(main_dino.get_args_parser().parse_args([])).keys()
+    assert saved.function.args.output_dir == str(tmp_path / "out")
+
+
+def test_flags_are_passed_on_to_sbatch(fake, tmp_path):
+    flags = ["--nodes", 3, "--ngpus", 4, "--timeout", 60, "--partition", "p", "--use_volta32", "--comment", "a b"]
+    flags += ["--cpus_per_task", 6, "--mem_gb", 12.5, "--signal_delay", 300, "--slurm_account", "acc"]
+    flags += ["--slurm_qos", "q", "--slurm_exclude", "n[1-2]", "--slurm_nodelist", "n9", "--slurm_constraint", "ib"]
+    flags += ["--slurm_extra", "reservation=r", "mail-user=a=b"]
+    run_with_submitit.main(parsed(*flags, "--output_dir", tmp_path / "out", "--shared_dir", tmp_path / "jobs" / "%j"))
+    found = options(fake / "1.sh")
+    expected = {
+        "nodes": "3", "ntasks-per-node": "4", "gpus-per-node": "4", "time": "60", "partition": "p", "comment": "a b",
+        "constraint": "volta32gb&ib", "cpus-per-task": "6", "mem": "12800MB", "signal": "USR2@300", "account": "acc",
+        "qos": "q", "exclude": "n[1-2]", "nodelist": "n9", "reservation": "r", "mail-user": "a=b",
+        "output": f"{tmp_path}/jobs/%j/%j_0_log.out",
+    }  # fmt: skip
+    assert {name: found.get(name) for name in expected} == expected
+    assert (tmp_path / "jobs" / "42" / "42_submitted.pkl").exists()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_without_gpus_none_are_asked_for_and_the_run_is_told(fake, tmp_path):
+    run_with_submitit.main(parsed("--ngpus", 0, "--tasks_per_node", 3, "--output_dir", tmp_path))
+    found = options(fake / "1.sh")
+    assert (found["ntasks-per-node"], found["mem"], "gpus-per-node" in found) == ("3", "120GB", False)
+    saved = submitit.core.utils.DelayedSubmission.load(tmp_path / "42_submitted.pkl")
+    assert saved.function.args.device == "cpu"
+
+
+def test_the_evaluation_waits_for_the_training_to_succeed(fake, tmp_path):
+    flags = ["--evaluate_after", "knn", "--data_path", tmp_path / "imagenet" / "train", "--output_dir", tmp_path / "%j"]
+    flags += ["--arch", "vit_base", "--patch_size", 8, "--global_crops_size", 192, "--num_workers", 3]
+    run_with_submitit.main(parsed(*flags))
+    found = options(fake / "2.sh")
+    assert (found["dependency"], found["kill-on-invalid-dep"], found["nodes"]) == ("afterok:42", "yes", "1")
+    assert found["job-name"] == "dino_knn"
+    assert found["gpus-per-node"] == "8"
+    task = submitit.core.utils.DelayedSubmission.load(tmp_path / "42" / "43_submitted.pkl").function
+    assert task.main is eval_knn.main
+    expected = {
+        "arch": "vit_base", "patch_size": 8, "image_size": 192, "checkpoint_key": "teacher", "num_workers": 3,
+        "data_path": str(tmp_path / "imagenet"), "pretrained_weights": str(tmp_path / "42" / "checkpoint.pth"),
+        "device": "auto",
+    }  # fmt: skip
+    assert {name: getattr(task.args, name) for name in expected} == expected
+
+
+def test_the_evaluations_data_can_be_named_or_are_the_samples():
+    assert run_with_submitit.evaluation_args(checked("--evaluate_after", "knn"), "1").data_path == "sample"
+    args = checked("--evaluate_after", "knn", "--evaluate_data", "other")
+    assert run_with_submitit.evaluation_args(args, "1").data_path == "other"
+
+
+def test_a_job_that_slurm_refuses_is_a_user_error_and_leaves_nothing(fake, tmp_path, capfd):
+    install(fake, "sbatch", "#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.txt").write_text("earlier")
+    with pytest.raises(UserError, match=r"Slurm does not accept the job: .*invalid partition"):
+        run_with_submitit.main(parsed("--output_dir", tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.txt"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_missing_sbatch_is_a_user_error_before_anything_is_made(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no sbatch here"):
+        run_with_submitit.main(parsed("--output_dir", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_submitit_is_a_user_error(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match="pip install submitit"):
+        run_with_submitit.main(parsed("--output_dir", tmp_path))
+
+
+# ---- bad flags ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nodes", 0], "--nodes 0 must be at least 1"),
+        (["--ngpus", -1], "--ngpus -1 must be at least 0"),
+        (["--timeout", 0], "--timeout 0 must be at least 1"),
+        (["--cpus_per_task", 0], "--cpus_per_task 0 must be at least 1"),
+        (["--signal_delay", -1], "--signal_delay -1 must be at least 0"),
+        (["--signal_delay", 120, "--timeout", 2], "leaves no time to train in --timeout 2 min"),
+        (["--mem_gb", 0], "--mem_gb 0.0 must be above 0"),
+        (["--mem_gb", "nan"], "--mem_gb nan must be above 0"),
+        (["--tasks_per_node", 0, "--ngpus", 0], "--tasks_per_node 0 must be at least 1"),
+        (["--tasks_per_node", 2], "--ngpus 8 means a process for each GPU"),
+        (["--ngpus", 0, "--device", "cuda"], "--ngpus 0 leaves no GPU for --device cuda"),
+        (["--cluster", "local"], "--cluster local has one node only. Add --nodes 1"),
+        (["--cluster", "debug", "--nodes", 1], "--cluster debug runs one process"),
+        (["--evaluate_data", "x"], "no effect without --evaluate_after"),
+        (["--cluster", "local", "--nodes", 1, "--evaluate_after", "knn"], "Add --wait"),
+        (["--slurm_extra", "reservation"], "--slurm_extra reservation is not of the form"),
+        (["--slurm_extra", "--reservation=x"], "expected at least one argument"),
+        (["--warmup_epochs", 200], "--warmup_epochs 200 is longer than the run"),
+    ],
+)
+def test_bad_flags_are_named(flags, message, capsys):
+    with pytest.raises((UserError, SystemExit)) as raised:
+        checked(*flags)
+    assert message in str(raised.value) + capsys.readouterr().err
+
+
+def test_what_is_just_possible_is_accepted():
+    checked("--signal_delay", 119, "--timeout", 2)
+    checked("--cluster", "debug", "--nodes", 1, "--ngpus", 1)
+    checked("--cluster", "local", "--nodes", 1, "--evaluate_after", "knn", "--wait")
+    checked("--ngpus", 0, "--device", "cpu", "--tasks_per_node", 1)
+
+
+# ---- in the job ----
+
+
+def environment(tmp_path=None, **changed):
+    """What a process of a job learns about it, as submitit.JobEnvironment tells it."""
+    values = {
+        "job_id": "55326964", "global_rank": 5, "local_rank": 1, "num_tasks": 8, "num_nodes": 2,
+        "hostnames": ["n3", "n4"], "cluster": "slurm", "paths": SimpleNamespace(folder=tmp_path),
+    }  # fmt: skip
+    return SimpleNamespace(**{**values, **changed})
+
+
+@pytest.fixture
+def clean_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "what the user's shell has left")
+    before = signal.getsignal(signal.SIGUSR2)
+    yield
+    signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_processes_meet_at_the_jobs_first_node():
+    run_with_submitit.meet_others(environment())
+    assert utils.find_place("env://") == (5, 8, 1)
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n3", str(20000 + 55326964 % 20000))
+    run_with_submitit.meet_others(environment(num_nodes=1, job_id="123_7"))
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", "21237")
+
+
+@pytest.mark.parametrize(
+    ("rank", "code", "waits"),
+    [(0, 143, True), (1, 143, True), (1, 140, True), (0, 140, False), (0, -1, False), (1, 138, False), (1, 130, False)],
+)
+def test_a_process_that_slurm_is_to_end_does_not_end_by_itself(monkeypatch, rank, code, waits):
+    slept, before = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(run_with_submitit.time, "sleep", slept.append)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        run_with_submitit.await_verdict(rank, code)
+        assert slept == [600] * waits
+        assert (signal.getsignal(signal.SIGTERM) is signal.SIG_DFL) == waits
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ended_task(monkeypatch, tmp_path, main, **changed):
+    """Exit code of a task that runs `main`, and what it noted."""
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: environment(tmp_path, **changed))
+    with pytest.raises(SystemExit) as ended:
+        Task(main, SimpleNamespace(output_dir="x"))()
+    note = tmp_path / "55326964_exit"
+    return ended.value.code, note.read_text() if note.exists() else None
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_an_error_of_the_users_is_one_line_and_its_code_is_noted(monkeypatch, tmp_path, capsys):
+    def main(args):
+        raise UserError("the loss is nan", exit_code=3)
+
+    assert ended_task(monkeypatch, tmp_path, main) == (3, "3")
+    assert capsys.readouterr().err == "error (rank 5): the loss is nan\n"
+
+
+@pytest.mark.usefixtures("clean_environment")
+@pytest.mark.parametrize(("code", "noted"), [(143, "143"), (-1, None), (144, None), (0, None)])
+@pytest.mark.parametrize("cluster", ["slurm", "local"])
+def test_a_requeue_is_no_failure(monkeypatch, tmp_path, code, noted, cluster):
+    verdicts = []
+    monkeypatch.setattr(run_with_submitit, "await_verdict", lambda *seen: verdicts.append(seen))
+    assert ended_task(monkeypatch, tmp_path, lambda _: sys.exit(code), cluster=cluster) == (code, noted)
+    assert verdicts == [(5, code)] * (cluster == "slurm")
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_a_tasks_checkpoint_is_the_same_again_whatever_the_run_did_to_its_arguments(monkeypatch, tmp_path):
+    seen = []
+
+    def main(args):
+        seen.append(args.output_dir)
+        args.output_dir = args.rank = "changed"
+
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: environment(tmp_path))
+    task = Task(main, SimpleNamespace(output_dir="runs/%j", epochs=3))
+    task()
+    again = task.checkpoint()
+    assert isinstance(again, submitit.helpers.DelayedSubmission)
+    again.result()
+    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN  # else it kills a process that is shutting down
+    assert seen == ["runs/55326964"] * 2
+    assert vars(again.function.args) == {"output_dir": "runs/%j", "epochs": 3}
+
+
+def test_a_second_signal_is_handed_over_too_when_the_first_was_sigterm():
+    came, before = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _: came.append(number))
+        with utils.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert stop.signal == signal.SIGTERM
+        with pytest.raises(SystemExit) as ended:
+            stop.leave(stop.signal)
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert came == [signal.SIGUSR2, signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- waiting ----
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A job of two processes that no cluster knows."""
+    return submitit.SlurmJob(tmp_path, "77", tasks=[0, 1])
+
+
+def finish(job, *outcomes):
+    for rank, outcome in enumerate(outcomes):
+        submitit.core.utils.cloudpickle_dump((outcome, None), job.paths.folder / f"77_{rank}_result.pkl")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "noted", "code"),
+    [
+        (("success", "success"), None, 0),
+        (("success", "success"), "3", 0),  # the note is of an earlier turn
+        (("success",), None, 1),
+        ((), None, 1),
+        ((), "3", 3),
+        (("error", "success"), None, 1),
+        (("success", "error"), "5", 5),
+    ],
+)
+def test_the_exit_code_of_a_job(job, outcomes, noted, code, capsys):
+    finish(job, *outcomes)
+    if noted:
+        (job.paths.folder / "77_exit").write_text(noted)
+    assert run_with_submitit.exit_code(job) == code
+    said = capsys.readouterr().err
+    assert said == (f"error: job 77 ended with {code}; its logs: {job.paths.folder}/77_*_log.out\n" if code else "")
+
+
+@pytest.mark.parametrize(
+    ("squeue", "ended"),
+    [
+        ("echo '77 main dino root R 1:00 2 n[1-2]'", False),
+        ("true", True),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", False),
+    ],
+)
+def test_a_job_has_ended_when_it_is_not_in_the_queue_any_more(fake, job, squeue, ended):
+    install(fake, "squeue", f"#!/bin/sh\n[ \"$*\" = '--noheader --jobs=77' ] || exit 3\n{squeue}\n")
+    assert run_with_submitit.has_ended(job, "slurm") == ended
+    finish(job, "success", "success")
+    assert run_with_submitit.has_ended(job, "slurm")
+
+
+def test_following_shows_each_line_once_up_to_the_last(monkeypatch, job, capsys):
+    lines = iter(["first\n", "second\n", "last\n"])
+
+    def has_ended(job, cluster):
+        assert cluster == "slurm"
+        line = next(lines)
+        with job.paths.stdout.open("a") as log:
+            log.write(line)
+        return line == "last\n"
+
+    monkeypatch.setattr(run_with_submitit, "has_ended", has_ended)
+    finish(job, "success", "success")
+    assert run_with_submitit.follow(job, "slurm", pause=0) == 0
+    assert capsys.readouterr().out == "first\nsecond\nlast\n"
+
+
+def test_a_failed_job_is_not_followed_by_another(monkeypatch, fake, tmp_path):
+    monkeypatch.setattr(run_with_submitit, "follow", lambda job, cluster: 3)
+    with pytest.raises(SystemExit) as ended:
+        run_with_submitit.main(parsed("--wait", "--output_dir", tmp_path))
+    assert ended.value.code == 3
+
+
+def test_the_fixed_part_of_a_folder_ends_before_the_number_of_the_job(tmp_path):
+    assert run_with_submitit.fixed_part(f"{tmp_path}/a/x%j/b") == tmp_path / "a"
+    assert run_with_submitit.fixed_part(f"{tmp_path}/a") == tmp_path / "a"
