@@ -810,7 +810,7 @@ class CheckpointWriter:
         except Exception as e:
             cause = e if isinstance(e, OSError) else e.__context__ or e  # torch.save wraps what the system says
             reason = " ".join(str(getattr(cause, "strerror", None) or e).split())[:200]
-            self.failure = f"{self.path} could not be written ({reason}); what it held before is still there"
+            self.failure = f"{self.path} could not be written ({reason}); an earlier one, if any, is as it was"
             print(f"warning: {self.failure}. The run goes on", flush=True)
 
 

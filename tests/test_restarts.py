@@ -1,0 +1,862 @@
+"""Runs that are stopped, killed, damaged or moved go on as if nothing had happened; real processes and files.
+
+A run here is 3 epochs of 5 steps. Its processes are forked from one that has imported everything, which saves the
+seconds that each would take to start; a few start as users start them.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL_RUN, run_script
+
+import dino_data
+import main_dino
+import utils
+
+STEPS = 5  # an epoch: 40 images, 8 a step
+RUN = [*SMALL_RUN, "--epochs", "3", "--use_bn_in_head", "true"]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+HALVES = ("--batch_size_per_gpu", "4")  # for two processes
+
+
+# ---- what goes wrong: functions that a process calls before it trains ----
+
+
+def nothing():
+    pass
+
+
+def around_step(at, act, rank=0):
+    """`act()` within step number `at` (every one if None) of process `rank`, before its gradients are computed."""
+    compute = main_dino.compute_gradients
+
+    def spoiled(student, teacher, dino_loss, crops, optimizer, step, *rest):
+        if at in (None, step) and utils.get_rank() == rank:
+            act()
+        return compute(student, teacher, dino_loss, crops, optimizer, step, *rest)
+
+    main_dino.compute_gradients = spoiled
+
+
+def signal_in_step(at, number, rank=0):
+    around_step(at, lambda: os.kill(os.getpid(), number), rank)
+
+
+def when_saved(act):
+    """`act` as a function that first waits for what is being written in the background."""
+    writers, save = [], utils.CheckpointWriter.save
+
+    def save_and_note(self, *args):
+        writers[:] = [self]
+        save(self, *args)
+
+    def wait_and_act():
+        for writer in writers:
+            writer.wait()
+        act()
+
+    utils.CheckpointWriter.save = save_and_note
+    return wait_and_act
+
+
+def kill_in_step(at, rank=0):
+    around_step(at, when_saved(lambda: os.kill(os.getpid(), signal.SIGKILL)), rank)
+
+
+def slow_steps(seconds):
+    def say_and_sleep():
+        print("a step begins", flush=True)
+        time.sleep(seconds)
+
+    for rank in (0, 1):
+        around_step(None, say_and_sleep, rank)
+
+
+def raise_in(place, rank):
+    """An error of ours at step 7, in process `rank` alone."""
+
+    def fail(*_):
+        raise ArithmeticError(f"made up in the {place}")
+
+    if place == "forward":
+        around_step(7, fail, rank)
+    elif place == "backward":
+        around_step(7, lambda: setattr(torch.Tensor, "backward", fail), rank)
+    else:
+        load = dino_data.load_image
+        counted = []
+
+        def load_seven(path):
+            counted.append(path)
+            return load(path) if len(counted) < 7 or int(os.environ.get("RANK", 0)) != rank else fail()
+
+        dino_data.load_image = load_seven
+
+
+def nan_in_step(at, rank):
+    forward = main_dino.DINOLoss.forward
+
+    def poison():
+        main_dino.DINOLoss.forward = lambda *args, **named: forward(*args, **named) * float("nan")
+
+    def heal():
+        main_dino.DINOLoss.forward = forward
+
+    around_step(at, poison, rank)
+    around_step(at + 1, heal, rank)
+
+
+def keep_states(folder):
+    """Save both networks of every process as they are at the end."""
+    epoch = main_dino.train_one_epoch
+
+    def keep(student, teacher, dino_loss, *rest):
+        means = epoch(student, teacher, dino_loss, *rest)
+        parts = {"student": student, "teacher": teacher, "loss": dino_loss}
+        states = {name: module.state_dict() for name, module in parts.items()}
+        torch.save(states, f"{folder}/rank{utils.get_rank()}.pth")
+        return means
+
+    main_dino.train_one_epoch = keep
+
+
+def nan_and_keep_states(at, rank, folder):
+    nan_in_step(at, rank)
+    keep_states(folder)
+
+
+def list_images(file, then="nothing", *args):
+    """Write `epoch path` for each image that is opened to a file, one for each rank."""
+    file = f"{file}{os.environ.get('RANK', 0)}"
+    get = dino_data.MultiCropDataset.__getitem__
+    load = dino_data.load_image
+    epochs = []
+
+    def get_and_note(self, key):
+        epochs.append(key[0])
+        return get(self, key)
+
+    def load_and_note(path):
+        with open(file, "a") as out:
+            out.write(f"{epochs[-1]} {Path(path).parent.name}/{Path(path).name}\n")
+        return load(path)
+
+    dino_data.MultiCropDataset.__getitem__ = get_and_note
+    dino_data.load_image = load_and_note
+    globals()[then](*args)
+
+
+def die_while_saving(number):
+    """SIGKILL in the middle of writing checkpoint number `number`."""
+    save, numbers = torch.save, []
+
+    def tear(state, file):
+        numbers.append(len(numbers))
+        if len(numbers) == number:
+            file.write(b"PK" * 1000)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, file)
+
+    torch.save = tear
+
+
+def no_room(first, last, limit=200_000):
+    """From step `first` to step `last` no file may get larger than `limit` bytes: a log's line, but no checkpoint."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    around_step(first, when_saved(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))))
+    around_step(last, when_saved(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))))
+
+
+def no_log(first, last):
+    """log.txt can't be written in the steps from `first` to `last`."""
+    write, full = utils.write_whole, []
+
+    def write_or_not(path, *rest):
+        if full and str(path).endswith("log.txt"):
+            raise OSError(28, "No space left on device")
+        return write(path, *rest)
+
+    utils.write_whole = write_or_not
+    around_step(first, lambda: full.append(True))
+    around_step(last, full.clear)
+
+
+# ---- runs ----
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started_forks():
+    """The process that the runs are forked from, with all modules imported (PYTHONPATH tells it where they are)."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [before])])
+    FORKS.set_forkserver_preload(["test_restarts"])
+    multiprocessing.forkserver.ensure_running()
+    yield
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+def train(flags, spoil="nothing", *args):
+    """What `python main_dino.py <flags>` does, behind a call of the function of this file that `spoil` names."""
+    sys.argv = ["main_dino.py", *map(str, flags)]
+    torch.set_num_threads(1)
+    globals()[spoil](*args)
+    utils.run(main_dino.train_dino, main_dino.get_args_parser(), "")
+
+
+def enter(screen, environment, *args):
+    """The first function of a forked process: a session and a screen of its own."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's processes, which are spoiled too
+    with open(screen, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    train(*args)
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+class Run:
+    """`world` processes that train together; `spoil` names what each calls before, with its arguments."""
+
+    def __init__(self, *flags, world=1, spoil=("nothing",)):
+        output = Path(flags[flags.index("--output_dir") + 1])
+        self.screens = [output.parent / f"{output.name}-screen{rank}" for rank in range(world)]
+        port = str(free_port())
+        self.processes = []
+        for rank, screen in enumerate(self.screens):
+            place = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+            place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            screen.write_bytes(b"")
+            process = FORKS.Process(target=enter, args=(screen, place if world > 1 else {}, flags, *spoil))
+            process.start()
+            self.processes.append(process)
+
+    def end(self, timeout=60):
+        """Exit codes and what was on the screens. A process that is still there after so many seconds is an error."""
+        until = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(until - time.monotonic(), 0.01))
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        assert None not in codes, f"a process hangs: {codes}\n{self.said()}"
+        return codes, [screen.read_text() for screen in self.screens]
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def said(self):
+        return "\n".join(screen.read_text()[-3000:] for screen in self.screens)
+
+    def wait_for(self, words, times=1, timeout=60):
+        """Until this is on the screen of rank 0, so many times."""
+        until = time.monotonic() + timeout
+        while self.screens[0].read_text().count(words) < times:
+            assert time.monotonic() < until, f"no {words!r}:\n{self.said()}"
+            time.sleep(0.005)
+
+
+def finish(*flags, timeout=60, **named):
+    """A run that has to end well; what it said on rank 0."""
+    codes, screens = Run(*flags, **named).end(timeout)
+    assert not any(codes), "\n".join(screens)
+    return screens[0]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def progress(path):
+    checkpoint = load(path)
+    return checkpoint["epoch"] * STEPS + checkpoint["step"]
+
+
+def result(folder):
+    """All that a run ends with; of its arguments, those that shape the result."""
+    checkpoint = load(folder / "checkpoint.pth")
+    checkpoint["args"] = {key: checkpoint["args"][key] for key in ("arch", "lr", "epochs", "seed")}
+    return checkpoint, (folder / "log.txt").read_text()
+
+
+def assert_same(one, other):
+    """Equal bit for bit, through dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == other
+
+
+@pytest.fixture(scope="module")
+def common(tiny_root):
+    return [*RUN, "--data_path", tiny_root / "train"]
+
+
+@pytest.fixture
+def flags(common, tmp_path):
+    return [*common, "--output_dir", tmp_path / "run"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(common, tmp_path_factory):
+    """What a run of one process that nothing happened to ends with."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(*common, "--output_dir", folder)
+    return result(folder)
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(common, tmp_path_factory):
+    """The same, of two processes."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(*common, *HALVES, "--output_dir", folder, world=2)
+    return result(folder)
+
+
+@pytest.fixture(scope="module")
+def stopped(common, tmp_path_factory):
+    """The folder of a run that was killed behind step 8, with the checkpoints of steps 8 and 7."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    codes, _ = Run(*common, "--output_dir", folder, "--saveckp_iters", 1, spoil=("kill_in_step", 8)).end()
+    assert codes == [-signal.SIGKILL]
+    assert [progress(folder / f"checkpoint{name}.pth") for name in (".prev", "")] == [7, 8]
+    return folder
+
+
+# ---- going on ----
+
+
+def test_a_run_started_as_users_do_ends_as_the_forked_ones(whole, flags, run):
+    run_script("main_dino.py", *flags)
+    assert_same(result(run), whole)
+
+
+@pytest.mark.parametrize("at", [0, 3, 4, 5, 14])
+def test_a_run_killed_between_savings_by_step_goes_on_bit_identically(whole, flags, run, at):
+    flags += ["--saveckp_iters", 2]
+    assert Run(*flags, spoil=("kill_in_step", at)).end()[0] == [-signal.SIGKILL]
+    assert at == 0 or progress(run / "checkpoint.pth") == max(at // 2 * 2, at // STEPS * STEPS)
+    said = finish(*flags)
+    assert ("resuming" in said) == (at > 0)
+    assert_same(result(run), whole)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--saveckp_iters", 1), ("--save_every_minutes", 1e-9)])
+def test_checkpoints_are_saved_by_step_and_by_time_and_two_are_kept(stopped, flags, run, flag, value):
+    spoil = ("signal_in_step", 8, signal.SIGUSR1)
+    assert Run(*flags, flag, value, spoil=spoil).end()[0] == [128 + signal.SIGUSR1]
+    assert [progress(run / f"checkpoint{name}.pth") for name in (".prev", "")] == [8, 9]
+    assert sorted(file.name for file in run.iterdir()) == ["checkpoint.prev.pth", "checkpoint.pth", "log.txt"]
+
+
+def test_without_them_only_whole_epochs_are_saved(flags, run):
+    Run(*flags, "--save_every_minutes", 0, spoil=("kill_in_step", 13)).end()
+    assert [progress(run / f"checkpoint{name}.pth") for name in (".prev", "")] == [5, 10]
+
+
+@pytest.mark.slow
+def test_the_gradient_scaler_and_its_growth_go_on_in_the_middle_of_an_epoch(common, tmp_path):
+    """Of one epoch, because half precision takes a CPU seconds a step."""
+    flags = [*common, "--amp_dtype", "fp16", "--epochs", 1, "--output_dir"]
+    finish(*flags, tmp_path / "whole")
+    Run(*flags, tmp_path / "run", spoil=("signal_in_step", 2, signal.SIGTERM)).end()
+    assert load(tmp_path / "run" / "checkpoint.pth")["fp16_scaler"]["_growth_tracker"] == 3
+    finish(*flags, tmp_path / "run")
+    assert_same(result(tmp_path / "run"), result(tmp_path / "whole"))
+
+
+def test_two_processes_killed_go_on_bit_identically(whole_of_two, flags, run):
+    flags += [*HALVES, "--saveckp_iters", 3]
+    assert Run(*flags, world=2, spoil=("kill_in_step", 11)).end()[0][0] == -signal.SIGKILL
+    assert progress(run / "checkpoint.pth") == 10
+    finish(*flags, world=2)
+    assert_same(result(run), whole_of_two)
+
+
+def epochs_and_images(file):
+    return [tuple(line.split()) for line in Path(file).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_seen_in_the_epoch_is_not_opened_again(stopped, flags, tmp_path, run, workers):
+    shutil.copytree(stopped, run)
+    finish(*flags, "--num_workers", workers, spoil=("list_images", tmp_path / "seen"))
+    opened = [epoch for epoch, _ in epochs_and_images(tmp_path / "seen0")]
+    assert {epoch: opened.count(epoch) for epoch in opened} == {"1": 16, "2": 40}  # 8 steps of 15 were done
+
+
+def images_of_steps(prefix, world, a_step):
+    """What each step of the run saw, over all processes: a list of sets of (epoch, image)."""
+    ranks = [epochs_and_images(f"{prefix}{rank}") for rank in range(world)]
+    steps = len(ranks[0]) // a_step
+    assert all(len(images) == steps * a_step for images in ranks)
+    return [{image for images in ranks for image in images[i * a_step : (i + 1) * a_step]} for i in range(steps)]
+
+
+@pytest.fixture(scope="module")
+def images_in_order(common, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("order")
+    finish(*common, "--output_dir", folder / "run", spoil=("list_images", folder / "seen"))
+    return images_of_steps(folder / "seen", 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("world", "share", "flag"),
+    [(1, 8, "--grad_accum_steps 4 --batch_size_per_gpu 2"), (2, 4, "--batch_size_per_gpu 4")],
+)
+def test_regrouped_processes_and_passes_go_on_at_the_same_sample(
+    images_in_order, stopped, flags, tmp_path, run, world, share, flag
+):
+    shutil.copytree(stopped, run)
+    assert len(images_in_order) == 15
+    assert all(len(images) == 8 for images in images_in_order)
+    said = finish(*flags, *flag.split(), world=world, spoil=("list_images", tmp_path / "seen"))
+    assert "going on in epoch 1 behind step 3" in said
+    assert "note: going on with" not in said
+    assert images_of_steps(tmp_path / "seen", world, share) == images_in_order[8:]
+
+
+def test_two_processes_are_gone_on_with_by_one(images_in_order, flags, tmp_path, run):
+    Run(*flags, *HALVES, world=2, spoil=("list_images", tmp_path / "a", "signal_in_step", 6, 15, 1)).end()
+    assert images_of_steps(tmp_path / "a", 2, 4) == images_in_order[:7]
+    finish(*flags, spoil=("list_images", tmp_path / "b"))
+    assert images_of_steps(tmp_path / "b", 1, 8) == images_in_order[7:]
+
+
+def test_the_log_of_an_epoch_that_other_processes_began_counts_all_of_it(whole, flags, run):
+    """Stopped behind the epoch's last step, gone on with by two: the epoch's mean is that of the one."""
+    assert Run(*flags, spoil=("signal_in_step", 4, signal.SIGTERM)).end()[0] == [143]
+    finish(*flags, *HALVES, world=2)
+    first, second = (json.loads(line) for line in (run / "log.txt").read_text().splitlines()[:2])
+    assert first == json.loads(whole[1].splitlines()[0])
+    assert second["train_loss"] == pytest.approx(json.loads(whole[1].splitlines()[1])["train_loss"], rel=0.05)
+
+
+def test_a_run_whose_last_steps_were_bad_goes_on(flags, run):
+    """Nothing but what the checkpoint has added up is there to be printed at the end of the epoch."""
+    Run(*flags, spoil=("signal_in_step", 3, signal.SIGTERM)).end()
+    said = finish(*flags, spoil=("nan_in_step", 4, 0))
+    assert "this step is left out (1 in a row)" in said
+    assert len((run / "log.txt").read_text().splitlines()) == 3
+
+
+# ---- changed arguments ----
+
+
+@pytest.mark.parametrize(
+    ("flag", "then", "now"),
+    [
+        ("--lr 0.001", "--lr 0.0005", "--lr 0.001"),
+        ("--epochs 4", "--epochs 3", "--epochs 4"),
+        ("--seed 1", "--seed 0", "--seed 1"),
+        ("--batch_size_per_gpu 4", "images a step 8", "images a step 4"),
+        ("--grad_accum_steps 2", "images a step 8", "images a step 16"),
+        ("--local_crops_number 1", "--local_crops_number 2", "--local_crops_number 1"),
+        ("--use_fp16 false", "--use_fp16 True", "--use_fp16 False"),
+    ],
+)
+def test_a_changed_argument_that_changes_the_result_has_to_be_allowed(stopped, flags, run, flag, then, now):
+    shutil.copytree(stopped, run)
+    before = (run / "checkpoint.pth").read_bytes()
+    codes, (said,) = Run(*flags, *flag.split()).end()
+    assert codes == [2]
+    (line,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert f"was made with {then}; this run has {now}, which would change the result" in line
+    assert "--allow_changed_args true" in line
+    assert (run / "checkpoint.pth").read_bytes() == before
+
+
+def test_an_allowed_change_is_named_and_gone_on_with(stopped, flags, run):
+    shutil.copytree(stopped, run)
+    said = finish(*flags, "--lr", 0.001, "--allow_changed_args", "true")
+    assert "note: going on with --lr 0.001 (was 0.0005)" in said
+    assert progress(run / "checkpoint.pth") == 15
+
+
+def test_a_run_moved_with_its_data_and_regrouped_goes_on_without_a_word(stopped, flags, tmp_path, tiny_root, whole):
+    shutil.copytree(stopped, tmp_path / "moved")
+    shutil.copytree(tiny_root / "train", tmp_path / "images")
+    flags += ["--output_dir", tmp_path / "moved", "--data_path", tmp_path / "images", "--num_workers", 1]
+    said = finish(*flags, "--saveckp_freq", 7, "--save_every_minutes", 1)
+    assert "going on with" not in said
+    assert_same(result(tmp_path / "moved"), whole)
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("SIGTERM", 1), ("SIGINT", 7), ("SIGUSR1", 4), ("SIGUSR2", 13)],  # 4 is an epoch's last step
+)
+def test_a_signal_ends_the_run_behind_its_step_and_it_goes_on_bit_identically(whole, flags, run, name, at):
+    number = getattr(signal, name).value
+    codes, (said,) = Run(*flags, spoil=("signal_in_step", at, number)).end()
+    assert codes == [128 + number], said
+    stopped = load(run / "checkpoint.pth")
+    assert (stopped["epoch"], stopped["step"]) == (at // 5, at % 5 + 1)
+    assert f"stopped in epoch {at // 5} after step {at % 5 + 1}" in said
+    assert "Traceback" not in said
+    assert f"going on in epoch {at // 5} behind step {at % 5 + 1}" in finish(*flags)
+    assert_same(result(run), whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_both_behind_one_step(whole_of_two, flags, run, rank):
+    flags += HALVES
+    codes, screens = Run(*flags, world=2, spoil=("signal_in_step", 6, signal.SIGUSR1, rank)).end()
+    assert codes == [128 + signal.SIGUSR1] * 2, screens
+    assert progress(run / "checkpoint.pth") == 7
+    assert not any("Traceback" in said for said in screens)
+    finish(*flags, world=2)
+    assert_same(result(run), whole_of_two)
+
+
+def test_an_interrupt_of_the_whole_process_group_spares_the_loaders_work(whole, flags, run):
+    """Ctrl-C reaches the loader's processes too."""
+    flags += ["--num_workers", 2]
+    running = Run(*flags, spoil=("slow_steps", 0.1))
+    running.wait_for("a step begins", 2)
+    os.killpg(running.processes[0].pid, signal.SIGINT)
+    codes, (said,) = running.end()
+    assert codes == [130]
+    assert "stopped in epoch" in said
+    assert "Traceback" not in said
+    finish(*flags)
+    assert_same(result(run), whole)
+
+
+def test_the_loaders_processes_do_not_mind_signals(tiny_root):
+    folder = dino_data.image_folder(tiny_root / "train")
+    augment = main_dino.DataAugmentationDINO((0.4, 1), (0.05, 0.4), 0, 32, as_uint8=True)
+    before = set(multiprocessing.active_children())
+    loader = dino_data.train_loader(dino_data.MultiCropDataset(folder, augment, 0), 8, 0, 1, torch.device("cpu"))
+    batches = iter(loader)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == STEPS - 1
+    assert worker.is_alive()
+
+
+@pytest.mark.parametrize(("pause", "at_once"), [(1.2, True), (0.2, False)])
+def test_only_a_second_interrupt_later_than_a_second_ends_the_run_at_once(flags, run, pause, at_once):
+    running = Run(*flags, spoil=("slow_steps", 3))
+    running.wait_for("a step begins")
+    os.kill(running.processes[0].pid, signal.SIGINT)
+    time.sleep(pause)
+    os.kill(running.processes[0].pid, signal.SIGINT)
+    codes, (said,) = running.end()
+    assert codes == [130]
+    assert "Traceback" not in said
+    assert ("interrupted" in said) == at_once
+    assert (run / "checkpoint.pth").exists() != at_once
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_leaves_a_run_that_goes_on(whole_of_two, flags, run, tmp_path):
+    flags += HALVES
+    script = tmp_path / "slow.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import test_restarts\ntest_restarts.train(sys.argv[1:], 'slow_steps', 0.3)\n"
+    )
+    screen = tmp_path / "screen"
+    with open(screen, "wb") as file:
+        launcher = subprocess.Popen(
+            [sys.executable, *TORCHRUN, str(script), *map(str, flags)],
+            stdout=file, stderr=file, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    try:
+        until = time.monotonic() + 60
+        while "[0/5]" not in screen.read_text():
+            assert time.monotonic() < until, screen.read_text()
+            time.sleep(0.02)
+        launcher.terminate()
+        assert launcher.wait(30) != 0
+    finally:
+        launcher.kill()
+    assert 1 <= progress(run / "checkpoint.pth") < 15
+    assert "stopped in epoch 0" in screen.read_text()
+    finish(*flags, world=2)
+    assert_same(result(run), whole_of_two)
+
+
+# ---- damage ----
+
+
+def flip(path, *places):
+    """Turn over a bit of the bytes at these places, given as shares of the file's length."""
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[int(place * (len(content) - 1))] ^= 16
+    path.write_bytes(content)
+
+
+def truncate(path, share):
+    os.truncate(path, int(share * path.stat().st_size))
+
+
+DAMAGES = [
+    *((truncate, share) for share in (0, 1e-4, 0.5, 0.97, 0.99999)),
+    *((flip, place) for place in (0.2, 0.5, 0.8)),
+]
+
+
+@pytest.mark.parametrize(("damage", "where"), DAMAGES)
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before_and_the_end_is_the_same(
+    stopped, whole, flags, run, damage, where
+):
+    shutil.copytree(stopped, run)
+    damage(run / "checkpoint.pth", where)
+    said = finish(*flags)
+    assert f"warning: {run}/checkpoint.pth can't be read" in said
+    assert f"Going on from the one before, {run}/checkpoint.prev.pth" in said
+    assert "going on in epoch 1 behind step 2" in said
+    assert_same(result(run), whole)
+
+
+def test_no_flipped_bit_of_a_checkpoint_goes_unnoticed_that_changes_what_it_holds(stopped, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    state = load(stopped / "checkpoint.pth")
+    small = {"epoch": 1, "center": state["dino_loss"]["center"], "args": state["args"], "lr": 0.125}
+    torch.save(small, path)
+    whole = path.read_bytes()
+    noticed = 0
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        try:
+            assert_same(utils.load_checkpoint(path, verify=True), small)
+        except utils.UserError as e:
+            noticed += "can't be read" in str(e)
+    assert noticed > len(whole) / 7 / 3  # the rest is padding and what zip files say twice
+
+
+def test_a_lost_checkpoint_is_replaced_by_the_one_before(stopped, whole, flags, run):
+    shutil.copytree(stopped, run)
+    (run / "checkpoint.pth").unlink()
+    assert "warning: there is no" in finish(*flags)
+    assert_same(result(run), whole)
+
+
+def test_the_next_saving_does_not_put_the_damaged_checkpoint_in_the_place_of_the_good_one(stopped, flags, run):
+    shutil.copytree(stopped, run)
+    good = (run / "checkpoint.prev.pth").read_bytes()
+    truncate(run / "checkpoint.pth", 0.5)
+    Run(*flags, spoil=("signal_in_step", 7, signal.SIGTERM)).end()
+    assert progress(run / "checkpoint.pth") == 8
+    assert (run / "checkpoint.prev.pth").read_bytes() == good
+    Run(*flags, spoil=("signal_in_step", 8, signal.SIGTERM)).end()
+    assert [progress(run / f"checkpoint{name}.pth") for name in (".prev", "")] == [8, 9]
+
+
+def test_two_damaged_checkpoints_end_the_run_in_one_line_and_stay(stopped, flags, run):
+    shutil.copytree(stopped, run)
+    truncate(run / "checkpoint.pth", 0.5)
+    flip(run / "checkpoint.prev.pth", 0.4)
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    codes, (said,) = Run(*flags).end()
+    assert codes == [2]
+    (line,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert f"{run}/checkpoint.prev.pth can't be read as a checkpoint" in line
+    assert "Traceback" not in said
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_killed_in_the_middle_of_a_saving_the_run_goes_on_from_the_one_before(whole, flags, run, number):
+    flags += ["--saveckp_iters", 1]
+    assert Run(*flags, spoil=("die_while_saving", number)).end()[0] == [-signal.SIGKILL]
+    assert (run / "checkpoint.pth.tmp").exists()
+    assert (run / "checkpoint.pth").exists() == (number > 1)
+    finish(*flags)
+    assert sorted(file.name for file in run.iterdir()) == ["checkpoint.prev.pth", "checkpoint.pth", "log.txt"]
+    assert_same(result(run), whole)
+
+
+# ---- no room ----
+
+
+def test_a_saving_that_fails_leaves_the_old_checkpoint_and_the_run_goes_on(whole, flags, run):
+    codes, (said,) = Run(*flags, spoil=("no_room", 8, 13)).end()
+    assert codes == [0], said
+    assert said.count(f"warning: {run}/checkpoint.pth could not be written (File too large)") == 1
+    assert "what it held before is still there. The run goes on" in said
+    assert progress(run / "checkpoint.prev.pth") == 5
+    assert_same(result(run), whole)
+
+
+def test_a_last_saving_that_fails_is_exit_code_5(whole, flags, run):
+    codes, (said,) = Run(*flags, spoil=("no_room", 8, 99)).end()
+    assert codes == [5]
+    (line,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert "the last checkpoint is lost" in line
+    assert "File too large" in line
+    assert progress(run / "checkpoint.pth") == 5
+    assert sorted(file.name for file in run.iterdir()) == ["checkpoint.pth", "log.txt"]
+    finish(*flags)
+    assert_same(result(run), whole)
+
+
+def test_a_full_disk_does_not_end_the_run(whole, flags, run):
+    """A file system of 1 MB, which no checkpoint fits in, and then one of enough."""
+    run.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(run)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        codes, (said,) = Run(*flags).end()
+        assert codes == [5]
+        assert "No space left on device" in said
+        assert said.count("The run goes on") == 3
+        assert not list(run.glob("checkpoint*"))
+        subprocess.run(["mount", "-o", "remount,size=1g", str(run)], check=True)
+        finish(*flags)
+        assert_same(result(run), whole)
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
+
+
+def test_log_lines_that_can_not_be_written_are_written_with_the_next(whole, flags, run):
+    codes, (said,) = Run(*flags, spoil=("no_log", 4, 13)).end()
+    assert codes == [0], said
+    assert said.count(f"warning: {run}/log.txt could not be written (No space left on device)") == 2
+    assert_same(result(run), whole)
+
+
+def test_log_lines_that_are_lost_at_the_end_are_exit_code_5(flags, run):
+    codes, (said,) = Run(*flags, spoil=("no_log", 6, 99)).end()
+    assert codes == [5], said
+    assert "the lines of epochs 1, 2 of log.txt are lost" in said
+    assert "Traceback" not in said
+    assert len((run / "log.txt").read_text().splitlines()) == 1
+
+
+# ---- a process that fails ----
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", ["forward", "backward", "loader"])
+def test_an_error_in_one_process_ends_the_other_and_is_on_the_screen(flags, place, rank):
+    codes, screens = Run(*flags, *HALVES, "--num_workers", 1, world=2, spoil=("raise_in", place, rank)).end()
+    assert all(codes), codes
+    assert f"ArithmeticError: made up in the {place}" in screens[rank]
+    assert "Traceback" not in screens[1 - rank]
+    assert f"error (rank {1 - rank}): the connection to another process is lost" in screens[1 - rank]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_other_in_one_line(flags, rank):
+    running = Run(*flags, *HALVES, "--num_workers", 1, world=2, spoil=("signal_in_step", 6, signal.SIGKILL, rank))
+    codes, screens = running.end()
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] > 0
+    assert "Traceback" not in screens[1 - rank]
+    assert "the connection to another process is lost" in screens[1 - rank]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil", [("raise_in", "backward", 1), ("signal_in_step", 6, 9, 0)])
+def test_under_torchrun_one_process_that_fails_ends_all(flags, tmp_path, spoil):
+    script = tmp_path / "fail.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        f"import test_restarts\ntest_restarts.train(sys.argv[1:], *{spoil!r})\n"
+    )
+    done = run_script(*TORCHRUN, script, *flags, *HALVES, check=False, timeout=60)
+    assert done.returncode != 0
+    if spoil[0] == "raise_in":
+        assert "ArithmeticError: made up in the backward" in done.stderr
+
+
+def test_a_loss_that_is_nan_in_one_process_is_left_out_in_both(flags, tmp_path, run):
+    spoil = ("nan_and_keep_states", 6, 1, str(tmp_path))
+    codes, screens = Run(*flags[:-2], "--output_dir", run, *HALVES, world=2, spoil=spoil).end()
+    assert codes == [0, 0], screens
+    assert screens[0].count("this step is left out (1 in a row)") == 1
+    assert "in epoch 1, step 6: this step is left out" in screens[0]
+    one, other = (load(tmp_path / f"rank{rank}.pth") for rank in (0, 1))
+    for states in (one, other):  # each process's own batch norms
+        for part in ("student", "teacher"):
+            states[part] = {k: v for k, v in states[part].items() if "running" not in k and "num_batches" not in k}
+    assert_same(one, other)
+    assert all(value.isfinite().all() for value in one["student"].values())
+    checkpoint = load(run / "checkpoint.pth")
+    assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} >= {14}
+
+
+def test_steps_that_are_bad_throughout_end_the_run_though_its_epochs_are_short(flags):
+    """More than --max_bad_steps in a row, but not within one epoch of 5."""
+    codes, (said,) = Run(*flags, "--max_bad_steps", 6, spoil=("always_nan",)).end()
+    assert codes == [3], said
+    assert "in epoch 1, step 6, after 6 such steps in a row" in said
+
+
+def always_nan():
+    forward = main_dino.DINOLoss.forward
+    main_dino.DINOLoss.forward = lambda *args, **named: forward(*args, **named) * float("nan")
+
+
+# ---- all of it, again and again ----
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_killed_twenty_times_ends_as_one_that_never_was(common, tmp_path):
+    """At random moments, and every fourth time while a checkpoint is being written."""
+    flags = [*common, *HALVES, "--epochs", 30, "--saveckp_iters", 2, "--output_dir"]
+    finish(*flags, tmp_path / "whole", world=2, timeout=200)
+    folder, rng = tmp_path / "run", random.Random(0)
+    for number in range(20):
+        running = Run(*flags, folder, world=2, spoil=("slow_steps", 0.1))
+        running.wait_for("steps of 8 in each")
+        if number % 4 == 3:
+            while running.processes[0].is_alive() and not (folder / "checkpoint.pth.tmp").exists():
+                pass
+        else:
+            running.wait_for("a step begins", rng.randrange(6))
+            time.sleep(rng.uniform(0, 0.2))
+        first = rng.randrange(2)
+        for rank in (first, 1 - first):
+            assert running.processes[rank].exitcode is None or rank != first, running.said()
+            running.processes[rank].kill()
+        running.end()
+    assert 0 < progress(folder / "checkpoint.pth") < 150
+    finish(*flags, folder, world=2, timeout=200)
+    assert_same(result(folder), result(tmp_path / "whole"))
