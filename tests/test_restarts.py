@@ -718,7 +718,7 @@ def test_a_saving_that_fails_leaves_the_old_checkpoint_and_the_run_goes_on(whole
     codes, (said,) = Run(*flags, spoil=("no_room", 8, 13)).end()
     assert codes == [0], said
     assert said.count(f"warning: {run}/checkpoint.pth could not be written (File too large)") == 1
-    assert "what it held before is still there. The run goes on" in said
+    assert "an earlier one, if any, is as it was. The run goes on" in said
     assert progress(run / "checkpoint.prev.pth") == 5
     assert_same(result(run), whole)
 
