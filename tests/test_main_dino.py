@@ -7,6 +7,7 @@ import math
 import random
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -978,6 +979,23 @@ def test_the_old_launcher_and_its_spellings_of_local_rank_work(tmp_path, tiny_ro
     flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path, "--epochs", 1]
     run_script(*launcher, "main_dino.py", f"{spelling}=0", *flags, "--warmup_epochs", 0)
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.slow
+def test_two_nodes_of_torchrun_have_the_losses_of_one_process(tmp_path, tiny_root):
+    flags = ["--data_path", tiny_root / "train", "--optimizer", "sgd", "--lr", 0.05, "--epochs", 1]
+    flags += ["--warmup_epochs", 0, "--drop_path_rate", 0, "--use_fp16", "false"]
+    one, _ = recorded_losses(tmp_path, (), "one", *flags)
+    with socket.create_server(("localhost", 0)) as server:
+        meeting = f"localhost:{server.getsockname()[1]}"
+    node = ("-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d")
+    node += ("--rdzv_endpoint", meeting, "--rdzv_id", "dino")
+    with ThreadPoolExecutor() as both:  # the same command on each
+        flags += ["--batch_size_per_gpu", 4]
+        runs = [both.submit(recorded_losses, tmp_path, node, "two", *flags) for _ in range(2)]
+        (two, _), _ = [run.result() for run in runs]
+    assert len(one) == 5
+    assert_near(two, one, 1e-6)
 
 
 @pytest.mark.slow
