@@ -117,8 +117,13 @@ def load_ground_truth(path):
         numbers = [i for query in gnd for key in query.values() for i in key]
         if len(gnd) != len(lists[1]) or not all(lists) or not all(0 <= i < len(lists[0]) for i in numbers):
             raise ValueError("its lists do not fit together")
+        if not any(query["easy"] or query["hard"] for query in gnd):
+            raise ValueError("no query has an easy or hard image")
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as e:
         raise UserError(f"{path} is no ground truth with imlist, qimlist and gnd (easy, hard, junk): {e}") from e
+    twice = [i for i, query in enumerate(gnd) if len(set().union(*query.values())) < sum(map(len, query.values()))]
+    if twice:
+        utils.log(f"warning: {path} names an image twice for queries {utils.some_of(list(map(str, twice)))}")
     return {"imlist": lists[0], "qimlist": lists[1], "gnd": gnd}
 
 
@@ -201,6 +206,9 @@ def main(args):
 def print_results(ranks, gnd, dataset, kappas=(1, 5, 10)):
     for protocol in PROTOCOLS:
         mean_ap, _, precisions, _ = compute_map(ranks, protocol_truth(gnd, protocol), kappas)
+        if math.isnan(mean_ap):
+            print(f">> {dataset} {protocol}: no query has a positive")
+            continue
         at = ", ".join(f"mP@{k} {100 * precision:.2f}" for k, precision in zip(kappas, precisions, strict=True))
         print(f">> {dataset} {protocol}: mAP {100 * mean_ap:.2f}, {at}")
 

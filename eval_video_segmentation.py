@@ -77,6 +77,9 @@ def find_videos(data_path, output_dir):
         raise UserError(f"can't read the list of videos {listing}: {e}. Is --data_path the folder of DAVIS?") from e
     if not names:
         raise UserError(f"{listing} names no videos")
+    for name in names:
+        if Path(name).name != name:  # the masks would land in another folder
+            raise UserError(f"{listing} names {name!r}, which is not the name of a folder. Name one video a line")
     videos = []
     for name in dict.fromkeys(names):
         frame_dir, annotation_dir = (Path(data_path) / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
@@ -406,7 +409,7 @@ def score_video(masks, annotations):
     truths = [np.where(labels == VOID, 0, labels) for labels in map(read_mask, annotations)]
     pairs = list(zip(masks, truths, strict=True))[1:-1]
     scores = {}
-    for label in range(1, int(truths[0].max()) + 1 if pairs else 1):
+    for label in sorted(set(np.unique(truths[0]).tolist()) - {0}) if pairs else ():
         parts = [(mask == label, truth == label) for mask, truth in pairs]
         measures = (("J", region_similarity), ("F", boundary_accuracy))
         scores[label] = {name: statistics([measure(*part) for part in parts]) for name, measure in measures}

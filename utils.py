@@ -134,6 +134,10 @@ def process_flags():
 # fmt: on
 
 
+def terminate(number, _):
+    sys.exit(128 + number)
+
+
 # How gloo and nccl say it.
 PEER_LOST = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
 
@@ -143,6 +147,8 @@ def run(main, flags, description):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)  # so that what is half-written is cleared away
     parser = OneLineParser(description=description, parents=[flags], formatter_class=HelpFormatter)
     try:
         main(parse_args(parser))
@@ -183,7 +189,8 @@ def check_output_dir(path, flag="--output_dir", files=()):
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as e:
-        raise UserError(f"can't write to {flag} {path}: {e.strerror}. Name a folder that you may write to") from e
+        reason = "a file is in its way" if isinstance(e, FileExistsError | NotADirectoryError) else e.strerror
+        raise UserError(f"can't write to {flag} {path}: {reason}. Name a folder that you may write to") from e
     for name in files:
         if (Path(path) / name).is_dir():
             raise UserError(f"{flag} {path} has a folder named {name}, where a file is to be written. Move it away")
@@ -365,7 +372,7 @@ class StopRequest:
         """
         for each in sorted({number, *self.noted}):
             handler = self.before.get(each)
-            if callable(handler) and handler is not signal.default_int_handler:
+            if callable(handler) and handler not in (signal.default_int_handler, terminate):
                 self.__exit__()
                 handler(each, None)
         if dist.is_initialized():
@@ -1334,7 +1341,10 @@ def initial_weights(init_from, arch, patch_size):
 def timm_weights(arch, patch_size):
     factory = vit_factory(arch)
     name = f"timm:{factory.__name__}_patch{patch_size}_224" if factory else arch if timm_name(arch) else f"timm:{arch}"
-    check_arch(name)
+    try:
+        check_arch(name)
+    except UserError as e:
+        raise UserError(f"timm has no weights of {name.removeprefix('timm:')}. Give a file as --init_from") from e
     try:
         return build_timm(name, pretrained=True).state_dict(), f"{name} [pretrained]"
     except Exception as e:  # what a hub's client raises without a network differs from version to version

@@ -391,3 +391,23 @@ def test_without_weights_the_network_trained_on_landmarks_is_asked_for(monkeypat
     monkeypatch.setattr(hubconf, "_download", offline)
     line = error(monkeypatch, capsys, "--data_path", data, "--arch", "vit_small", "--patch_size", "16")
     assert "dino_vitsmall16_googlelandmark_pretrain.pth" in line
+
+
+def test_a_ground_truth_that_names_an_image_twice_is_warned_of(tmp_path, capsys):
+    gnd = [{"easy": [0], "hard": [], "junk": [1]}, {"easy": [0, 0], "hard": [], "junk": []}]
+    with open(tmp_path / "gnd.pkl", "wb") as file:
+        pickle.dump({"imlist": ["a", "b"], "qimlist": ["p", "q"], "gnd": gnd}, file)
+    retrieval.load_ground_truth(tmp_path / "gnd.pkl")
+    assert "names an image twice for queries 1\n" in capsys.readouterr().out
+
+
+def test_a_ground_truth_without_positives_is_refused_and_a_protocol_without_says_so(tmp_path, capsys):
+    gnd = [{"easy": [], "hard": [], "junk": [1]}]
+    with open(tmp_path / "gnd.pkl", "wb") as file:
+        pickle.dump({"imlist": ["a", "b"], "qimlist": ["q"], "gnd": gnd}, file)
+    with pytest.raises(utils.UserError, match="no query has an easy or hard image"):
+        retrieval.load_ground_truth(tmp_path / "gnd.pkl")
+    retrieval.print_results(np.array([[0], [1]]), [{"easy": [0], "hard": [], "junk": []}], "roxford5k")
+    said = capsys.readouterr().out
+    assert ">> roxford5k Hard: no query has a positive" in said
+    assert ">> roxford5k Easy: mAP 100.00" in said

@@ -745,3 +745,17 @@ def test_a_full_disk_is_named_and_the_earlier_result_stays(davis, tmp_path, monk
     assert f"can't write {tmp_path / 'earlier' / 'cup'}: No space left on device" in said
     assert sorted(os.listdir(tmp_path / "earlier")) == ["cup", "results.json"]
     assert {path: path.read_bytes() for path in (tmp_path / "earlier" / "cup").iterdir()} == before
+
+
+def test_a_video_that_is_no_plain_folder_name_is_refused(davis, monkeypatch, capsys):
+    (davis / "ImageSets" / "2017" / "val.txt").write_text("sub/cup\n")
+    assert "names 'sub/cup', which is not the name of a folder" in end(monkeypatch, capsys, davis)
+
+
+def test_only_labels_that_the_first_annotation_has_are_scored(davis, photographs, tmp_path):
+    for t in range(3):
+        labels = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+        labels[8:32, 6:34] = 200
+        evs.imwrite_indexed(tmp_path / f"{t}.png", labels, evs.davis_palette())
+    annotations = [tmp_path / f"{t}.png" for t in range(3)]
+    assert list(evs.score_video([np.zeros((HEIGHT, WIDTH))] * 3, annotations)) == [200]

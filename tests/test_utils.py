@@ -1863,3 +1863,28 @@ def test_only_rank_0_of_two_prints(two_processes):
     assert first[0] == "said once"
     assert any(line.startswith("Features:") for line in first)
     assert second == []
+
+
+def test_sigterm_clears_away_what_is_half_written(tmp_path):
+    code = f"""
+import os, signal, tempfile
+import argparse, utils
+def main(args):
+    with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
+        os.kill(os.getpid(), signal.SIGTERM)
+utils.run(main, argparse.ArgumentParser(add_help=False), "")
+"""
+    assert run_script("-c", code, check=False).returncode == 143
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"can't write to --output_dir {path}: a file is in its way"):
+            utils.check_output_dir(path)
+
+
+def test_timm_has_no_weights_of_our_smallest_vit():
+    with pytest.raises(UserError, match="timm has no weights of vit_nano_patch8_224"):
+        utils.initial_weights("timm", "vit_nano", 8)
