@@ -14,7 +14,7 @@ modules=(
   eval_knn eval_linear eval_video_segmentation eval_image_retrieval eval_copy_detection
   visualize_attention video_generation run_with_submitit benchmark
 )
-"$python" -m pytest -n 2 --dist loadgroup --durations 8 --cov-report= "${modules[@]/#/--cov=}"
+"$python" -m pytest -n 3 --dist loadgroup --durations 8 --cov-report= "${modules[@]/#/--cov=}"
 for module in "${modules[@]}"; do
   covered=$("$python" -m coverage report --include="$module.py" --format=total)
   echo "$module.py: $covered % of lines covered"
