@@ -136,7 +136,7 @@ def get_args_parser():
     run.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
         help="auto takes a GPU if there is one.")
     run.add_argument("--dist_url", default="env://", metavar="URL", help="""Where several processes meet: env:// (what
-        torchrun and Slurm set), tcp://host:port or file:///shared/file.""")
+        torchrun and Slurm set), tcp://host:port, or file:///shared/file, another file for each start.""")
     run.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
         help="Accepted because launchers pass it; not used.")
     # fmt: on
@@ -335,13 +335,17 @@ def train_one_epoch(
         optimizer.param_groups[0]["weight_decay"] = float(schedules["weight_decay"][step])  # group 1 has none
 
         # ---- gradients ----
-        loss, teacher_means, verdict = compute_gradients(
+        before = [buffer.clone() for buffer in buffers]
+        loss, loss_terms, teacher_means, verdict = compute_gradients(
             student, teacher, dino_loss, crops, optimizer, step, epoch, fp16_scaler, args, amp_dtype, keeper
         )
         bad, stop_signal, save = verdict.read()  # the backward pass is still under way
         keeper.bad_steps = keeper.bad_steps + 1 if bad else 0
         if bad:
-            leave_out(keeper.bad_steps, loss, student, dino_loss, data_loader.dataset, indices, epoch, step, args)
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            norms = gradient_norms(student, fp16_scaler.get_scale())
+            leave_out(keeper.bad_steps, loss, loss_terms, norms, data_loader.dataset, indices, epoch, step, args)
         else:
             # ---- student ----
             fp16_scaler.unscale_(optimizer)
@@ -358,7 +362,7 @@ def train_one_epoch(
 
         # ---- what must not be lost ----
         done += 1
-        if save or stop_signal:
+        if stop_signal or (save and not bad):
             keeper.save(epoch, done, metrics.totals())
         if stop_signal:
             utils.log(f"stopped in epoch {epoch} after step {done}: the same command again goes on from there")
@@ -373,12 +377,12 @@ def train_one_epoch(
 def compute_gradients(student, teacher, dino_loss, crops, optimizer, step, epoch, fp16_scaler, args, amp_dtype, keeper):
     """Gradients of a step, summed up over args.grad_accum_steps passes.
 
-    Returns the loss, the mean logits of the teacher [passes, K], and, on its way to the host, what all processes agree
-    on: whether the loss is not finite somewhere, a signal to stop, whether to save.
+    Returns the loss, its terms [passes, 2, ncrops], the mean logits of the teacher [passes, K], and, on its way to the
+    host, what all processes agree on: whether the loss is not finite somewhere, a signal to stop, whether to save.
     """
     device, passes = dino_loss.center.device, args.grad_accum_steps
     optimizer.zero_grad(set_to_none=True)
-    losses, teacher_means = [], []
+    losses, terms, teacher_means = [], [], []
     for i, views in enumerate(zip(*(crop.chunk(passes) for crop in crops), strict=True)):
         views = [utils.normalize(view.to(device, non_blocking=True)) for view in views]
         # For drop path.
@@ -392,35 +396,47 @@ def compute_gradients(student, teacher, dino_loss, crops, optimizer, step, epoch
                 student_output = student(views)  # [ncrops·B, K]
             loss = dino_loss(student_output, teacher_output, epoch, update_center=False)
             losses.append(loss.detach())
+            terms.append(dino_loss.cross_entropy)
             teacher_means.append(teacher_output.float().mean(dim=0))
             if last:
                 total = torch.stack(losses).mean()
                 verdict = utils.agree(total, *keeper.wishes(step))
             fp16_scaler.scale(loss / passes).backward()
-    return total, torch.stack(teacher_means), verdict
+    return total, torch.stack(terms), torch.stack(teacher_means), verdict
 
 
-def leave_out(bad_steps, loss, student, dino_loss, dataset, indices, epoch, step, args):
+def gradient_norms(student, scale):
+    """L2 norm of each parameter's gradient by its name, as text: NaN and infinity are no JSON. `scale` is fp16's."""
+    return {name: str(p.grad.norm().item() / scale) for name, p in student.named_parameters() if p.grad is not None}
+
+
+def leave_out(bad_steps, loss, loss_terms, norms, dataset, indices, epoch, step, args):
     """Say that a step is left out; after too many, write what there is to know to bad_step.json and end the run."""
-    where = f"in epoch {epoch}, step {step}"
-    utils.log(f"warning: the loss is {loss.item()} {where}: this step is left out ({bad_steps} in a row)")
+    losses = utils.gather_objects(loss.item())
+    bad_ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
+    value = losses[bad_ranks[0]]
+    where = f"in epoch {epoch}, step {step}" + f" (rank {', '.join(map(str, bad_ranks))})" * (len(losses) > 1)
+    utils.log(f"warning: the loss is {value} {where}: this step is left out ({bad_steps} in a row)")
     if bad_steps <= args.max_bad_steps:
         return
     found = {
         "step": step,
         "epoch": epoch,
         "loss": str(loss.item()),
-        "loss_terms": [[str(term) for term in row] for row in dino_loss.cross_entropy.tolist()],
-        "gradient_norms": {n: str(p.grad.norm().item()) for n, p in student.named_parameters() if p.grad is not None},
+        "loss_terms": [[[str(term) for term in view] for view in views] for views in loss_terms.tolist()],
+        "gradient_norms": norms,
         "images": [dataset.folder.samples[i][0] for i in indices.tolist()],
     }
-    everyones = utils.gather_objects(found)
+    everyones, details = utils.gather_objects(found), "bad_step.json has details"
     if utils.is_main_process():
         text = json.dumps(everyones, indent=1)
-        utils.write_whole(os.path.join(args.output_dir, "bad_step.json"), lambda file: file.write(text.encode()))
+        try:
+            utils.write_whole(os.path.join(args.output_dir, "bad_step.json"), lambda file: file.write(text.encode()))
+        except OSError as e:
+            details = f"bad_step.json could not be written ({e.strerror})"
     raise UserError(
-        f"the loss is {loss.item()} {where}, after {bad_steps - 1} such steps in a row; bad_step.json has details. The "
-        "last checkpoint is as it was; lower --lr or --clip_grad, or try --use_fp16 false",
+        f"the loss is {value} {where}, after {bad_steps - 1} such steps in a row; {details}. The checkpoints are from "
+        "before; lower --lr or --clip_grad, or try --use_fp16 false",
         exit_code=3,
     )
 
@@ -431,9 +447,9 @@ def leave_out(bad_steps, loss, student, dino_loss, dataset, indices, epoch, step
 def build_student_and_teacher(args, device, amp_dtype):
     """Two networks of one shape and one start; the student has drop path, the teacher no gradients."""
     networks = []
-    for drop_path_rate in (args.drop_path_rate, 0.0):
+    for learns, drop_path_rate in ((True, args.drop_path_rate), (False, 0.0)):
         backbone, width = utils.build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate)
-        utils.use_fused_attention(backbone, device, amp_dtype)
+        utils.use_fused_attention(backbone, device, amp_dtype, backward=learns)
         # The gain of the teacher's last layer gets no gradient in any case: it is frozen by what the student is.
         head = DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
         networks.append(utils.MultiCropWrapper(backbone, head))
@@ -508,8 +524,8 @@ class RunKeeper:
     `state(epoch, step, meters)` gives what a checkpoint holds. Without arguments one that does nothing.
     """
 
-    def __init__(self, args=None, state=None, writer=None, stop=None, first_step=0, meters=()):
-        self.args, self.state, self.writer, self.stop = args, state, writer, stop
+    def __init__(self, args=None, student=None, state=None, writer=None, stop=None, first_step=0, meters=()):
+        self.args, self.student, self.state, self.writer, self.stop = args, student, state, writer, stop
         self.first_step, self.meters = first_step, meters
         self.saved_at, self.stopped_by, self.bad_steps = time.monotonic(), 0, 0
         self.unlogged = []
@@ -523,7 +539,17 @@ class RunKeeper:
         by_step = self.args.saveckp_iters and (step + 1) % self.args.saveckp_iters == 0
         return self.stop.signal, bool(by_time or by_step)
 
+    def check_weights(self):
+        """Raise UserError (exit code 3) rather than save weights that no run can go on from."""
+        if not torch.stack([parameter.isfinite().all() for parameter in self.student.parameters()]).all():
+            raise UserError(
+                "the weights are no longer finite: a gradient was not, in a step whose loss was. The checkpoints are "
+                "from before; lower --lr or --clip_grad, or try --use_fp16 false",
+                exit_code=3,
+            )
+
     def save(self, epoch, step, meters):
+        self.check_weights()
         self.writer.save(self.state(epoch, step, meters))
         self.saved_at = time.monotonic()
 
@@ -542,6 +568,7 @@ class RunKeeper:
 
     def save_epoch(self, epoch):
         """Save behind a whole epoch, every so often under a name of its own too; the next one begins at its start."""
+        self.check_weights()
         copies = []
         if self.args.saveckp_freq and epoch % self.args.saveckp_freq == 0:
             copies = [os.path.join(self.args.output_dir, f"checkpoint{epoch:04}.pth")]
@@ -585,12 +612,12 @@ def train_dino(args):
     utils.fix_random_seeds(args.seed)
 
     # ---- data ----
-    data_loader, images = build_data(args, device)
+    data_loader, args.images = build_data(args, device)
 
     # ---- student and teacher ----
     checkpoint_path = os.path.join(args.output_dir, "checkpoint.pth")
     student, teacher = build_student_and_teacher(args, device, amp_dtype)
-    if args.init_from and not os.path.isfile(checkpoint_path):
+    if args.init_from and not any(map(os.path.isfile, (checkpoint_path, utils.previous_checkpoint(checkpoint_path)))):
         start_from_weights(student, teacher, args)
     student, teacher = distribute(student, teacher, device)
 
@@ -602,24 +629,25 @@ def train_dino(args):
     schedules = build_schedules(args, len(data_loader))
 
     # ---- resume ----
+    lock = utils.lock_output_dir(args.output_dir)
     progress = {"epoch": 0, "step": 0, "meters": [], "args": {}}
     scaler_if_used = fp16_scaler if fp16_scaler.is_enabled() else None
     trained = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": dino_loss}
     loaded = utils.restart_from_checkpoint(checkpoint_path, progress, args, **trained, fp16_scaler=scaler_if_used)
     utils.check_same_everywhere((progress["epoch"], progress["step"]), f"the epoch or step in {checkpoint_path}")
     first_step = steps_done(progress, args, len(data_loader))
-    utils.log(describe_run(args, device, amp_dtype, images, len(data_loader)))
+    utils.log(describe_run(args, device, amp_dtype, len(data_loader)))
     if loaded:
         utils.log(f"going on in epoch {progress['epoch']} behind step {first_step}")
     if progress["epoch"] >= args.epochs:
-        utils.log(f"{checkpoint_path} already holds {progress['epoch']} epochs of {args.epochs}: nothing to do")
+        utils.log(f"{loaded} already holds {progress['epoch']} epochs of {args.epochs}: nothing to do")
 
     # ---- epochs ----
     start = time.time()
     state = functools.partial(run_state, student, teacher, optimizer, dino_loss, fp16_scaler, args)
     writer = utils.CheckpointWriter(checkpoint_path, keep_previous=loaded in (None, checkpoint_path))
-    with utils.StopRequest() as stop, writer:
-        keeper = RunKeeper(args, state, writer, stop, first_step, progress["meters"])
+    with lock, utils.StopRequest() as stop, writer:
+        keeper = RunKeeper(args, student, state, writer, stop, first_step, progress["meters"])
         for epoch in range(progress["epoch"], args.epochs):
             data_loader.sampler.set_epoch(epoch, keeper.first_step)
             means = train_one_epoch(
@@ -630,12 +658,17 @@ def train_dino(args):
                 break
             keeper.log_epoch({**{f"train_{k}": v for k, v in means.items()}, "epoch": epoch})
             keeper.save_epoch(epoch)
-    if writer.failure:
-        raise UserError(f"the last checkpoint is lost: {writer.failure}. Make room, and start again", exit_code=5)
-    if keeper.unlogged:
-        epochs = ", ".join(str(stats["epoch"]) for stats in keeper.unlogged)
+        writer.wait()
+        unlogged = [stats["epoch"] for stats in keeper.unlogged]
+        # Nobody ends before rank 0 has written: a launcher would end it too.
+        lost, unlogged = utils.gather_objects((list(writer.failures.values()), unlogged))[0]
+    if lost:
+        raise UserError(f"a checkpoint is lost: {', '.join(lost)}. Make room, and start again", exit_code=5)
+    if unlogged:
+        epochs = ", ".join(map(str, unlogged))
         raise UserError(f"the lines of epochs {epochs} of log.txt are lost: it could not be written", exit_code=5)
-    utils.log(f"Training took {time.time() - start:.0f} s; weights are in {checkpoint_path}")
+    at = checkpoint_path if os.path.isfile(checkpoint_path) else loaded
+    utils.log(f"Training took {time.time() - start:.0f} s; weights are in {at}")
     if keeper.stopped_by:
         stop.leave(keeper.stopped_by)
 
@@ -646,12 +679,12 @@ def steps_done(progress, args, steps):
     return min(progress["step"] * (before or now) // now, steps)
 
 
-def describe_run(args, device, amp_dtype, images, steps):
+def describe_run(args, device, amp_dtype, steps):
     precision = str(amp_dtype).removeprefix("torch.") if amp_dtype else "float32"
     flags = "\n".join(f"{k}: {v}" for k, v in sorted(vars(args).items()))
     return (
-        f"{flags}\n{args.arch} on {args.world_size} × {device.type} in {precision}: {images} images, {steps} steps of "
-        f"{utils.global_batch(vars(args))} in each of {args.epochs} epochs"
+        f"{flags}\n{args.arch} on {args.world_size} × {device.type} in {precision}: {args.images} images, "
+        f"{steps} steps of {utils.global_batch(vars(args))} in each of {args.epochs} epochs"
     )
 
 

@@ -241,12 +241,12 @@ def await_verdict(rank, code):
 def leave(job, code):
     """End this process with the exit code, and note the code where --wait looks for it; a requeue is none (-1, 144)."""
     if 0 < code < 144:
-        utils.write_whole(code_file(job), lambda file: file.write(str(code).encode()))
+        utils.write_whole(code_file(job, job.global_rank), lambda file: file.write(str(code).encode()))
     sys.exit(code)
 
 
-def code_file(job):
-    return str(job.paths.folder / f"{job.job_id}_exit")
+def code_file(job, rank):
+    return str(job.paths.folder / f"{job.job_id}_{rank}_exit")
 
 
 # ---- submission ----
@@ -326,17 +326,18 @@ def result_files(job):
 
 
 def exit_code(job):
-    """0 if all processes of a job that has ended are done, else what one of them has noted, else 1."""
+    """0 if all processes of a job that has ended are done, else what one of them has noted, else 1.
+
+    1 is what those note that have lost the connection to another: that one's code says more.
+    """
     import submitit
 
     if all(path.exists() for path in result_files(job)):
         with contextlib.suppress(submitit.core.utils.UncompletedJobError):
             job.results()
             return 0
-    try:
-        code = int(Path(code_file(job)).read_text())
-    except OSError:
-        code = 1
+    noted = [Path(code_file(job, rank)) for rank in range(job.num_tasks)]
+    code = max((int(path.read_text()) for path in noted if path.exists()), key=lambda code: code != 1, default=1)
     folder = job.paths.folder
     print(f"error: job {job.job_id} ended with {code}; its logs: {folder}/{job.job_id}_*_log.out", file=sys.stderr)
     return code

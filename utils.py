@@ -3,6 +3,8 @@ optimisers, checkpoints, backbones and weights, multi-crop and features. One of 
 """
 
 import argparse
+import contextlib
+import ctypes
 import datetime
 import difflib
 import functools
@@ -256,14 +258,20 @@ def find_place(dist_url):
 
 
 def join_processes(args, device):
-    gpu = device.type == "cuda"
-    dist.init_process_group(
-        backend="nccl" if gpu else "gloo",
-        init_method=args.dist_url,
-        world_size=args.world_size,
-        rank=args.rank,
-        device_id=device if gpu else None,
-    )
+    gpu, main_thread = device.type == "cuda", threading.current_thread() is threading.main_thread()
+    if main_thread:  # while torch waits for the others, a handler of Python's would not be called
+        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        dist.init_process_group(
+            backend="nccl" if gpu else "gloo",
+            init_method=args.dist_url,
+            world_size=args.world_size,
+            rank=args.rank,
+            device_id=device if gpu else None,
+        )
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
 
 
 def name_slurm_master():
@@ -282,6 +290,8 @@ def pick_device(name, local_rank=0):
     if not available[name]:
         there = " and ".join(kind for kind in available if available[kind])
         raise UserError(f"--device {name} is not available here. Use --device auto; this machine has {there}")
+    if name == "cpu":
+        keep_freed_memory()
     if name != "cuda":
         return torch.device(name)
     if local_rank >= torch.cuda.device_count():
@@ -293,6 +303,19 @@ def pick_device(name, local_rank=0):
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     return device
+
+
+def keep_freed_memory():
+    """Let glibc keep large blocks that are freed, as torch itself does on GPUs.
+
+    By default they go back to the system, and each step has all its activations mapped and zeroed again, page by page:
+    about a third of a step's time. The price is that the process stays at its peak.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # other C libraries have none
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
 
 
 def get_rank():
@@ -545,25 +568,31 @@ class MetricLogger:
     def __str__(self):
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
-    def log_every(self, iterable, print_freq, header="", start=0):
+    def log_every(self, iterable, print_freq, header="", start=0, hint="try more --num_workers"):
         """Yield from `iterable`; every `print_freq` items, and at the last, print progress and the meters on rank 0.
 
         The first item counts as number `start`. `time` is seconds an item, `data` the part of it spent waiting for the
-        item, `max mem` MB: of the GPU's memory, or of the process where there is no GPU.
+        item, `max mem` MB: of the GPU's memory, or of the process where there is no GPU. Where the wait is more than a
+        quarter of the time, the first item's apart, the line ends with `hint`.
         """
         step_time, data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
         number = start + len(iterable)
         began = end = time.time()
+        waited = spent = 0.0
         for i, item in enumerate(iterable, start):
             data_time.update(time.time() - end)
             yield item
             step_time.update(time.time() - end)
+            if i > start:  # before the first one, loaders start and fill their queues
+                waited, spent = waited + data_time.value, spent + step_time.value
             due = i % print_freq == 0 or i == number - 1
             if due and is_main_process():  # the other ranks' devices need not wait for a line that they don't print
                 eta = datetime.timedelta(seconds=int(step_time.global_avg * (number - 1 - i)))
                 progress = f"[{i:{len(str(number))}d}/{number}]"
                 meters = [str(self)] * bool(self.meters)
-                timing = (f"time: {step_time}", f"data: {data_time}", f"max mem: {peak_memory_mb():.0f}")
+                timing = [f"time: {step_time}", f"data: {data_time}", f"max mem: {peak_memory_mb():.0f}"]
+                if spent > 1 and waited > spent / 4:
+                    timing.append(f"(data wait {waited / spent:.0%} of the time: {hint})")
                 print(self.delimiter.join((header, progress, f"eta: {eta}", *meters, *timing)), flush=True)
             end = time.time()
         total = time.time() - began
@@ -620,7 +649,8 @@ def is_outdated(line, epoch, last):
         logged = json.loads(line)
     except ValueError:
         return last and line.startswith(b"{")
-    number = logged.get("epoch") if isinstance(logged, dict) and "train_loss" in logged else None
+    ours = isinstance(logged, dict) and ("train_loss" in logged or set(logged) == {"epoch"})  # none good: no loss
+    number = logged.get("epoch") if ours else None
     return isinstance(number, int) and number >= epoch
 
 
@@ -734,6 +764,42 @@ def cancel_gradients_last_layer(epoch, model, freeze_last_layer):
 # ---- checkpoints ----
 
 
+def lock_output_dir(folder, patience=10.0):
+    """Keep other runs out of an output folder until what this returns, a context manager, is closed.
+
+    The lock ends with the process, however that ends. Raises UserError, on all ranks, if another run holds it for
+    longer than `patience` seconds: one that was just killed may still be dying.
+    """
+    path = os.path.join(folder, ".lock")
+    file, free = lock_file(path, patience) if is_main_process() else (contextlib.nullcontext(), True)
+    if not gather_objects(free)[0]:
+        raise UserError(
+            f"another run is writing to --output_dir {folder}. End it (a killed launcher leaves its processes behind), "
+            f"or name another folder. If there is none, delete {path}"
+        )
+    return file
+
+
+def lock_file(path, patience):
+    """(the open file, whether nobody else has locked it): of two runs one; all, where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return contextlib.nullcontext(), True
+    file, until = open(path, "ab"), time.monotonic() + patience  # noqa: SIM115 - stays open
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in forked loaders
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > until:
+                return file, False
+            time.sleep(0.2)
+        except OSError:  # a file system without
+            return file, True
+        else:
+            return file, True
+
+
 def write_whole(path, write, previous=None):
     """Call `write(file)` such that `path` then holds all of it, or, whatever happens, what it held before.
 
@@ -779,26 +845,27 @@ def to_host(state):
 class CheckpointWriter:
     """Writes checkpoints to `path` on rank 0, in the background; the one before stays beside it as *.prev.pth.
 
-    As a context manager, which waits for the last one. `failure` says why that could not be written, if so: the run
-    goes on, and what was there before is as it was.
+    As a context manager, which waits for the last one. `failures` holds, by its path, what could not be written, and
+    why: the run goes on, and what was there before is as it was.
     """
 
     def __init__(self, path, keep_previous=True):
         self.path, self.previous = path, previous_checkpoint(path)
         self.keep_previous = keep_previous  # False if what is at `path` is damaged
-        self.thread, self.failure = None, None
+        self.thread, self.failures = None, {}
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.wait()
+    def __exit__(self, kind, *_):
+        if kind is not KeyboardInterrupt:  # that ends at once, and leaves what was there before
+            self.wait()
 
     def save(self, state, *copies):
         """Take a copy of the state and write it, also to the files `copies`, while the caller goes on."""
         self.wait()
         if is_main_process():
-            self.thread = threading.Thread(target=self._write, args=(to_host(state), copies))
+            self.thread = threading.Thread(target=self._write, args=(to_host(state), copies), daemon=True)
             self.thread.start()
 
     def wait(self):
@@ -807,18 +874,18 @@ class CheckpointWriter:
             self.thread = None
 
     def _write(self, state, copies):
-        previous = self.previous if self.keep_previous else None
-        try:
-            write_whole(self.path, lambda file: torch.save(state, file), previous)
-            self.keep_previous = True
-            for copy in copies:
-                write_whole(copy, lambda file: torch.save(state, file))
-            self.failure = None
-        except Exception as e:
-            cause = e if isinstance(e, OSError) else e.__context__ or e  # torch.save wraps what the system says
-            reason = " ".join(str(getattr(cause, "strerror", None) or e).split())[:200]
-            self.failure = f"{self.path} could not be written ({reason}); an earlier one, if any, is as it was"
-            print(f"warning: {self.failure}. The run goes on", flush=True)
+        for path in (*copies, self.path):  # in this order: a run killed in between comes back to make the copies
+            keep_previous = path == self.path and self.keep_previous
+            try:
+                write_whole(path, lambda file: torch.save(state, file), self.previous if keep_previous else None)
+            except Exception as e:
+                cause = e if isinstance(e, OSError) else e.__context__ or e  # torch.save wraps what the system says
+                reason = " ".join(str(getattr(cause, "strerror", None) or e).split())[:200]
+                self.failures[path] = what = f"{path} could not be written ({reason})"
+                print(f"warning: {what}; an earlier one, if any, is as it was. The run goes on", flush=True)
+            else:
+                self.failures.pop(path, None)
+                self.keep_previous = self.keep_previous or path == self.path
 
 
 def previous_checkpoint(path):
@@ -927,6 +994,9 @@ def check_resumable(path, checkpoint, args):
     batches = (global_batch(before), global_batch(now))
     if None not in batches:
         before["images a step"], now["images a step"] = batches
+    for values in (before, now):
+        if "images" in values:
+            values["training images"] = values.pop("images")
     changed = [name for name in now if name in before and before[name] != now[name] and name not in FREE_ARGS]
     shaping = [name for name in changed if name in SHAPING_ARGS]
     then, wanted = (
@@ -972,7 +1042,7 @@ def load_newest(path):
             log(f"warning: {e}. Going on from the one before, {found[i + 1]}")
             continue
         if file != path and len(found) == 1:
-            log(f"warning: there is no {path}. Going on from the one before, {file}")
+            log(f"warning: there is no {path}. Going on from the one before, {file}; delete that too to begin anew")
         return checkpoint, file
     return None, None
 
@@ -1164,13 +1234,14 @@ def is_vit(model):
     return isinstance(model, vits.VisionTransformer)
 
 
-def use_fused_attention(model, device, amp_dtype=None):
+def use_fused_attention(model, device, amp_dtype=None, backward=True):
     """Turn on torch's fused attention on a ViT that we build, where it was measured to be faster.
 
-    On the CPU its bf16 backward is slower than written-out attention; everywhere else it is faster.
+    On the CPU its bf16 backward is slower than written-out attention; everywhere else it is faster. `backward` says
+    whether the model is to get gradients.
     """
     if is_vit(model):
-        model.set_fused_attention(device.type != "cpu" or amp_dtype is None)
+        model.set_fused_attention(device.type != "cpu" or amp_dtype is None or not backward)
 
 
 def has_batchnorms(model):

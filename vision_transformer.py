@@ -308,8 +308,8 @@ def vit_base(patch_size=16, **kwargs):
 class WeightNormLinear(nn.Module):
     """Linear without bias whose weight is weight_g · weight_v / ‖weight_v‖, row by row (arXiv 1602.07868).
 
-    The same parameters and numbers as torch's weight_norm wrapper, without its forward hook: can be deep-copied,
-    traced and pickled.
+    The same parameters and numbers as torch's weight_norm wrapper, by the same kernel, without its forward hook: can be
+    deep-copied, traced and pickled.
     """
 
     def __init__(self, in_features, out_features):
@@ -321,7 +321,7 @@ class WeightNormLinear(nn.Module):
 
     @property
     def weight(self):
-        return self.weight_g * F.normalize(self.weight_v, dim=1)
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x):
         return F.linear(x, self.weight)

@@ -507,10 +507,28 @@ def test_too_many_losses_that_are_not_finite_end_the_run_with_code_3_and_keep_th
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
     (found,) = json.loads((tmp_path / "bad_step.json").read_text())
     assert (found["epoch"], found["step"], found["loss"]) == (1, 8, "nan")
-    assert np.array(found["loss_terms"]).shape == (2, 4)
+    assert np.array(found["loss_terms"]).shape == (1, 2, 4)
     assert len(found["images"]) == 8
     assert all(Path(image).is_file() for image in found["images"])
     assert {"backbone.cls_token", "head.mlp.0.weight"} <= set(found["gradient_norms"])
+
+
+def test_what_is_written_of_a_bad_step_has_all_its_passes_and_true_gradients(tmp_path, tiny_root):
+    """Under fp16's scale of 2 ** 16, in two passes; finite gradients of known size stand in for the bad ones."""
+    student = torch.nn.Linear(2, 1)
+    torch.nn.functional.mse_loss(student(torch.ones(1, 2)), torch.zeros(1, 1)).backward()
+    true = student.bias.grad.abs().item()
+    student.bias.grad *= 2**16
+    assert float(main_dino.gradient_norms(student, 2.0**16)["bias"]) == pytest.approx(true, rel=1e-6)
+    flags = ["--grad_accum_steps", 2, "--batch_size_per_gpu", 4, "--max_bad_steps", 0, "--lr", "1e20"]
+    done = run_script(
+        "main_dino.py", *SMALL_RUN, *flags, "--warmup_epochs", 0, "--data_path", tiny_root / "train",
+        "--output_dir", tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    (found,) = json.loads((tmp_path / "bad_step.json").read_text())
+    assert np.array(found["loss_terms"]).shape == (2, 2, 4)
+    assert len(found["images"]) == 8
 
 
 def test_a_step_with_a_loss_that_is_not_finite_leaves_no_trace(monkeypatch, capsys, tmp_path, tiny_root):
@@ -688,6 +706,7 @@ def test_drop_path_differs_between_steps_and_ranks_but_not_between_runs(monkeypa
 def test_extra_checkpoints_are_kept_every_so_many_epochs(tiny_root, tmp_path):
     train(tiny_root, tmp_path, "--epochs", 3, "--saveckp_freq", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock",
         "checkpoint.prev.pth",
         "checkpoint.pth",
         "checkpoint0000.pth",

@@ -118,6 +118,65 @@ def nan_in_step(at, rank):
     around_step(at + 1, heal, rank)
 
 
+def nan_gradient_in_step(at):
+    """One number of one gradient, of a loss that is finite."""
+    compute = main_dino.compute_gradients
+
+    def spoiled(student, *rest):
+        found = compute(student, *rest)
+        if rest[4] == at:
+            next(student.parameters()).grad.flatten()[0] = float("nan")
+        return found
+
+    main_dino.compute_gradients = spoiled
+
+
+def nan_crops_in_step(at):
+    normalize = utils.normalize
+
+    def poison():
+        utils.normalize = lambda images: normalize(images) * float("nan")
+
+    around_step(at, poison)
+    around_step(at + 1, lambda: setattr(utils, "normalize", normalize))
+
+
+def slow_saving(seconds, then="nothing", *args):
+    save = torch.save
+
+    def save_slowly(*args):
+        print("a saving begins", flush=True)
+        time.sleep(seconds)
+        save(*args)
+
+    torch.save = save_slowly
+    globals()[then](*args)
+
+
+def no_copy():
+    """checkpoint0000.pth can't be written."""
+    write = utils.write_whole
+
+    def write_or_not(path, *rest):
+        if str(path).endswith("checkpoint0000.pth"):
+            raise OSError(28, "No space left on device")
+        return write(path, *rest)
+
+    utils.write_whole = write_or_not
+
+
+def no_details():
+    always_nan()
+    write = utils.write_whole
+
+    def write_or_not(path, *rest):
+        if str(path).endswith("bad_step.json"):
+            raise OSError(28, "No space left on device")
+        return write(path, *rest)
+
+    utils.write_whole = write_or_not
+
+
 def keep_states(folder):
     """Save both networks of every process as they are at the end."""
     epoch = main_dino.train_one_epoch
@@ -180,6 +239,24 @@ def no_room(first, last, limit=200_000):
     around_step(last, when_saved(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))))
 
 
+def read_only(path, at):
+    """From step `at` on nothing can be written below `path`: it is laid over itself as a read-only mount."""
+
+    def lay_over():
+        subprocess.run(["mount", "--bind", path, path], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", path], check=True)
+
+    around_step(at, when_saved(lay_over))
+
+
+def become_nobody(folder):
+    """The process loses what root may do, in a folder of root's: what is below can be named without what is above."""
+    os.chdir(folder)
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
 def no_log(first, last):
     """log.txt can't be written in the steps from `first` to `last`."""
     write, full = utils.write_whole, []
@@ -240,7 +317,7 @@ class Run:
     """`world` processes that train together; `spoil` names what each calls before, with its arguments."""
 
     def __init__(self, *flags, world=1, spoil=("nothing",)):
-        output = Path(flags[flags.index("--output_dir") + 1])
+        output = Path(flags[flags.index("--output_dir") + 1]).absolute()
         self.screens = [output.parent / f"{output.name}-screen{rank}" for rank in range(world)]
         port = str(free_port())
         self.processes = []
@@ -382,7 +459,7 @@ def test_checkpoints_are_saved_by_step_and_by_time_and_two_are_kept(stopped, fla
     spoil = ("signal_in_step", 8, signal.SIGUSR1)
     assert Run(*flags, flag, value, spoil=spoil).end()[0] == [128 + signal.SIGUSR1]
     assert [progress(run / f"checkpoint{name}.pth") for name in (".prev", "")] == [8, 9]
-    assert sorted(file.name for file in run.iterdir()) == ["checkpoint.prev.pth", "checkpoint.pth", "log.txt"]
+    assert sorted(file.name for file in run.iterdir()) == [".lock", "checkpoint.prev.pth", "checkpoint.pth", "log.txt"]
 
 
 def test_without_them_only_whole_epochs_are_saved(flags, run):
@@ -502,6 +579,18 @@ def test_a_changed_argument_that_changes_the_result_has_to_be_allowed(stopped, f
     assert (run / "checkpoint.pth").read_bytes() == before
 
 
+def test_a_data_set_with_more_images_has_to_be_allowed(stopped, flags, run, tmp_path, tiny_root):
+    shutil.copytree(stopped, run)
+    shutil.copytree(tiny_root / "train", tmp_path / "grown", symlinks=True)
+    first = sorted((tmp_path / "grown" / "brick").iterdir())[0]
+    shutil.copy(first, first.with_name("more.png"))
+    flags[flags.index("--data_path") + 1] = tmp_path / "grown"
+    codes, (said,) = Run(*flags).end()
+    assert codes == [2]
+    assert "was made with training images 40; this run has training images 41, which would change the result" in said
+    assert "note: going on with training images 41 (was 40)" in finish(*flags, "--allow_changed_args", "true")
+
+
 def test_an_allowed_change_is_named_and_gone_on_with(stopped, flags, run):
     shutil.copytree(stopped, run)
     said = finish(*flags, "--lr", 0.001, "--allow_changed_args", "true")
@@ -590,6 +679,40 @@ def test_only_a_second_interrupt_later_than_a_second_ends_the_run_at_once(flags,
     assert (run / "checkpoint.pth").exists() != at_once
 
 
+def test_a_second_interrupt_does_not_wait_for_the_saving_of_the_first(whole, flags, run):
+    running = Run(*flags, "--saveckp_iters", 1, spoil=("slow_saving", 30, "slow_steps", 3))
+    running.wait_for("a step begins", 2)  # the first step is being saved
+    os.kill(running.processes[0].pid, signal.SIGINT)
+    time.sleep(1.2)
+    os.kill(running.processes[0].pid, signal.SIGINT)
+    began = time.monotonic()
+    assert running.end()[0] == [130]
+    assert time.monotonic() - began < 10
+    finish(*flags)
+    assert_same(result(run), whole)
+
+
+def test_no_process_leaves_before_rank_0_has_saved(flags, run):
+    """A launcher ends all when one has ended: the signal comes to rank 1, whose end must not be the saving's."""
+    running = Run(*flags, *HALVES, world=2, spoil=("slow_saving", 5, "signal_in_step", 6, signal.SIGUSR1, 1))
+    running.wait_for("stopped in epoch 1", timeout=90)
+    assert not (run / "checkpoint.pth").exists() or progress(run / "checkpoint.pth") == 5
+    running.processes[1].join(60)
+    assert progress(run / "checkpoint.pth") == 7
+    assert running.end()[0] == [128 + signal.SIGUSR1] * 2
+
+
+def test_a_process_that_waits_for_the_others_can_be_terminated(flags):
+    running = Run(*flags, *HALVES, world=2)
+    running.processes[1].kill()
+    running.processes[1].join()
+    time.sleep(4)
+    os.kill(running.processes[0].pid, signal.SIGTERM)
+    running.processes[0].join(10)
+    assert running.processes[0].exitcode in (-signal.SIGTERM, 143)
+    running.kill()
+
+
 @pytest.mark.slow
 def test_a_signal_to_torchrun_leaves_a_run_that_goes_on(whole_of_two, flags, run, tmp_path):
     flags += HALVES
@@ -617,6 +740,26 @@ def test_a_signal_to_torchrun_leaves_a_run_that_goes_on(whole_of_two, flags, run
     assert "stopped in epoch 0" in screen.read_text()
     finish(*flags, world=2)
     assert_same(result(run), whole_of_two)
+
+
+# ---- two runs in one folder ----
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(whole, flags, run):
+    running = Run(*flags, spoil=("slow_steps", 2))
+    running.wait_for("a step begins")
+    second = Run(*[run.parent / "again" if flag == run else flag for flag in flags], spoil=("in_folder", str(run)))
+    codes, (said,) = second.end()
+    assert codes == [2]
+    assert f"error: another run is writing to --output_dir {run}." in said
+    running.kill()
+    finish(*flags)
+    assert_same(result(run), whole)
+
+
+def in_folder(folder):
+    """The output folder is another than that of the screens."""
+    sys.argv[sys.argv.index("--output_dir") + 1] = folder
 
 
 # ---- damage ----
@@ -707,11 +850,30 @@ def test_killed_in_the_middle_of_a_saving_the_run_goes_on_from_the_one_before(wh
     assert (run / "checkpoint.pth.tmp").exists()
     assert (run / "checkpoint.pth").exists() == (number > 1)
     finish(*flags)
-    assert sorted(file.name for file in run.iterdir()) == ["checkpoint.prev.pth", "checkpoint.pth", "log.txt"]
+    assert sorted(file.name for file in run.iterdir()) == [".lock", "checkpoint.prev.pth", "checkpoint.pth", "log.txt"]
+    assert_same(result(run), whole)
+
+
+def test_a_copy_that_a_kill_prevented_is_made_when_the_run_comes_back(whole, flags, run):
+    flags += ["--saveckp_freq", 1]
+    assert Run(*flags, spoil=("die_while_saving", 1)).end()[0] == [-signal.SIGKILL]
+    assert [file.name for file in run.glob("checkpoint*")] == ["checkpoint0000.pth.tmp"]
+    finish(*flags)
+    assert sorted(file.name for file in run.glob("checkpoint0*")) == [f"checkpoint000{i}.pth" for i in range(3)]
+    assert [load(run / f"checkpoint000{i}.pth")["epoch"] for i in range(3)] == [1, 2, 3]
     assert_same(result(run), whole)
 
 
 # ---- no room ----
+
+
+def test_a_copy_that_can_not_be_written_is_named_and_does_not_keep_the_checkpoint_from_being(whole, flags, run):
+    codes, (said,) = Run(*flags, "--saveckp_freq", 2, spoil=("no_copy",)).end()
+    assert codes == [5]
+    assert f"error: a checkpoint is lost: {run}/checkpoint0000.pth could not be written (No space left" in said
+    assert f"{run}/checkpoint.pth could not" not in said
+    assert sorted(file.name for file in run.glob("checkpoint0*")) == ["checkpoint0002.pth"]
+    assert_same(result(run), whole)
 
 
 def test_a_saving_that_fails_leaves_the_old_checkpoint_and_the_run_goes_on(whole, flags, run):
@@ -727,31 +889,67 @@ def test_a_last_saving_that_fails_is_exit_code_5(whole, flags, run):
     codes, (said,) = Run(*flags, spoil=("no_room", 8, 99)).end()
     assert codes == [5]
     (line,) = [line for line in said.splitlines() if line.startswith("error")]
-    assert "the last checkpoint is lost" in line
+    assert "a checkpoint is lost" in line
     assert "File too large" in line
     assert progress(run / "checkpoint.pth") == 5
-    assert sorted(file.name for file in run.iterdir()) == ["checkpoint.pth", "log.txt"]
+    assert sorted(file.name for file in run.iterdir()) == [".lock", "checkpoint.pth", "log.txt"]
     finish(*flags)
     assert_same(result(run), whole)
 
 
-def test_a_full_disk_does_not_end_the_run(whole, flags, run):
-    """A file system of 1 MB, which no checkpoint fits in, and then one of enough."""
+@pytest.fixture
+def disk(run):
+    """The output folder as a file system of 1 MB, and a function that mounts it again with other options."""
     run.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(run)]
     if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system takes root")
-    try:
-        codes, (said,) = Run(*flags).end()
-        assert codes == [5]
-        assert "No space left on device" in said
-        assert said.count("The run goes on") == 3
-        assert not list(run.glob("checkpoint*"))
-        subprocess.run(["mount", "-o", "remount,size=1g", str(run)], check=True)
-        finish(*flags)
-        assert_same(result(run), whole)
-    finally:
-        subprocess.run(["umount", str(run)], check=True)
+    yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", str(run)], check=True)
+    subprocess.run(["umount", str(run)], check=True)
+
+
+def test_a_full_disk_does_not_end_the_run(whole, flags, run, disk):
+    """One that no checkpoint fits in, and then one of enough room."""
+    codes, (said,) = Run(*flags).end()
+    assert codes == [5]
+    assert "No space left on device" in said
+    assert said.count("The run goes on") == 3
+    assert not list(run.glob("checkpoint*"))
+    disk("size=1g")
+    finish(*flags)
+    assert_same(result(run), whole)
+
+
+def test_a_disk_that_becomes_read_only_keeps_what_it_has_and_the_run_goes_on(whole, flags, run, disk):
+    disk("size=1g")
+    codes, (said,) = Run(*flags, spoil=("read_only", str(run), 8)).end()
+    assert codes == [5]
+    assert said.count(f"warning: {run}/checkpoint.pth could not be written (Read-only file system)") == 2
+    assert said.count(f"warning: {run}/log.txt could not be written (Read-only file system)") == 2
+    assert "error: a checkpoint is lost" in said
+    assert "Traceback" not in said
+    assert progress(run / "checkpoint.pth") == 5
+    codes, (said,) = Run(*flags).end()
+    assert (codes, said) == ([2], refusal(run, "Read-only file system"))
+    subprocess.run(["umount", str(run)], check=True)
+    finish(*flags)
+    assert_same(result(run), whole)
+
+
+def refusal(folder, reason):
+    return f"error: can't write to --output_dir {folder}: {reason}. Name a folder that you may write to\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_folder_that_is_not_ones_own_is_refused_before_any_work(common, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run").chmod(0o555)
+    tmp_path.chmod(0o755)
+    spoil = ("become_nobody", tmp_path) if os.geteuid() == 0 else ("nothing",)
+    codes, (said,) = Run(*common, "--output_dir", "run", spoil=spoil).end()
+    assert (codes, said) == ([2], refusal("run", "Permission denied"))
+    assert not list(Path("run").iterdir())
 
 
 def test_log_lines_that_can_not_be_written_are_written_with_the_next(whole, flags, run):
@@ -811,7 +1009,7 @@ def test_a_loss_that_is_nan_in_one_process_is_left_out_in_both(flags, tmp_path, 
     codes, screens = Run(*flags[:-2], "--output_dir", run, *HALVES, world=2, spoil=spoil).end()
     assert codes == [0, 0], screens
     assert screens[0].count("this step is left out (1 in a row)") == 1
-    assert "in epoch 1, step 6: this step is left out" in screens[0]
+    assert "in epoch 1, step 6 (rank 1): this step is left out" in screens[0]
     one, other = (load(tmp_path / f"rank{rank}.pth") for rank in (0, 1))
     for states in (one, other):  # each process's own batch norms
         for part in ("student", "teacher"):
@@ -820,6 +1018,41 @@ def test_a_loss_that_is_nan_in_one_process_is_left_out_in_both(flags, tmp_path, 
     assert all(value.isfinite().all() for value in one["student"].values())
     checkpoint = load(run / "checkpoint.pth")
     assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} >= {14}
+
+
+def test_the_process_whose_loss_is_bad_is_named(flags):
+    codes, screens = Run(*flags, *HALVES, "--max_bad_steps", 0, world=2, spoil=("nan_in_step", 6, 1)).end()
+    assert codes == [3, 3]
+    assert "warning: the loss is nan in epoch 1, step 6 (rank 1): this step is left out" in screens[0]
+
+
+def test_weights_that_are_not_finite_are_not_saved(flags, run):
+    """A gradient is NaN in step 8, and with it all weights; the losses of the steps that are left are bad."""
+    codes, (said,) = Run(*flags, "--saveckp_iters", 1, "--max_bad_steps", 20, spoil=("nan_gradient_in_step", 8)).end()
+    assert codes == [3]
+    assert "error: the weights are no longer finite" in said
+    assert [progress(run / f"checkpoint{name}.pth") for name in (".prev", "")] == [7, 8]
+    assert all(value.isfinite().all() for value in load(run / "checkpoint.pth")["student"].values())
+
+
+def test_a_bad_step_leaves_nothing_in_the_statistics_of_batch_norms(flags, run):
+    codes, (said,) = Run(*flags, spoil=("nan_crops_in_step", 6)).end()
+    assert codes == [0]
+    assert said.count("this step is left out") == 1
+    checkpoint = load(run / "checkpoint.pth")
+    for part in ("student", "teacher"):
+        statistics = {name: value for name, value in checkpoint[part].items() if "running" in name}
+        assert statistics
+        assert all(value.isfinite().all() for value in statistics.values())
+        counted = {int(value) for name, value in checkpoint[part].items() if name.endswith("num_batches_tracked")}
+        assert counted == {14}
+
+
+def test_an_end_for_bad_steps_keeps_its_code_without_room_for_the_details(flags, run):
+    codes, (said,) = Run(*flags, "--max_bad_steps", 2, spoil=("no_details",)).end()
+    assert codes == [3]
+    assert "bad_step.json could not be written (No space left on device)" in said
+    assert "Traceback" not in said
 
 
 def test_steps_that_are_bad_throughout_end_the_run_though_its_epochs_are_short(flags):

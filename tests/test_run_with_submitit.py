@@ -341,8 +341,8 @@ def ended_task(monkeypatch, tmp_path, main, **changed):
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: environment(tmp_path, **changed))
     with pytest.raises(SystemExit) as ended:
         Task(main, SimpleNamespace(output_dir="x"))()
-    note = tmp_path / "55326964_exit"
-    return ended.value.code, note.read_text() if note.exists() else None
+    notes = [note.read_text() for note in tmp_path.glob("55326964_*_exit")]
+    return ended.value.code, notes[0] if notes else None
 
 
 @pytest.mark.usefixtures("clean_environment")
@@ -430,10 +430,17 @@ def finish(job, *outcomes):
 def test_the_exit_code_of_a_job(job, outcomes, noted, code, capsys):
     finish(job, *outcomes)
     if noted:
-        (job.paths.folder / "77_exit").write_text(noted)
+        (job.paths.folder / "77_0_exit").write_text(noted)
     assert run_with_submitit.exit_code(job) == code
     said = capsys.readouterr().err
     assert said == (f"error: job 77 ended with {code}; its logs: {job.paths.folder}/77_*_log.out\n" if code else "")
+
+
+def test_the_code_of_a_process_that_only_lost_the_others_counts_for_less(job):
+    finish(job)
+    for rank, code in enumerate((1, 3)):
+        (job.paths.folder / f"77_{rank}_exit").write_text(str(code))
+    assert run_with_submitit.exit_code(job) == 3
 
 
 @pytest.mark.parametrize(

@@ -569,6 +569,19 @@ def test_the_remaining_time_is_that_of_the_items_to_come(capsys, monkeypatch):
     assert etas == ["0:02:00", "0:01:00", "0:00:00"]  # 60 s an item, of which 30 waiting
 
 
+@pytest.mark.parametrize(("wait", "said"), [(30, None), (31, "(data wait 51% of the time: buy a disk)")])
+def test_a_loader_that_is_too_slow_is_said_with_what_to_do(capsys, monkeypatch, wait, said):
+    """Each item takes `wait` seconds to come and then 90, or 30 once it is too slow; the first one's wait is long."""
+    work = 90 if said is None else 30
+    clock = itertools.accumulate([0, 500, *itertools.chain(*[(work, 0, wait)] * 9)])
+    monkeypatch.setattr(utils.time, "time", lambda: next(clock))
+    for _ in utils.MetricLogger().log_every(range(3), 1, "x", hint="buy a disk"):
+        pass
+    lines = capsys.readouterr().out.splitlines()[:3]
+    assert ["data wait" in line for line in lines] == [False, bool(said), bool(said)]
+    assert said is None or lines[2].endswith(f"  {said}")
+
+
 @pytest.mark.parametrize(("platform", "megabytes"), [("linux", 3072), ("darwin", 3)])
 def test_peak_memory_is_in_megabytes_whatever_the_system_counts_in(monkeypatch, platform, megabytes):
     resource = pytest.importorskip("resource")
@@ -1314,12 +1327,20 @@ def test_the_last_linear_is_taken_off_under_each_of_its_names(name, nested):
 
 
 @pytest.mark.parametrize(
-    ("device", "amp_dtype", "fused"),
-    [("cpu", None, True), ("cpu", torch.bfloat16, False), ("cuda", torch.bfloat16, True), ("cuda", None, True)],
+    ("device", "amp_dtype", "learns", "fused"),
+    [
+        ("cpu", None, True, True),
+        ("cpu", torch.bfloat16, True, False),
+        ("cpu", torch.bfloat16, False, True),
+        ("cuda", torch.bfloat16, True, True),
+        ("cuda", None, True, True),
+    ],
 )
-def test_fused_attention_is_on_except_in_half_precision_on_a_cpu(device, amp_dtype, fused):
+def test_fused_attention_is_on_except_where_gradients_in_half_precision_pass_it_on_a_cpu(
+    device, amp_dtype, learns, fused
+):
     model = tiny_vit(depth=2)
-    utils.use_fused_attention(model, torch.device(device), amp_dtype)
+    utils.use_fused_attention(model, torch.device(device), amp_dtype, backward=learns)
     assert [block.attn.fused for block in model.blocks] == [fused, fused]
 
 

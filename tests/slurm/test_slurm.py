@@ -155,7 +155,7 @@ def timed_out(cluster, tiny_root, slow, tmp_path_factory):
 # As in the README.
 BATCH = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --mem=1G --time=60 --requeue --signal=USR2@120 --open-mode=append
-srun {command} && exit
+srun --kill-on-bad-exit=1 {command} && exit
 code=$?
 case $code in
   140) scontrol requeue $SLURM_JOB_ID ;;
