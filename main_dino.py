@@ -135,6 +135,11 @@ def get_args_parser():
         help="Processes that prepare crops, for each GPU; 0: the training process does it.")
     run.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
         help="auto takes a GPU if there is one.")
+    run.add_argument("--grad_checkpointing", default=False, type=bool_flag, metavar="BOOL", help="""Compute activations
+        again in the backward pass instead of keeping them: for a large network that does not fit into memory.""")
+    run.add_argument("--compile", default=False, type=bool_flag, metavar="BOOL", help="""Compile the networks with
+        torch.compile: minutes at the start, for faster steps on recent GPUs. Needs a C++ compiler. Results are the same
+        to rounding.""")
     run.add_argument("--dist_url", default="env://", metavar="URL", help="""Where several processes meet: env:// (what
         torchrun and Slurm set), tcp://host:port, or file:///shared/file, another file for each start.""")
     run.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
@@ -450,6 +455,12 @@ def build_student_and_teacher(args, device, amp_dtype):
     for learns, drop_path_rate in ((True, args.drop_path_rate), (False, 0.0)):
         backbone, width = utils.build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate)
         utils.use_fused_attention(backbone, device, amp_dtype, backward=learns)
+        if args.grad_checkpointing and learns:
+            if not hasattr(backbone, "set_grad_checkpointing"):
+                raise UserError(f"--grad_checkpointing is for ViTs and timm's networks, not for --arch {args.arch}")
+            backbone.set_grad_checkpointing()
+        if args.compile:
+            utils.compile_in_place(backbone)
         # The gain of the teacher's last layer gets no gradient in any case: it is frozen by what the student is.
         head = DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
         networks.append(utils.MultiCropWrapper(backbone, head))

@@ -967,6 +967,7 @@ SHAPING_ARGS = (
 # is looked at instead.
 FREE_ARGS = (
     *("config", "init_from", "data_path", "output_dir", "num_workers", "dist_url", "local_rank", "rank", "gpu"),
+    *("grad_checkpointing", "compile"),
     *("saveckp_freq", "saveckp_iters", "save_every_minutes", "max_bad_steps", "allow_changed_args"),
     *("world_size", "batch_size_per_gpu", "grad_accum_steps", "device"),
 )
@@ -1242,6 +1243,21 @@ def use_fused_attention(model, device, amp_dtype=None, backward=True):
     """
     if is_vit(model):
         model.set_fused_attention(device.type != "cpu" or amp_dtype is None or not backward)
+
+
+def compile_in_place(model):
+    """torch.compile for a model that keeps its state-dict keys, with a graph for each crop size.
+
+    Random numbers stay torch's own, so that drop path drops what it drops otherwise. Raises UserError if there is no
+    C++ compiler.
+    """
+    import torch._inductor.config
+
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
+    if not any(name and shutil.which(name) for name in compilers):
+        raise UserError("--compile needs a C++ compiler, such as g++. Install one, or leave --compile out")
+    torch._inductor.config.fallback_random = True
+    model.compile(dynamic=False)
 
 
 def has_batchnorms(model):

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ---- one block ----
 
@@ -207,6 +208,13 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(_init_linear)
         self.set_fused_attention(fused_attention)
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable=True):
+        """In training keep only what enters each block, and compute the block again in the backward pass (named as in
+        timm): about a third more compute, for a fraction of the memory.
+        """
+        self.grad_checkpointing = enable
 
     def set_fused_attention(self, fused):
         """Switch every block between written-out attention maps and torch's fused kernels."""
@@ -247,7 +255,7 @@ class VisionTransformer(nn.Module):
     def forward(self, x):
         x = self.prepare_tokens(x)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
         return self.norm(x)[:, 0]
 
     def get_last_selfattention(self, x):

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import random
+import shutil
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -713,6 +714,45 @@ def test_extra_checkpoints_are_kept_every_so_many_epochs(tiny_root, tmp_path):
         "checkpoint0002.pth",
         "log.txt",
     ]
+
+
+def test_activations_computed_again_change_nothing(tiny_root, tmp_path):
+    flags = ["--epochs", 1, "--warmup_epochs", 0, "--drop_path_rate", 0.5]
+    plain = train(tiny_root, tmp_path / "plain", *flags)
+    again = train(tiny_root, tmp_path / "again", *flags, "--grad_checkpointing", "true")
+    assert_same_tensors(plain["student"], again["student"])
+
+
+def test_activations_of_a_network_that_can_not_compute_them_again_are_kept_with_an_error(
+    monkeypatch, capsys, tmp_path, tiny_root
+):
+    flags = [*SMALL_RUN, "--arch", "resnet18", "--grad_checkpointing", "true", "--data_path", tiny_root / "train"]
+    code, error = fails(monkeypatch, capsys, *flags, "--output_dir", tmp_path)
+    assert code == 2
+    assert "not for --arch resnet18" in error
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
+def test_compiled_networks_have_the_losses_of_others_to_rounding(tiny_root, tmp_path):
+    flags = [*SMALL_RUN, "--epochs", 1, "--warmup_epochs", 0, "--use_fp16", "false", "--local_crops_number", 0]
+    losses = []
+    for compiled in ("false", "true"):
+        folder = tmp_path / compiled
+        run_script(
+            "main_dino.py", *flags, "--compile", compiled, "--data_path", tiny_root / "train", "--output_dir", folder
+        )
+        losses.append(json.loads((folder / "log.txt").read_text())["train_loss"])
+    one, other = (torch.load(tmp_path / f"{c}/checkpoint.pth", weights_only=True) for c in ("false", "true"))
+    assert one["student"].keys() == other["student"].keys()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_compiling_without_a_compiler_is_an_error_before_the_work(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(utils.UserError, match="--compile needs"):
+        utils.compile_in_place(vits.vit_nano())
 
 
 def test_without_local_crops_the_two_global_ones_train(tiny_root, tmp_path):

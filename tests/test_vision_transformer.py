@@ -790,3 +790,29 @@ def test_head_of_nothing_is_nothing_and_not_nan(dtype):
         head.mlp[4].weight.zero_()
         head.mlp[4].bias.zero_()
     assert not head(torch.ones(3, 12, dtype=dtype)).any()
+
+
+# ---- activations computed again ----
+
+
+def gradients_and_bytes(model, images):
+    """Gradients of a loss, and how many bytes the forward pass has kept for the backward one."""
+    kept = []
+    torch.manual_seed(3)
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        loss = model(images).square().sum()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters()], sum(kept)
+
+
+def test_activations_computed_again_give_the_same_gradients_from_less_memory():
+    model = vits.vit_nano(patch_size=8, drop_path_rate=0.5).train()
+    images = tensor("checkpointing", (4, 3, 48, 48))
+    plain, kept = gradients_and_bytes(model, images)
+    model.set_grad_checkpointing()
+    again, kept_now = gradients_and_bytes(model, images)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    assert kept_now < kept / 4
+    model.set_grad_checkpointing(False)
+    assert gradients_and_bytes(model, images)[1] == kept
