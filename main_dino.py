@@ -24,6 +24,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dino_data
+import health
 import utils
 from utils import UserError, bool_flag
 from vision_transformer import DINOHead
@@ -135,6 +136,12 @@ def get_args_parser():
         help="Processes that prepare crops, for each GPU; 0: the training process does it.")
     run.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
         help="auto takes a GPU if there is one.")
+    run.add_argument("--stop_on_collapse", default=False, type=bool_flag, metavar="BOOL", help="""Save, and end with
+        exit code 4, when the run is seen to have collapsed; otherwise that is a warning.""")
+    run.add_argument("--tensorboard", default="auto", choices=["auto", "on", "off"], help="""Curves for TensorBoard, in
+        --output_dir; auto: where it is installed.""")
+    run.add_argument("--wandb", default="", metavar="PROJECT",
+        help="Send curves to this project of Weights & Biases, too.")
     run.add_argument("--grad_checkpointing", default=False, type=bool_flag, metavar="BOOL", help="""Compute activations
         again in the backward pass instead of keeping them: for a large network that does not fit into memory.""")
     run.add_argument("--compile", default=False, type=bool_flag, metavar="BOOL", help="""Compile the networks with
@@ -248,7 +255,9 @@ class DINOLoss(nn.Module):
     Each of the teacher's 2 views teaches every view of the student but the same one: 2 · ncrops - 2 pairs, averaged.
     `forward` takes logits, crop by crop, student [ncrops · B, K] and teacher [2 · B, K], and the epoch, which sets the
     teacher's temperature; returns the scalar loss in float32 and moves the center, unless told not to. The terms of the
-    loss stay in `cross_entropy` [2, ncrops], the teacher's view in rows.
+    loss stay in `cross_entropy` [2, ncrops], the teacher's view in rows; the teacher's mean entropy in `entropy`: what
+    the loss is more than that is the mean KL divergence of the student from it; and the largest share that a prototype
+    has in the teacher's mean distribution, in `top_prototype`.
     """
 
     def __init__(
@@ -282,7 +291,8 @@ class DINOLoss(nn.Module):
             cross_entropy = log_norm - probs.flatten(1) @ logits.flatten(1).T / batch  # [2, ncrops]
             pairs = torch.ones_like(cross_entropy).fill_diagonal_(0)  # view v against itself is not counted
             loss = (cross_entropy * pairs).sum() / (2 * self.ncrops - 2)
-        self.cross_entropy = cross_entropy.detach()
+            self.entropy = (sharpened.logsumexp(dim=-1) - torch.linalg.vecdot(probs.flatten(0, 1), sharpened)).mean()
+        self.cross_entropy, self.top_prototype = cross_entropy.detach(), probs.mean(dim=(0, 1)).max()
         if update_center:
             self.update_center(teacher_output)
         return loss
@@ -328,6 +338,9 @@ def train_one_epoch(
     """
     keeper = keeper or RunKeeper()
     metrics, done = utils.MetricLogger(), keeper.first_step
+    ln_k = math.log(dino_loss.center.shape[1])
+    metrics.add_meters("loss", "lr", "wd", entropy=f"{{median:.6f}} ({{global_avg:.6f}}) of ln K = {ln_k:.4f}")
+    metrics.add_meters("kl", **dict.fromkeys(health.NUMBERS, "{median:.3g}"))
     buffers = [*student.buffers(), *teacher.buffers()]  # statistics of batch norms
     metrics.go_on_from(keeper.meters)
     first = epoch * (done + len(data_loader)) + done
@@ -341,10 +354,10 @@ def train_one_epoch(
 
         # ---- gradients ----
         before = [buffer.clone() for buffer in buffers]
-        loss, loss_terms, teacher_means, verdict = compute_gradients(
+        loss, entropy, loss_terms, teacher_means, verdict = compute_gradients(
             student, teacher, dino_loss, crops, optimizer, step, epoch, fp16_scaler, args, amp_dtype, keeper
         )
-        bad, stop_signal, save = verdict.read()  # the backward pass is still under way
+        bad, stop_signal, save, collapsed = verdict.read()  # the backward pass is still under way
         keeper.bad_steps = keeper.bad_steps + 1 if bad else 0
         if bad:
             for buffer, value in zip(buffers, before, strict=True):
@@ -354,8 +367,7 @@ def train_one_epoch(
         else:
             # ---- student ----
             fp16_scaler.unscale_(optimizer)
-            if args.clip_grad:
-                utils.clip_gradients(student, args.clip_grad)
+            norms = utils.clip_gradients(student, args.clip_grad)
             utils.cancel_gradients_last_layer(epoch, student, args.freeze_last_layer)
             fp16_scaler.step(optimizer)
             fp16_scaler.update()
@@ -363,12 +375,17 @@ def train_one_epoch(
             # ---- teacher ----
             update_teacher(teacher, student, float(schedules["momentum"][step]))
             dino_loss.update_center(teacher_means)
-            metrics.update(loss=loss, lr=optimizer.param_groups[0]["lr"], wd=optimizer.param_groups[0]["weight_decay"])
+            lr, wd = (optimizer.param_groups[0][name] for name in ("lr", "weight_decay"))
+            metrics.update(loss=loss, lr=lr, wd=wd, entropy=entropy, kl=loss - entropy)  # kl: of the student's from it
+            if metrics.due:
+                keeper.look(step, metrics, student, teacher, dino_loss, norms)
 
         # ---- what must not be lost ----
         done += 1
-        if stop_signal or (save and not bad):
+        if stop_signal or collapsed or (save and not bad):
             keeper.save(epoch, done, metrics.totals())
+        if collapsed:
+            keeper.end_collapsed(epoch, done)
         if stop_signal:
             utils.log(f"stopped in epoch {epoch} after step {done}: the same command again goes on from there")
             keeper.stopped_by = int(stop_signal)
@@ -376,18 +393,22 @@ def train_one_epoch(
 
     metrics.synchronize_between_processes()
     utils.log(f"Averaged stats: {metrics}")
-    return {name: meter.global_avg for name, meter in metrics.meters.items()}
+    means = {name: meter.global_avg for name, meter in metrics.meters.items() if meter.count}
+    momentum = float(schedules["momentum"][(epoch + 1) * done - 1])
+    width = {"feature_dim": teacher.features.shape[1]} if hasattr(teacher, "features") else {}
+    return {**means, **width, "ln_k": ln_k, "momentum": momentum, **metrics.pace(utils.global_batch(vars(args)))}
 
 
 def compute_gradients(student, teacher, dino_loss, crops, optimizer, step, epoch, fp16_scaler, args, amp_dtype, keeper):
     """Gradients of a step, summed up over args.grad_accum_steps passes.
 
-    Returns the loss, its terms [passes, 2, ncrops], the mean logits of the teacher [passes, K], and, on its way to the
-    host, what all processes agree on: whether the loss is not finite somewhere, a signal to stop, whether to save.
+    Returns the loss, the teacher's entropy, the loss's terms [passes, 2, ncrops], the mean logits of the teacher
+    [passes, K], and, on its way to the host, what all processes agree on: whether the loss is not finite somewhere, a
+    signal to stop, whether to save, whether the run has collapsed.
     """
     device, passes = dino_loss.center.device, args.grad_accum_steps
     optimizer.zero_grad(set_to_none=True)
-    losses, terms, teacher_means = [], [], []
+    losses, entropies, terms, teacher_means = [], [], [], []
     for i, views in enumerate(zip(*(crop.chunk(passes) for crop in crops), strict=True)):
         views = [utils.normalize(view.to(device, non_blocking=True)) for view in views]
         # For drop path.
@@ -401,13 +422,14 @@ def compute_gradients(student, teacher, dino_loss, crops, optimizer, step, epoch
                 student_output = student(views)  # [ncrops·B, K]
             loss = dino_loss(student_output, teacher_output, epoch, update_center=False)
             losses.append(loss.detach())
+            entropies.append(dino_loss.entropy)
             terms.append(dino_loss.cross_entropy)
             teacher_means.append(teacher_output.float().mean(dim=0))
             if last:
                 total = torch.stack(losses).mean()
                 verdict = utils.agree(total, *keeper.wishes(step))
             fp16_scaler.scale(loss / passes).backward()
-    return total, torch.stack(terms), torch.stack(teacher_means), verdict
+    return total, torch.stack(entropies).mean(), torch.stack(terms), torch.stack(teacher_means), verdict
 
 
 def gradient_norms(student, scale):
@@ -454,11 +476,13 @@ def build_student_and_teacher(args, device, amp_dtype):
     networks = []
     for learns, drop_path_rate in ((True, args.drop_path_rate), (False, 0.0)):
         backbone, width = utils.build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate)
-        utils.use_fused_attention(backbone, device, amp_dtype, backward=learns)
+        utils.use_fused_attention(backbone, device, amp_dtype)
         if args.grad_checkpointing and learns:
             if not hasattr(backbone, "set_grad_checkpointing"):
                 raise UserError(f"--grad_checkpointing is for ViTs and timm's networks, not for --arch {args.arch}")
             backbone.set_grad_checkpointing()
+        elif learns and utils.vit_factory(args.arch) and not args.compile:
+            backbone.set_lean_mlps(amp_dtype is None)  # in bf16 it was measured to be a tenth slower, on a CPU
         if args.compile:
             utils.compile_in_place(backbone)
         # The gain of the teacher's last layer gets no gradient in any case: it is frozen by what the student is.
@@ -532,23 +556,54 @@ def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, epoch, 
 class RunKeeper:
     """Where in its epoch a run begins, when it has to be saved, and whether it is to stop.
 
-    `state(epoch, step, meters)` gives what a checkpoint holds. Without arguments one that does nothing.
+    `state(epoch, step, meters)` gives what a checkpoint holds; the doctor and the curves are health.py's. Without
+    arguments one that does nothing.
     """
 
-    def __init__(self, args=None, student=None, state=None, writer=None, stop=None, first_step=0, meters=()):
+    def __init__(
+        self,
+        args=None,
+        student=None,
+        state=None,
+        writer=None,
+        stop=None,
+        doctor=None,
+        curves=None,
+        first_step=0,
+        meters=(),
+        best_knn=0.0,
+    ):
         self.args, self.student, self.state, self.writer, self.stop = args, student, state, writer, stop
-        self.first_step, self.meters = first_step, meters
+        self.doctor, self.curves = doctor, curves
+        self.first_step, self.meters, self.best_knn = first_step, meters, best_knn
         self.saved_at, self.stopped_by, self.bad_steps = time.monotonic(), 0, 0
         self.unlogged = []
 
-    def wishes(self, step):
-        """(signal to stop or 0, whether to save) after this step of the run, as far as this process knows."""
+    def look(self, step, metrics, student, teacher, dino_loss, gradient_norms):
+        """Measure the run's health, on the steps that are logged; rank 0 warns of what it sees."""
         if self.args is None:
-            return 0, False
+            return
+        metrics.update(**health.measure(teacher.features, dino_loss, gradient_norms))
+        if utils.is_main_process():
+            numbers = {name: meter.value for name, meter in metrics.meters.items()}
+            numbers["feature_dim"] = teacher.features.shape[1]
+            self.curves.add(step, numbers)
+            self.doctor.look(step, numbers, student, teacher)
+
+    def end_collapsed(self, epoch, done):
+        what = utils.gather_objects(self.doctor.collapse)[0]
+        self.writer.wait()
+        utils.gather_objects(None)  # nobody ends before rank 0 has written
+        raise UserError(f"stopped in epoch {epoch} after step {done}, and saved: {what}", exit_code=4)
+
+    def wishes(self, step):
+        """(signal to stop or 0, whether to save, whether the run has collapsed) after this step, as far as is known."""
+        if self.args is None:
+            return 0, False, False
         minutes = (time.monotonic() - self.saved_at) / 60
         by_time = self.args.save_every_minutes and minutes >= self.args.save_every_minutes
         by_step = self.args.saveckp_iters and (step + 1) % self.args.saveckp_iters == 0
-        return self.stop.signal, bool(by_time or by_step)
+        return self.stop.signal, bool(by_time or by_step), bool(self.args.stop_on_collapse and self.doctor.collapse)
 
     def check_weights(self):
         """Raise UserError (exit code 3) rather than save weights that no run can go on from."""
@@ -568,6 +623,9 @@ class RunKeeper:
         """Add a line to log.txt on rank 0. What can't be written now is written with the next."""
         if not utils.is_main_process():
             return
+        if self.doctor.warnings:
+            stats["warnings"] = self.doctor.warnings
+            self.doctor.warnings = []
         self.unlogged.append(stats)
         try:
             while self.unlogged:
@@ -655,10 +713,13 @@ def train_dino(args):
 
     # ---- epochs ----
     start = time.time()
+    doctor, curves = health.Doctor(args, len(data_loader)), health.Curves(args)
+    doctor.look_at_settings()
+    health.write_environment(args, get_args_parser())
     state = functools.partial(run_state, student, teacher, optimizer, dino_loss, fp16_scaler, args)
     writer = utils.CheckpointWriter(checkpoint_path, keep_previous=loaded in (None, checkpoint_path))
-    with lock, utils.StopRequest() as stop, writer:
-        keeper = RunKeeper(args, student, state, writer, stop, first_step, progress["meters"])
+    with lock, utils.StopRequest() as stop, contextlib.closing(curves), writer:
+        keeper = RunKeeper(args, student, state, writer, stop, doctor, curves, first_step, progress["meters"])
         for epoch in range(progress["epoch"], args.epochs):
             data_loader.sampler.set_epoch(epoch, keeper.first_step)
             means = train_one_epoch(

@@ -292,6 +292,7 @@ def pick_device(name, local_rank=0):
         raise UserError(f"--device {name} is not available here. Use --device auto; this machine has {there}")
     if name == "cpu":
         keep_freed_memory()
+        multiply_by_onednn()
     if name != "cuda":
         return torch.device(name)
     if local_rank >= torch.cuda.device_count():
@@ -316,6 +317,25 @@ def keep_freed_memory():
         trim_threshold, mmap_max = -1, -4
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)
+
+
+def multiply_by_onednn():
+    """Have float32 matrices multiplied by oneDNN on AMD's CPUs with AVX-512: exactly as well, and twice as fast as by
+    MKL, torch's own choice, which uses AVX2 there.
+
+    torch leaves them to oneDNN only if it may round them to bf16. That it does only on CPUs with AMX, which are left
+    alone; and should a product come out rounded nevertheless, all is as before.
+    """
+    flags, settings = cpu_flags(), getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(settings, "fp32_precision") or "AuthenticAMD" not in flags or "avx512f" not in flags:
+        return
+    if any(flag.startswith("amx") for flag in flags):
+        return
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    ramp = torch.linspace(1, 2, 2**16).view(256, 256)  # numbers that bf16 does not have
+    exact = ramp.double() @ ramp.double()
+    if not torch.allclose((ramp @ ramp).double(), exact, rtol=1e-5, atol=0):
+        settings.fp32_precision = before
 
 
 def get_rank():
@@ -427,11 +447,15 @@ def pick_amp_dtype(device, use_fp16, amp_dtype):
 
 def cpu_computes_bf16():
     """Whether this CPU multiplies bf16 in hardware. Without, bf16 is correct but slower than float32."""
+    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def cpu_flags():
+    """The words of /proc/cpuinfo: vendor and instruction sets among them; none where there is no such file."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
-    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+        return frozenset()
 
 
 # ---- meters and logs ----
@@ -538,6 +562,8 @@ class MetricLogger:
     def __init__(self, delimiter="  "):
         self.meters = defaultdict(SmoothedValue)
         self.delimiter = delimiter
+        self.due = True  # whether this item's line will be printed
+        self.seconds = self.waiting = 0.0  # for an item; share of it spent waiting, the first item apart
 
     def update(self, **values):
         for name, value in values.items():
@@ -545,6 +571,13 @@ class MetricLogger:
 
     def add_meter(self, name, meter):
         self.meters[name] = meter
+
+    def add_meters(self, *names, **formats):
+        """Fix the order on the line; a format is for SmoothedValue."""
+        for name in names:
+            self.add_meter(name, SmoothedValue())
+        for name, fmt in formats.items():
+            self.add_meter(name, SmoothedValue(fmt=fmt))
 
     def synchronize_between_processes(self):
         for meter in self.meters.values():
@@ -581,12 +614,13 @@ class MetricLogger:
         waited = spent = 0.0
         for i, item in enumerate(iterable, start):
             data_time.update(time.time() - end)
+            self.due = i % print_freq == 0 or i == number - 1
             yield item
             step_time.update(time.time() - end)
             if i > start:  # before the first one, loaders start and fill their queues
                 waited, spent = waited + data_time.value, spent + step_time.value
-            due = i % print_freq == 0 or i == number - 1
-            if due and is_main_process():  # the other ranks' devices need not wait for a line that they don't print
+            # The other ranks' devices need not wait for a line that they don't print.
+            if self.due and is_main_process():
                 eta = datetime.timedelta(seconds=int(step_time.global_avg * (number - 1 - i)))
                 progress = f"[{i:{len(str(number))}d}/{number}]"
                 meters = [str(self)] * bool(self.meters)
@@ -596,8 +630,13 @@ class MetricLogger:
                 print(self.delimiter.join((header, progress, f"eta: {eta}", *meters, *timing)), flush=True)
             end = time.time()
         total = time.time() - began
-        per_item = total / max(number - start, 1)
-        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({per_item:.6f} s / it)")
+        self.seconds, self.waiting = total / max(number - start, 1), waited / max(spent, 1e-9)
+        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({self.seconds:.6f} s / it)")
+
+    def pace(self, images):
+        """Throughput and memory of the last loop, of so many images an item."""
+        speed = {"images_per_s": images / self.seconds, "data_wait": self.waiting} if self.seconds and images else {}
+        return {**speed, "max_mem_mb": peak_memory_mb()}
 
 
 def peak_memory_mb():
@@ -739,7 +778,7 @@ class LARS(torch.optim.Optimizer):
 
 @torch.no_grad()
 def clip_gradients(model, clip):
-    """Scale each parameter's gradient to an L2 norm of at most `clip`, one by one.
+    """Scale each parameter's gradient to an L2 norm of at most `clip`, one by one; 0 leaves them as they are.
 
     Not the global-norm clipping of torch.nn.utils: a large gradient in one layer leaves the others alone. Returns the
     norms before clipping, one per parameter with a gradient, as a tensor on the device (no host sync).
@@ -748,8 +787,9 @@ def clip_gradients(model, clip):
     if not gradients:
         return torch.zeros(0)
     norms = torch.stack(torch._foreach_norm(gradients))
-    factors = (clip / (norms + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, list(factors.unbind()))
+    if clip:
+        factors = (clip / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(factors.unbind()))
     return norms
 
 
@@ -967,7 +1007,7 @@ SHAPING_ARGS = (
 # is looked at instead.
 FREE_ARGS = (
     *("config", "init_from", "data_path", "output_dir", "num_workers", "dist_url", "local_rank", "rank", "gpu"),
-    *("grad_checkpointing", "compile"),
+    *("grad_checkpointing", "compile", "stop_on_collapse", "tensorboard", "wandb"),
     *("saveckp_freq", "saveckp_iters", "save_every_minutes", "max_bad_steps", "allow_changed_args"),
     *("world_size", "batch_size_per_gpu", "grad_accum_steps", "device"),
 )
@@ -1235,14 +1275,13 @@ def is_vit(model):
     return isinstance(model, vits.VisionTransformer)
 
 
-def use_fused_attention(model, device, amp_dtype=None, backward=True):
+def use_fused_attention(model, device, amp_dtype=None):
     """Turn on torch's fused attention on a ViT that we build, where it was measured to be faster.
 
-    On the CPU its bf16 backward is slower than written-out attention; everywhere else it is faster. `backward` says
-    whether the model is to get gradients.
+    In bf16 on the CPU it is slower than written-out attention, forward and backward; everywhere else it is faster.
     """
     if is_vit(model):
-        model.set_fused_attention(device.type != "cpu" or amp_dtype is None or not backward)
+        model.set_fused_attention(device.type != "cpu" or amp_dtype is None)
 
 
 def compile_in_place(model):
@@ -1480,7 +1519,8 @@ class MultiCropWrapper(nn.Module):
     """A backbone and a projection head over a list of crops (section 3.1).
 
     forward: list of [B, 3, h, w] -> [number of crops · B, out_dim], crop by crop. Consecutive crops of one size go
-    through the backbone as one batch. The backbone's own classifiers `fc` and `head` become Identity.
+    through the backbone as one batch. The backbone's own classifiers `fc` and `head` become Identity. What went into
+    the head last stays, without gradients, in `features`.
     """
 
     def __init__(self, backbone, head):
@@ -1499,7 +1539,9 @@ class MultiCropWrapper(nn.Module):
             if i == len(crops) or crops[i].shape[-2:] != crops[first].shape[-2:]:
                 features.append(first_output(self.backbone, torch.cat(crops[first:i])))
                 first = i
-        return self.head(torch.cat(features))
+        features = torch.cat(features)
+        self.features = features.detach()
+        return self.head(features)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What the tests share: reference numbers and their inputs, small real data, real runs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -125,11 +126,18 @@ def run_script(*words, timeout=300, env=None, check=True):
     return done
 
 
+def log_without_times(folder):
+    """The lines of a run's log.txt, without what differs from run to run: times and memory."""
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(("_per_s", "_wait", "_mb"))} for line in lines]
+
+
 # A training run of seconds: 2 + 2 crops of a few patches, batches of 8, K = 64.
 # fmt: off
 SMALL_RUN = [
     "--arch", "vit_nano", "--patch_size", "16", "--out_dim", "64", "--global_crops_size", "32",
     "--local_crops_size", "16", "--local_crops_number", "2", "--batch_size_per_gpu", "8", "--epochs", "2",
     "--warmup_epochs", "1", "--num_workers", "0", "--device", "cpu", "--saveckp_freq", "0",
+    "--tensorboard", "off",
 ]
 # fmt: on

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, run_script
+from conftest import ROOT, SMALL_RUN, log_without_times, run_script
 
 import dino_data
 import main_dino
@@ -372,10 +372,10 @@ def progress(path):
 
 
 def result(folder):
-    """All that a run ends with; of its arguments, those that shape the result."""
+    """All that a run ends with, but times and memory; of its arguments, those that shape the result."""
     checkpoint = load(folder / "checkpoint.pth")
     checkpoint["args"] = {key: checkpoint["args"][key] for key in ("arch", "lr", "epochs", "seed")}
-    return checkpoint, (folder / "log.txt").read_text()
+    return checkpoint, log_without_times(folder)
 
 
 def assert_same(one, other):
@@ -459,7 +459,13 @@ def test_checkpoints_are_saved_by_step_and_by_time_and_two_are_kept(stopped, fla
     spoil = ("signal_in_step", 8, signal.SIGUSR1)
     assert Run(*flags, flag, value, spoil=spoil).end()[0] == [128 + signal.SIGUSR1]
     assert [progress(run / f"checkpoint{name}.pth") for name in (".prev", "")] == [8, 9]
-    assert sorted(file.name for file in run.iterdir()) == [".lock", "checkpoint.prev.pth", "checkpoint.pth", "log.txt"]
+    assert sorted(file.name for file in run.iterdir()) == [
+        ".lock",
+        "checkpoint.prev.pth",
+        "checkpoint.pth",
+        "log.txt",
+        "run.json",
+    ]
 
 
 def test_without_them_only_whole_epochs_are_saved(flags, run):
@@ -850,7 +856,13 @@ def test_killed_in_the_middle_of_a_saving_the_run_goes_on_from_the_one_before(wh
     assert (run / "checkpoint.pth.tmp").exists()
     assert (run / "checkpoint.pth").exists() == (number > 1)
     finish(*flags)
-    assert sorted(file.name for file in run.iterdir()) == [".lock", "checkpoint.prev.pth", "checkpoint.pth", "log.txt"]
+    assert sorted(file.name for file in run.iterdir()) == [
+        ".lock",
+        "checkpoint.prev.pth",
+        "checkpoint.pth",
+        "log.txt",
+        "run.json",
+    ]
     assert_same(result(run), whole)
 
 
@@ -892,7 +904,7 @@ def test_a_last_saving_that_fails_is_exit_code_5(whole, flags, run):
     assert "a checkpoint is lost" in line
     assert "File too large" in line
     assert progress(run / "checkpoint.pth") == 5
-    assert sorted(file.name for file in run.iterdir()) == [".lock", "checkpoint.pth", "log.txt"]
+    assert sorted(file.name for file in run.iterdir()) == [".lock", "checkpoint.pth", "log.txt", "run.json"]
     finish(*flags)
     assert_same(result(run), whole)
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import subprocess
@@ -470,6 +471,68 @@ def test_a_machine_without_cpuinfo_has_no_bf16(monkeypatch):
 
     monkeypatch.setattr(utils.Path, "read_text", missing)
     assert utils.cpu_computes_bf16() is False
+
+
+FAULTS = """
+import resource, sys, torch
+sys.path.insert(0, {root!r})
+import utils
+torch.set_num_threads(1)
+utils.pick_device("cpu") if {keep} else None
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24), torch.ones(2**24)
+before = faults()
+for _ in range(4):
+    torch.ones(2**24)  # 64 MB, 16,384 pages of 4 kB
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_on_a_cpu_memory_that_was_freed_is_used_again_without_a_page_fault():
+    plain, kept = (int(run_script("-c", FAULTS.format(root=str(ROOT), keep=keep)).stdout) for keep in (False, True))
+    assert kept < 1000
+    assert plain > 20 * kept
+
+
+@pytest.fixture
+def product_precision():
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(settings, "fp32_precision"):
+        pytest.skip("this torch does not let oneDNN multiply float32")
+    before = settings.fp32_precision
+    settings.fp32_precision = "none"
+    yield settings
+    settings.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("cpu", "exact", "want"),
+    [
+        ("AuthenticAMD avx512f avx512_bf16", True, "bf16"),
+        ("AuthenticAMD avx512f avx512_bf16", False, "none"),
+        ("AuthenticAMD avx512f amx_bf16", True, "none"),
+        ("AuthenticAMD avx2", True, "none"),
+        ("GenuineIntel avx512f", True, "none"),
+    ],
+)
+def test_onednn_multiplies_float32_where_it_is_exact_and_faster(monkeypatch, product_precision, cpu, exact, want):
+    monkeypatch.setattr(utils, "cpu_flags", lambda: frozenset(cpu.split()))
+    monkeypatch.setattr(torch, "allclose", lambda *_, **__: exact)
+    utils.multiply_by_onednn()
+    assert product_precision.fp32_precision == want
+
+
+@pytest.mark.parametrize("shape", [(7, 13, 5), (197, 64, 197), (100, 2048, 256), (1576, 384, 1152), (1, 384, 4096)])
+def test_float32_products_on_a_cpu_are_float32s(shape):
+    utils.pick_device("cpu")
+    n, k, m = shape
+    left, right = tensor("products/left", (n, k)), tensor("products/right", (k, m))
+    want = left.double() @ right.double()
+    assert_near(left @ right, want, 1e-6)
+    assert_near(F.linear(left, right.T.contiguous(), torch.ones(m)), want + 1, 1e-6)
+    assert_near(left.expand(3, n, k) @ right.expand(3, k, m), want.expand(3, n, m), 1e-6)
 
 
 # ---- meters and logs ----
@@ -1327,20 +1390,12 @@ def test_the_last_linear_is_taken_off_under_each_of_its_names(name, nested):
 
 
 @pytest.mark.parametrize(
-    ("device", "amp_dtype", "learns", "fused"),
-    [
-        ("cpu", None, True, True),
-        ("cpu", torch.bfloat16, True, False),
-        ("cpu", torch.bfloat16, False, True),
-        ("cuda", torch.bfloat16, True, True),
-        ("cuda", None, True, True),
-    ],
+    ("device", "amp_dtype", "fused"),
+    [("cpu", None, True), ("cpu", torch.bfloat16, False), ("cuda", torch.bfloat16, True), ("cuda", None, True)],
 )
-def test_fused_attention_is_on_except_where_gradients_in_half_precision_pass_it_on_a_cpu(
-    device, amp_dtype, learns, fused
-):
+def test_fused_attention_is_on_except_in_half_precision_on_a_cpu(device, amp_dtype, fused):
     model = tiny_vit(depth=2)
-    utils.use_fused_attention(model, torch.device(device), amp_dtype, backward=learns)
+    utils.use_fused_attention(model, torch.device(device), amp_dtype)
     assert [block.attn.fused for block in model.blocks] == [fused, fused]
 
 

@@ -6,6 +6,7 @@ import math
 import shutil
 import types
 import warnings
+import weakref
 from functools import partial
 
 import numpy as np
@@ -637,6 +638,7 @@ def test_importing_beside_a_foreign_utils_leaves_it_alone(tmp_path):
     (tmp_path / "utils.py").write_text("OWNER = 'somebody else'\n")
     code = f"""
 import sys
+import weakref
 sys.path[0] = {str(ROOT)!r}
 import vision_transformer, hubconf
 assert "utils" not in sys.modules and "dino_data" not in sys.modules, "ours was imported"
@@ -804,6 +806,33 @@ def gradients_and_bytes(model, images):
         loss = model(images).square().sum()
     loss.backward()
     return [p.grad.clone() for p in model.parameters()], sum(kept)
+
+
+def test_lean_mlps_give_the_same_gradients_and_do_not_keep_the_wide_activation():
+    model = vits.vit_nano(patch_size=8, drop_path_rate=0.5).train()
+    images = tensor("checkpointing", (4, 3, 48, 48))
+    plain, _ = gradients_and_bytes(model, images)
+    wide = []
+    for block in model.blocks:
+        block.mlp.act.register_forward_hook(lambda _, __, output: wide.append(weakref.ref(output)))
+    for lean in (False, True):
+        model.set_lean_mlps(lean)
+        wide.clear()
+        loss = model(images).square().sum()
+        assert [activation() is None for activation in wide] == [lean] * 4
+        del loss
+    again, _ = gradients_and_bytes(model, images)
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("change", ["eval", "no_grad"])
+def test_lean_mlps_change_nothing_without_gradients(change):
+    model = vits.vit_nano(patch_size=8).train(change != "eval")
+    images = tensor("checkpointing", (4, 3, 48, 48))
+    with torch.set_grad_enabled(change != "no_grad"):
+        plain = model(images)
+        model.set_lean_mlps(True)
+        assert torch.equal(model(images), plain)
 
 
 def test_activations_computed_again_give_the_same_gradients_from_less_memory():

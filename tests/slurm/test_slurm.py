@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, assert_near, run_script
+from conftest import ROOT, SMALL_RUN, assert_near, log_without_times, run_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
@@ -131,7 +131,7 @@ def result(folder):
     checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
     for name in ("output_dir", "rank", "gpu"):
         checkpoint["args"].pop(name)
-    return checkpoint, (folder / "log.txt").read_text()
+    return checkpoint, log_without_times(folder)
 
 
 @pytest.fixture(scope="module")

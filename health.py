@@ -1,0 +1,263 @@
+"""What a run says of itself: numbers behind the loss, warnings that say what to do, curves, and where it ran.
+
+The loss alone tells little: it can stand still while features get better, and fall while they collapse. Split into the
+teacher's entropy and the divergence of the student from it (section 5.3 of the paper) it answers.
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import utils
+from utils import UserError
+
+# ---- numbers ----
+
+
+NUMBERS = ("top_prototype", "center_norm", "feature_std", "grad_norm", "grad_norm_max")
+
+
+@torch.no_grad()
+def measure(features, dino_loss, gradient_norms):
+    """Numbers about the step just made, as scalars on the device; nothing waits for them.
+
+    `features` [2·B, D] are the teacher's of the global crops, `gradient_norms` has a norm for each parameter.
+    """
+    return {
+        "top_prototype": dino_loss.top_prototype,
+        "center_norm": dino_loss.center.norm(),
+        "feature_std": F.normalize(features.float(), dim=-1).std(dim=0, correction=0).mean(),
+        "grad_norm": gradient_norms.median(),
+        "grad_norm_max": gradient_norms.max(),
+    }
+
+
+def norm_of_weights(network):
+    return torch.stack(torch._foreach_norm([p.detach() for p in network.parameters()])).double().sum().item()
+
+
+# ---- warnings ----
+
+PATIENCE = 3  # times in a row that a condition has to be seen on the log
+
+
+def ill_conditions(numbers):
+    """{name: what is wrong and what to do} of what a step's numbers show; those of COLLAPSE mean a collapse."""
+    ln_k, dim, found = numbers["ln_k"], numbers["feature_dim"], {}
+    if numbers["entropy"] > 0.99 * ln_k and numbers["warm"]:
+        found["uniform"] = (
+            f"the teacher's entropy is {numbers['entropy']:.3f}, all but ln K = {ln_k:.3f}: every prototype is as "
+            "likely as any other (uniform collapse). Lower --warmup_teacher_temp and --teacher_temp"
+        )
+    if numbers["entropy"] < 0.05 * ln_k:
+        found["dominant"] = (
+            f"the teacher's entropy is {numbers['entropy']:.4f}, near 0, and one prototype has "
+            f"{100 * numbers['top_prototype']:.0f} % of the images: it looks like collapse onto one. Is the center "
+            "being moved? Raise --teacher_temp a little, or lower --lr"
+        )
+    if numbers["kl"] < 0.002 * ln_k:
+        found["agreement"] = (
+            f"the student differs from the teacher by a KL divergence of {numbers['kl']:.5f}, near 0: there is nothing "
+            "left to learn from it (collapse). Lower --teacher_temp, and --lr; look at the augmentation"
+        )
+    if numbers["feature_std"] < 0.1 / math.sqrt(dim):
+        found["features"] = (
+            f"the features of different images are nearly the same (standard deviation {numbers['feature_std']:.5f}, "
+            f"where 1/√d is {1 / math.sqrt(dim):.4f}). Lower --lr, or start again with --norm_last_layer true"
+        )
+    return found
+
+
+COLLAPSE = ("uniform", "dominant", "agreement", "features")
+
+
+class Doctor:
+    """Looks at a run's numbers on rank 0, and warns, once for a condition. `warnings` has what was said last."""
+
+    def __init__(self, args, steps):
+        self.args, self.steps = args, steps  # steps an epoch
+        self.seen, self.streaks, self.warnings = set(), {}, []
+        self.collapse, self.norms = "", None
+
+    def warn(self, name, what):
+        if name not in self.seen and utils.is_main_process():
+            self.seen.add(name)
+            self.warnings.append(what)
+            utils.log(f"warning: {what}")
+
+    def look_at_settings(self):
+        """What can be said before the first step."""
+        args = self.args
+        temperature = max(args.teacher_temp, args.warmup_teacher_temp)
+        if temperature > 0.07:
+            self.warn(
+                "temperature",
+                f"a teacher temperature of {temperature} is more than 0.07, up to which training is known to be "
+                "stable. Lower --teacher_temp and --warmup_teacher_temp",
+            )
+        batch = utils.global_batch(vars(args))
+        horizon = batch / max(1 - args.momentum_teacher, 1e-9)  # images that the teacher averages over
+        images = args.epochs * self.steps * batch
+        if horizon < min(64_000, images / 1000):
+            self.warn(
+                "momentum",
+                f"--momentum_teacher {args.momentum_teacher} is low for {batch} images a step: the teacher averages "
+                f"over only {horizon:.0f} images of the run's {images}. Small batches need it closer to 1, such as "
+                "0.9995 for 256",
+            )
+
+    def look(self, step, numbers, student, teacher):
+        """At what step `step` of the run shows: a dict of numbers, as `measure` and the log have them."""
+        warm = max(self.args.warmup_epochs, self.args.warmup_teacher_temp_epochs, self.args.freeze_last_layer)
+        numbers = {**numbers, "ln_k": math.log(self.args.out_dim), "warm": step >= warm * self.steps}
+        found = ill_conditions(numbers)
+        norms = norm_of_weights(teacher), norm_of_weights(student)
+        late = step > 0.9 * self.args.epochs * self.steps  # the momentum is all but 1 there
+        if self.norms and norms[0] == self.norms[0] and norms[1] != self.norms[1] and not late:
+            found["still"] = (
+                "the student changes and the teacher does not. --momentum_teacher must be less than 1, 0.996 to 0.9995"
+            )
+        self.norms = norms
+        self.streaks = {name: self.streaks.get(name, 0) + 1 for name in found}
+        for name, what in found.items():
+            if self.streaks[name] >= PATIENCE:
+                self.warn(name, what)
+                if name in COLLAPSE:
+                    self.collapse = what
+
+    def look_at_loader(self, data_wait, hint):
+        if data_wait > 0.25:
+            self.warn("loader", f"the step waits for data {data_wait:.0%} of the time: {hint}")
+
+
+# ---- where it ran ----
+
+
+def describe_environment(args, parser):
+    """What one wants to know of a run a year later: a dict of plain types."""
+    defaults = vars(parser.parse_args([]))
+    changed = {k: v for k, v in utils.plain_args(args).items() if k in defaults and v != utils.plain_args(defaults)[k]}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "changed": changed,
+        "processes": args.world_size,
+        "machine": {
+            "host": platform.node(),
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "gpus": gpus,
+            "memory_gb": memory_gb(),
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **library_versions()},
+        "git": git_state(),
+    }
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def memory_gb():
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def library_versions():
+    import importlib.metadata
+
+    found = {}
+    for name in ("torchvision", "timm", "pillow", "opencv-python-headless"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state():
+    """The commit of this code, and how many of its files were changed since; None if it is no checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD").strip(),
+            "changed_files": len(git("status", "--porcelain", "--untracked-files=no").splitlines()),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_environment(args, parser):
+    """run.json beside the log, on rank 0."""
+    if utils.is_main_process():
+        text = json.dumps(describe_environment(args, parser), indent=1, default=str)
+        utils.write_whole(os.path.join(args.output_dir, "run.json"), lambda file: file.write(text.encode()))
+
+
+# ---- curves ----
+
+
+class Curves:
+    """Sends numbers to TensorBoard and to Weights & Biases, on rank 0, where they are wanted."""
+
+    def __init__(self, args):
+        self.tensorboard = self.wandb = None
+        if not utils.is_main_process():
+            return
+        if args.tensorboard != "off":
+            self.tensorboard = open_tensorboard(args.output_dir, required=args.tensorboard == "on")
+        if args.wandb:
+            self.wandb = open_wandb(args)
+
+    def add(self, step, numbers):
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+
+    def close(self):
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def open_tensorboard(output_dir, required):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        if required:
+            raise UserError("--tensorboard on needs TensorBoard: pip install tensorboard") from e
+        return None
+    return SummaryWriter(os.path.join(output_dir, "tensorboard"))
+
+
+def open_wandb(args):
+    try:
+        import wandb
+    except ImportError as e:
+        raise UserError(f"--wandb {args.wandb} needs its client: pip install wandb") from e
+    # The same folder is the same run, also when it goes on.
+    name = os.path.basename(os.path.abspath(args.output_dir))
+    return wandb.init(project=args.wandb, name=name, dir=args.output_dir, config=utils.plain_args(args), resume="allow")

@@ -1,0 +1,520 @@
+"""One page about a training run, or two side by side: report.html, which opens from disk and needs no network.
+
+    python report.py runs/vits16                      # writes runs/vits16/report.html
+    python report.py runs/demo --data_path photos     # pictures of your own, in class folders or just in a folder
+    python report.py runs/a runs/b --output a-and-b.html
+
+Reads what main_dino.py leaves in its --output_dir: run.json, log.txt and checkpoint.pth. What is not there, as in a run
+of the authors' release, is left out, and the page says so. It shows what was run, the warnings, the curves, the
+attention of the last block (figure 1 of the paper), patch features as colours, and nearest neighbours.
+"""
+
+import argparse
+import base64
+import importlib.util
+import io
+import json
+import math
+import os
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import dino_data
+import utils
+from utils import UserError
+
+# ---- arguments ----
+
+
+def get_args_parser():
+    """All flags, as a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser("Report of a run", add_help=False)
+    # fmt: off
+    parser.add_argument("run_dir", nargs="+", metavar="RUN_DIR",
+        help="Folder of a run, its --output_dir. Two are set side by side.")
+    parser.add_argument("--output", default=None, metavar="FILE",
+        help="Where the page goes. Without this flag: report.html in the (first) run's folder.")
+    parser.add_argument("--data_path", default=None, metavar="DIR", help="""Images to look at, in class folders or
+        directly in this one; where it has a val/, those. Without this flag the run's own, else `sample`.""")
+    parser.add_argument("--images", default=500, type=int, metavar="N",
+        help="Images, spread evenly over the folder, among which neighbours are looked for. More take longer.")
+    parser.add_argument("--num_workers", default=2, type=int, metavar="N", help="Processes that load images.")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+        help="auto takes a GPU if there is one.")
+    # fmt: on
+    return parser
+
+
+def check_args(args):
+    utils.check_limits(args, {"images": (2, math.inf), "num_workers": (0, math.inf)})
+    if len(args.run_dir) > 2:
+        raise UserError(f"{len(args.run_dir)} runs don't fit beside one another: name one or two")
+
+
+# ---- what a run has left ----
+
+
+class Run(NamedTuple):
+    name: str  # A or B
+    folder: Path
+    log: list  # a dict an epoch, in order
+    info: dict  # run.json
+    args: dict  # those of the checkpoint, and those that differ from the defaults
+    teacher: dict | None  # tensors
+    source: str  # the checkpoint's file, or why there is no teacher
+
+
+def read_run(name, folder):
+    """A Run from its folder. Raises UserError if there is no such folder, or nothing of a run in it."""
+    folder = Path(folder) if Path(folder).name else Path(folder).resolve()  # `.` says nothing
+    if not folder.is_dir():
+        raise UserError(f"RUN_DIR {folder} is no folder. Name the --output_dir of a run")
+    try:
+        log, info = ((folder / f).read_text(errors="replace") if (folder / f).exists() else "" for f in FILES)
+    except OSError as e:
+        raise UserError(f"can't read {e.filename}: {e.strerror}") from e
+    lines = [parse(line) for line in log.splitlines()]
+    epochs = {line["epoch"]: line for line in lines if type(line.get("epoch")) is int and 0 <= line["epoch"] < 1e9}
+    info, checkpoint, teacher = parse(info), None, None
+    try:
+        checkpoint, source = utils.load_newest(str(folder / "checkpoint.pth"))
+        if checkpoint is None:
+            raise UserError(f"there is no checkpoint.pth in {folder}")
+        teacher, source = utils.pick_state_dict(checkpoint, "teacher", source)
+    except UserError as e:
+        source = str(e)
+        utils.log(f"note: there will be no pictures: {source}")
+    if not (epochs or info or teacher):
+        raise UserError(f"RUN_DIR {folder} has nothing of a run in it that can be read (log.txt, checkpoint.pth)")
+    args = utils.plain_args(as_dict(checkpoint).get("args")) | as_dict(info.get("changed"))
+    return Run(name, folder, [epochs[epoch] for epoch in sorted(epochs)], info, args, teacher, source)
+
+
+FILES = ("log.txt", "run.json")
+
+
+def parse(text):
+    """The JSON object that a text is; {} for anything else."""
+    try:
+        return as_dict(json.loads(text))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def as_dict(value):
+    return value if isinstance(value, dict) else {}
+
+
+def columns(log, *keys):
+    """{"epoch": [...], key: [...]} of the epochs with a finite number for the first key; NaN for others without one."""
+    log = [line for line in log if is_number(line.get(keys[0]))]
+    kept = [key for key in keys if any(is_number(line.get(key)) for line in log)]
+    values = {key: [float(line[key]) if is_number(line.get(key)) else math.nan for line in log] for key in kept}
+    return {"epoch": [line["epoch"] for line in log], **values}
+
+
+def is_number(value):
+    return isinstance(value, int | float) and abs(value) < 1e300
+
+
+# ---- in words and tables ----
+
+
+def summary(run):
+    """How far the run has come and how it stands, in a few sentences."""
+    if not run.log:
+        return "There is no log.txt with an epoch in it."
+    last, total = run.log[-1], run.args.get("epochs")
+    words = [f"{last['epoch'] + 1}{f' of {total}' * is_number(total)} epochs are done."]
+    loss, entropy, ln_k = (last.get(f"train_{key}") for key in ("loss", "entropy", "ln_k"))
+    words.append(f"The loss of the last one is {loss:.3f}." if is_number(loss) else "The last one has no finite loss.")
+    if is_number(entropy) and is_number(ln_k) and ln_k > 0:
+        words.append(
+            f"The teacher's entropy is {entropy:.3f}, {100 * entropy / ln_k:.0f} % of its highest, ln K = {ln_k:.3f}."
+        )
+    measured = columns(run.log, "knn_top1")
+    if measured["epoch"]:
+        best, at = max(zip(measured["knn_top1"], measured["epoch"], strict=True))
+        words.append(
+            f"k-NN accuracy is {best:.1f} % at its best, in epoch {at}; {measured['knn_top1'][-1]:.1f} % at last."
+        )
+    number = sum(len(warnings_of(line)) for line in run.log)
+    return " ".join([*words, f"Warnings: {number or 'none'}."])
+
+
+def warnings_of(line):
+    return line["warnings"] if isinstance(line.get("warnings"), list) else []
+
+
+def describe(value):
+    """A value of run.json, or a nest of them, as text on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{str(key).replace('_', ' ')} {describe(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return " ".join(map(describe, value)) or "none"
+    return "unknown" if value is None else str(value)
+
+
+def table(title, header, rows, note="", kind="text"):
+    """An HTML table below its title. Cells are text; those of kind "tiles" HTML."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    rows = [[cell if kind == "tiles" else escape(cell) for cell in row] for row in rows]
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    table = f'<table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
+    paragraph = f"<p>{note}</p>" if note else ""
+    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">'
+    return f"<section><h3>{escape(title)}</h3>{paragraph}{scroll}{table}</div></section>"
+
+
+def facts(runs):
+    """Tables of what was run, where and with what: a column a run."""
+    names = [run.name for run in runs] if len(runs) > 1 else ["value"]
+    rows = [["folder", *(str(run.folder) for run in runs)]]
+    for key in ("started", "command", "machine", "processes", "versions", "git"):
+        if any(key in run.info for run in runs):
+            rows.append([key, *(describe(run.info.get(key)) for run in runs)])
+    changed, title = [as_dict(run.info.get("changed")) for run in runs], "Arguments that differ from the defaults"
+    if not all("changed" in run.info for run in runs):  # the checkpoint has them all, but not what is a default
+        changed, title = [run.args for run in runs], "Arguments, as the checkpoint has them (no run.json)"
+    arguments = [[f, *(describe(r.args.get(f, "default")) for r in runs)] for f in sorted(set().union(*changed))]
+    if len(runs) > 1:
+        arguments = [[f"≠ {f}" if a != b else f, a, b] for f, a, b in arguments]
+        arguments, title = sorted(arguments, key=lambda row: row[0][0] != "≠"), f"{title}; ≠: not the same in both"
+    return [table("Folder, machine, versions", ["", *names], rows), table(title, ["", *names], arguments)]
+
+
+def warnings_table(run):
+    """The same words in several epochs are one row."""
+    epochs = {}
+    for line in run.log:
+        for warning in warnings_of(line):
+            epochs.setdefault(str(warning), []).append(str(line["epoch"]))
+    rows = [[" – ".join(dict.fromkeys((at[0], at[-1]))), warning] for warning, at in epochs.items()]
+    rows = rows[:100] + [["…", f"and {len(rows) - 100} more"]] * (len(rows) > 100)
+    return table(f"Warnings of {run.folder}", ["epochs", "warning"], rows) if rows else ""
+
+
+# ---- charts ----
+
+LOSS = ("train_loss", "train_entropy", "train_kl")
+# Title, what to look for, keys in the log: the first is a line, a second one dotted.
+CHARTS = (
+    ("Loss", "= entropy (dotted) + KL; dashed: ln K", LOSS),
+    ("k-NN accuracy", "top-1 in per cent", ("knn_top1",)),
+    ("Largest prototype", "share of images", ("train_top_prototype",)),
+    ("Spread of features", "dashed: 1 / √d, the ideal", ("train_feature_std",)),
+    ("Norm of gradients", "median; dotted: largest", ("train_grad_norm", "train_grad_norm_max")),
+    ("Norm of the centre", "levels off", ("train_center_norm",)),
+    ("Learning rate", "", ("train_lr",)),
+    ("Weight decay", "", ("train_wd",)),
+    ("Teacher's momentum", "1: it stands still", ("train_momentum",)),
+    ("Throughput", "images per second", ("train_images_per_s",)),
+    ("Waiting for data", "share of the time", ("train_data_wait",)),
+    ("Memory", "peak in MB", ("train_max_mem_mb",)),
+)
+BLUE, ORANGE, GREY = "#3a86c8", "#e08a2e", "#8a8a8a"  # legible on white and on black
+
+
+def draw_charts(runs):
+    """{HTML of a caption: Bokeh figure} of the curves that there are, and the titles of the others."""
+    drawn, missing = {}, []
+    for title, note, keys in CHARTS:
+        tables = [columns(run.log, *keys) for run in runs]
+        if any(data["epoch"] for data in tables):
+            last = " / ".join(short(data[keys[0]][-1]) if data["epoch"] else "–" for data in tables)
+            drawn[f"<b>{title}</b> {note} <span>{last}</span>"] = draw_chart(runs, tables, keys)
+        else:
+            missing.append(title)
+    return drawn, missing
+
+
+def short(number):
+    return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+
+def draw_chart(runs, tables, keys):
+    """A Bokeh figure of the same curves of each run, the first one's blue, the second's orange."""
+    from bokeh.models import HoverTool
+
+    positive = all(value > 0 for data in tables for key in data if key != "epoch" for value in data[key])
+    plot = empty_figure(runs, "log" if keys[0] == "train_grad_norm" and positive else "linear")
+    for run, data, color in zip(runs, tables, (BLUE, ORANGE), strict=False):
+        names = {key: key.removeprefix("train_").replace("_", " ") for key in data if key != "epoch"}
+        if not names:
+            continue
+        if len(runs) == 1 and tuple(names) == LOSS:
+            plot.varea_stack(LOSS[1:], x="epoch", source=data, color=(BLUE, ORANGE), alpha=0.45)
+        line = plot.line("epoch", keys[0], source=data, color=color, line_width=2)
+        for key in list(names)[1:2]:
+            plot.line("epoch", key, source=data, color=color, line_width=2, line_dash="dotted")
+        if len(data["epoch"]) <= 40:
+            plot.scatter("epoch", keys[0], source=data, color=color, size=4)
+        for level in level_of(run, keys[0]):
+            plot.line([run.log[0]["epoch"], run.log[-1]["epoch"]], level, color=GREY, line_dash="dashed")
+        values = ", ".join(f"{name} <b>@{key}{{%.4g}}</b>" for key, name in names.items())
+        tip = f'<div class="tip">{run.name * (len(runs) > 1)} epoch @epoch: {values}</div>'
+        formatters = {f"@{key}": "printf" for key in names}
+        plot.add_tools(HoverTool(renderers=[line], mode="vline", tooltips=tip, formatters=formatters))
+    return plot
+
+
+def level_of(run, key):
+    """The bound, or the ideal, of what is logged under a key: a list of one number, or of none."""
+    if key == "train_loss":
+        return columns(run.log, "train_ln_k").get("train_ln_k", [])[-1:]
+    widths = columns(run.log, "train_feature_dim").get("train_feature_dim", [])[-1:]
+    return [width**-0.5 for width in widths if key == "train_feature_std" and width > 0]
+
+
+def empty_figure(runs, scale):
+    from bokeh.models import BasicTicker, PrintfTickFormatter
+    from bokeh.plotting import figure
+
+    epochs = [line["epoch"] for run in runs for line in run.log]
+    look = {"height": 200, "sizing_mode": "stretch_width", "toolbar_location": None, "tools": "", "min_border": 4}
+    plot = figure(x_range=(min(epochs) - 0.4, max(epochs) + 0.4), y_axis_type=scale, **look)
+    plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = None
+    plot.axis.minor_tick_line_color = plot.xgrid.grid_line_color = None
+    plot.axis.major_label_text_font = "system-ui, sans-serif"
+    plot.xaxis.ticker = BasicTicker(min_interval=1, desired_num_ticks=5)
+    plot.yaxis.formatter = PrintfTickFormatter(format="%.5g")
+    return plot
+
+
+# ---- pictures ----
+
+SHOWN, NEIGHBOURS, TILE = 8, 6, 112  # rows of pictures, neighbours in a row, pixels
+
+
+def choose_images(data_path, number):
+    """[(path, class name or None), ...] of at most `number` images, evenly spread over a folder. Raises UserError."""
+    folder = Path(dino_data.find_data(data_path, "val"))
+    folder = folder / "val" if (folder / "val").is_dir() else folder
+    if folder.is_dir() and not any(entry.is_dir() for entry in folder.iterdir()):
+        return evenly([(path, None) for path in dino_data.image_files(folder, "--data_path")], number)
+    images = dino_data.image_folder(str(folder))
+    return evenly([(path, images.classes[label]) for path, label in images.samples], number)
+
+
+def evenly(items, number):
+    return [items[i * len(items) // number] for i in range(number)] if number < len(items) else list(items)
+
+
+def pictures(run, samples, args, device):
+    """HTML sections of what the run's teacher makes of the images; of what can't be had, the reason."""
+    try:
+        model, size = build_teacher(run, device)
+    except UserError as e:
+        return [f"<p>No pictures: {escape(str(e))}.</p>"]
+    neighbours = neighbours_section(model, samples, size, args)
+    if not utils.is_vit(model):
+        return ["<p>No attention and no patch features: the network is none of our ViTs.</p>", neighbours]
+    return [attention_section(model, [path for path, _ in evenly(samples, SHOWN)], size, device), neighbours]
+
+
+def build_teacher(run, device):
+    """(the teacher, side of the images it was trained on). Raises UserError if there is none, or if it diverged."""
+    if run.teacher is None:
+        raise UserError(run.source)
+    arch, patch_size, size = (run.args.get(key) for key in ("arch", "patch_size", "global_crops_size"))
+    if not isinstance(arch, str):
+        raise UserError(f"{run.source} does not say which network it is")
+    patch_size, size = patch_size or 16, size or 224
+    model, _ = utils.build_backbone(arch, patch_size, size)
+    state = utils.backbone_state(run.teacher)
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError(f"{run.source} has weights that are not finite: the run has diverged")
+    utils.adopt_positional_grid(model, state)
+    utils.fill_backbone(model, state, run.source, arch, size)
+    utils.use_fused_attention(model, device, backward=False)
+    return model.to(device).eval().requires_grad_(False), size
+
+
+def attention_section(model, paths, size, device):
+    """A row an image: itself, its patches' main components as colours, and what CLS looks at."""
+    from matplotlib import colormaps
+
+    patch_size = model.patch_embed.patch_size
+    size = max(2 * size // patch_size, 1) * patch_size  # finer maps than in training
+    images = [dino_data.eval_transform(size)(dino_data.load_image(path)) for path in paths]
+    maps, tokens = [], []
+    for image in images:  # one by one: large ones have many tokens
+        batch = utils.normalize(image[None].to(device))
+        maps.append(utils.cls_attention(model, batch)[0].float().cpu())  # [heads, h, w]
+        tokens.append(model.get_intermediate_layers(batch)[0][0, 1:].float().cpu())  # [h · w, D]
+    utils.check_finite_features(*maps, *tokens)
+    colours = main_components(torch.stack(tokens)).unflatten(1, maps[0].shape[1:]).mul(255).byte()  # [N, h, w, 3]
+    header, rows = ["image", "patches", "mean", *(f"head {i}" for i in range(len(maps[0])))], []
+    for path, image, colour, heads in zip(paths, images, colours, maps, strict=True):
+        masses = [(mass - mass.min()).numpy() for mass in (heads.mean(0), *heads)]
+        heat = [colormaps["viridis"](mass / max(mass.max(), 1e-12), bytes=True)[..., :3] for mass in masses]
+        of = f" of {'/'.join(Path(path).parts[-2:])}"
+        tiles = zip(header[1:], (colour.numpy(), *heat), strict=True)
+        rows.append([photo(image, of), *(embed(Image.fromarray(pixels), what + of, "PNG") for what, pixels in tiles)])
+    note = (
+        f"Images of {size} pixels, twice those of training. Patches: the first three principal components of the last "
+        "block's patch tokens, of all these images together, as red, green and blue: like colours are like features. "
+        "Mean, heads: how much CLS looks at each patch in the last block, each map from its least to its most."
+    )
+    return table("Attention and patch features", header, rows, note, "tiles")
+
+
+def main_components(tokens):
+    """Tokens [N, P, D] along their three main axes, each from its 2nd to its 98th percentile as 0..1: [N, P, 3]."""
+    centred = tokens.flatten(0, 1).double()
+    centred -= centred.mean(dim=0)
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)  # [D, 3], the main one first
+    axes *= axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # else the sign is arbitrary
+    found = centred @ axes
+    low, high = found.quantile(torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
+    return ((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, tokens.shape[:2])
+
+
+def neighbours_section(model, samples, size, args):
+    """A row a query: the images with the most similar features, the best first."""
+    images = dino_data.ImageList([path for path, _ in samples], dino_data.eval_transform(size))
+    loader = DataLoader(images, batch_size=64, num_workers=args.num_workers)
+    features = F.normalize(utils.extract_features(model, loader, use_cuda=False), dim=1)
+    utils.check_finite_features(features)
+    similarity = (features @ features.T).fill_diagonal_(-math.inf)  # an image is no neighbour of itself
+    best, nearest = (found.tolist() for found in similarity.topk(min(NEIGHBOURS, len(samples) - 1), dim=1))
+    rows = []
+    for i in evenly(range(len(samples)), SHOWN):
+        found = zip(nearest[i], best[i], strict=True)
+        rows.append([tile(samples[i]), *(tile(samples[j], value, samples[i][1]) for j, value in found)])
+    note = f"The nearest of {len(samples)} images to each on the left, with the cosine similarity of their features."
+    if samples[0][1] is not None:
+        hits = sum(samples[i][1] == samples[js[0]][1] for i, js in enumerate(nearest))
+        note += (
+            f" For {100 * hits / len(samples):.0f} % of all of them the nearest is of the same class; ≠ is of another."
+        )
+    return table("Nearest neighbours", ["image", *map(str, range(1, len(rows[0])))], rows, note, "tiles")
+
+
+def tile(sample, similarity=None, wanted=None):
+    """A small image above its class or file, its similarity, and a mark if its class is not the wanted one."""
+    path, label = sample
+    image = dino_data.eval_transform(TILE)(dino_data.load_image(path))
+    name = escape(label or Path(path).name)
+    if similarity is None:
+        return f"{photo(image, name)}<small>{name}</small>"
+    name = f"<em>≠ {name}</em>" if label != wanted else name
+    return f"{photo(image, '')}<small>{similarity:.3f}<br>{name}</small>"
+
+
+def photo(image, alt):
+    """An image, uint8 [3, H, W], as an <img>."""
+    image = Image.fromarray(image.permute(1, 2, 0).numpy())
+    return embed(image.resize((TILE, TILE), Image.Resampling.BICUBIC), alt, "JPEG")
+
+
+def embed(image, alt, kind):
+    """A PIL image as an <img> that holds its own file; the browser enlarges PNGs without blurring."""
+    file = io.BytesIO()
+    image.save(file, kind)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img class="{kind}" alt="{escape(alt)}" src="data:image/{kind.lower()};base64,{data}">'
+
+
+# ---- the page ----
+
+# What it may not load, the browser refuses. Bokeh takes its colours from CSS variables.
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<style>
+:root { --ink: #1c1c1c; --quiet: #646464; --line: #dcdcdc; --paper: #fff; --mark: #b3261e; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --quiet: #a0a0a0; --line: #3a3a3a; --paper: #161616; --mark: #ff8a80; } }
+:root { --bk-major-label-text-color: var(--quiet); --bk-axis-line-color: var(--line);
+  --bk-major-tick-line-color: var(--line); --bk-grid-line-color: var(--line); }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.45 system-ui, sans-serif; }
+main { max-width: 80rem; margin: 0 auto; padding: 1.2rem 1rem 3rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; margin: 0 0 .4rem; }
+h2 { font-size: 1.15rem; margin: 1.8rem 0 .4rem; padding-top: .6rem; border-top: 1px solid var(--line); }
+h3 { font-size: .95rem; margin: .6rem 0 .2rem; }
+figcaption span { float: right; margin-left: .8rem; font-variant-numeric: tabular-nums; }
+p { max-width: 50rem; margin: .2rem 0 .6rem; }
+small, figcaption, th, section p, em, td:first-child { color: var(--quiet); font-style: normal; }
+figcaption b { color: var(--ink); }
+small, figcaption, section p { font-size: .82rem; }
+em { color: var(--mark); }
+.grid { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); }
+.pair { grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); }
+.grid > *, figure { min-width: 0; margin: 0; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th, td { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; font-weight: 400; }
+.text td { border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.text td:first-child { white-space: nowrap; }
+.text td + td { min-width: 8rem; }
+.tiles td { padding: 0 4px 4px 0; width: 7rem; min-width: 4.2rem; line-height: 1.2; overflow-wrap: anywhere; }
+img { display: block; width: 100%; }
+.PNG { image-rendering: pixelated; }
+</style>
+$bokeh
+</head><body><main>
+$body
+</main>
+<script>matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => location.reload())</script>
+$script
+</body></html>
+""")
+
+
+def build_page(runs, sections):
+    """The whole page; `sections` are the pictures of each run."""
+    from bokeh.embed import components
+    from bokeh.resources import Resources
+
+    two = len(runs) > 1
+    title = " and ".join(escape(str(run.folder)) for run in runs)
+    parts = [f"<h1>{title}</h1>", *(f"<p>{f'{run.name}: ' * two}{escape(summary(run))}</p>" for run in runs)]
+    parts += [f'<h2>What was run</h2><div class="grid pair">{"".join(facts(runs))}</div>', *map(warnings_table, runs)]
+    drawn, missing = draw_charts(runs)
+    script, charts = components(list(drawn.values())) if drawn else ("", [])
+    note = f" Blue is A ({runs[0].folder}), orange B ({runs[1].folder})." if two else ""
+    note = f"By epoch, from 0; to the right of a title the last value.{note}"
+    note += f" Not in log.txt: {', '.join(missing)}." if missing else ""
+    parts.append(f'<h2>Curves</h2><p>{escape(note)}</p><div class="grid">')
+    figures = zip(drawn, charts, strict=True)
+    parts += [f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for caption, chart in figures]
+    parts.append('</div><h2>What the network sees</h2><div class="grid pair">')
+    for run, of_run in zip(runs, sections, strict=True):
+        parts += [f"<div><h3>{run.name}: {escape(str(run.folder))}</h3>", *of_run, "</div>"] if two else of_run
+    bokeh = Resources(mode="inline", components=["bokeh"]).render_js() if drawn else ""
+    return PAGE.substitute(title=title, bokeh=bokeh, script=script, body="\n".join([*parts, "</div>"]))
+
+
+# ---- the report ----
+
+
+def main(args):
+    check_args(args)
+    if importlib.util.find_spec("bokeh") is None:
+        raise UserError("the charts are drawn by Bokeh, which is not installed: pip install bokeh")
+    runs = [read_run(name, folder) for name, folder in zip("AB", args.run_dir, strict=False)]
+    output = Path(args.output or runs[0].folder / "report.html")
+    utils.check_output_dir(output.parent, "--output", [output.name])
+    device = utils.pick_device(args.device)
+    trained_on = [path for run in runs if isinstance(path := run.args.get("data_path"), str) and os.path.isdir(path)]
+    if args.data_path or any(run.teacher for run in runs):
+        samples = choose_images(args.data_path or [*trained_on, "sample"][0], args.images)
+    else:
+        samples = []
+    page = build_page(runs, [pictures(run, samples, args, device) for run in runs])
+    utils.write_whole(output, lambda file: file.write(page.encode()))
+    print(f"{output}: {len(page) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args_parser(), __doc__)
