@@ -28,17 +28,20 @@ NUMBERS = ("top_prototype", "center_norm", "feature_std", "grad_norm", "grad_nor
 
 @torch.no_grad()
 def measure(features, dino_loss, gradient_norms):
-    """Numbers about the step just made, as scalars on the device; nothing waits for them.
+    """Numbers about the step just made, {name: number}.
 
-    `features` [2·B, D] are the teacher's of the global crops, `gradient_norms` has a norm for each parameter.
+    `features` [2·B, D] are the teacher's of the global crops, `gradient_norms` has a norm for each parameter. What is
+    not finite is left out: under fp16 gradients overflow until the scaler has found its scale.
     """
-    return {
+    found = {
         "top_prototype": dino_loss.top_prototype,
         "center_norm": dino_loss.center.norm(),
         "feature_std": F.normalize(features.float(), dim=-1).std(dim=0, correction=0).mean(),
         "grad_norm": gradient_norms.median(),
         "grad_norm_max": gradient_norms.max(),
     }
+    numbers = torch.stack([value.float() for value in found.values()]).tolist()  # one transfer
+    return {name: number for name, number in zip(found, numbers, strict=True) if math.isfinite(number)}
 
 
 def norm_of_weights(network):

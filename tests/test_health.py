@@ -52,11 +52,12 @@ def test_the_loss_is_the_teachers_entropy_and_the_divergence():
 def test_numbers_are_those_of_the_definitions():
     features, norms = tensor("health/features", (16, 32)) + 3, torch.tensor([0.5, 4.0, 2.0])
     loss = SimpleNamespace(top_prototype=torch.tensor(0.25), center=torch.tensor([[3.0, 4.0]]))
-    found = {name: value.item() for name, value in health.measure(features, loss, norms).items()}
+    found = health.measure(features, loss, norms)
     unit = features.double().numpy() / np.linalg.norm(features.double().numpy(), axis=1, keepdims=True)
     assert found["feature_std"] == pytest.approx(unit.std(axis=0).mean(), rel=1e-5)
     assert (found["center_norm"], found["grad_norm"], found["grad_norm_max"]) == (5, 2, 4)
     assert found["top_prototype"] == 0.25
+    assert "grad_norm_max" not in health.measure(features, loss, torch.tensor([1.0, 2.0, math.inf]))
 
 
 def test_every_line_of_the_log_splits_the_loss(tiny_root, tmp_path):
