@@ -1,6 +1,6 @@
 """How fast this is on this machine: against DINO written out plainly, against others, and against the machine's limits.
 
-    python benchmark.py                              # every table, in about ten minutes on two cores
+    python benchmark.py                              # every table: some thirteen minutes on two cores
     python benchmark.py crops step --data_path imagenet/train
     python benchmark.py scaling --processes 1 2 4 --threads 4 --arch vit_small --batch_size_per_gpu 16
 
@@ -62,7 +62,7 @@ def get_args_parser():
     parser.add_argument("--patch_size", default=16, type=int, metavar="PIXELS", help="Side of a ViT's patches.")
     parser.add_argument("--batch_size_per_gpu", default=[4, 16], type=int, nargs="+", metavar="B",
         help="Images a step. `step` is measured for each, `scaling` takes the first, `epoch` the last.")
-    parser.add_argument("--rounds", default=3, type=int, metavar="N",
+    parser.add_argument("--rounds", default=2, type=int, metavar="N",
         help="How often everything is run, in turn; what takes minutes, once or twice.")
     parser.add_argument("--processes", default=[1, 2], type=int, nargs="+", metavar="N",
         help="For `scaling`: numbers of processes; the first is what the others are held against.")
@@ -628,7 +628,7 @@ def epoch(args, number=100):
             f"this, --augmentation {kind}": Piece(used, None, whole_runs, ("main_dino.py", *ours)),
         }
         title = f"epoch: {arch}/{args.patch_size}, {number} images in batches of {batch_size}, from start to exit"
-        compare(title, "images", pieces, min(args.rounds, 2), warm_up=False)
+        compare(title, "images", pieces, 1, warm_up=False)
 
 
 # ---- evaluations ----

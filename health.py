@@ -4,6 +4,7 @@ The loss alone tells little: it can stand still while features get better, and f
 teacher's entropy and the divergence of the student from it (section 5.3 of the paper) it answers.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -61,7 +62,7 @@ def ill_conditions(numbers):
             f"the teacher's entropy is {numbers['entropy']:.3f}, all but ln K = {ln_k:.3f}: every prototype is as "
             "likely as any other (uniform collapse). Lower --warmup_teacher_temp and --teacher_temp"
         )
-    if numbers["entropy"] < 0.05 * ln_k:
+    if numbers["entropy"] < 0.05 * ln_k and numbers["top_prototype"] > 0.25:  # sharp and balanced is no collapse
         found["dominant"] = (
             f"the teacher's entropy is {numbers['entropy']:.4f}, near 0, and one prototype has "
             f"{100 * numbers['top_prototype']:.0f} % of the images: it looks like collapse onto one. Is the center "
@@ -72,7 +73,7 @@ def ill_conditions(numbers):
             f"the student differs from the teacher by a KL divergence of {numbers['kl']:.5f}, near 0: there is nothing "
             "left to learn from it (collapse). Lower --teacher_temp, and --lr; look at the augmentation"
         )
-    if numbers["feature_std"] < 0.1 / math.sqrt(dim):
+    if numbers["feature_std"] < 0.1 / math.sqrt(dim) and numbers["images"] > 2:  # views of one image are alike
         found["features"] = (
             f"the features of different images are nearly the same (standard deviation {numbers['feature_std']:.5f}, "
             f"where 1/√d is {1 / math.sqrt(dim):.4f}). Lower --lr, or start again with --norm_last_layer true"
@@ -137,10 +138,6 @@ class Doctor:
                 if name in COLLAPSE:
                     self.collapse = what
 
-    def look_at_loader(self, data_wait, hint):
-        if data_wait > 0.25:
-            self.warn("loader", f"the step waits for data {data_wait:.0%} of the time: {hint}")
-
 
 # ---- where it ran ----
 
@@ -149,7 +146,8 @@ def describe_environment(args, parser):
     """What one wants to know of a run a year later: a dict of plain types."""
     defaults = vars(parser.parse_args([]))
     changed = {k: v for k, v in utils.plain_args(args).items() if k in defaults and v != utils.plain_args(defaults)[k]}
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    used = torch.cuda.is_initialized()  # else asking for names would take GPU memory
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if used else []
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -214,53 +212,81 @@ def write_environment(args, parser):
     """run.json beside the log, on rank 0."""
     if utils.is_main_process():
         text = json.dumps(describe_environment(args, parser), indent=1, default=str)
-        utils.write_whole(os.path.join(args.output_dir, "run.json"), lambda file: file.write(text.encode()))
+        try:
+            utils.write_whole(os.path.join(args.output_dir, "run.json"), lambda file: file.write(text.encode()))
+        except OSError as e:
+            utils.log(f"warning: run.json could not be written ({e.strerror})")
 
 
 # ---- curves ----
 
 
-class Curves:
-    """Sends numbers to TensorBoard and to Weights & Biases, on rank 0, where they are wanted."""
-
-    def __init__(self, args):
-        self.tensorboard = self.wandb = None
-        if not utils.is_main_process():
-            return
-        if args.tensorboard != "off":
-            self.tensorboard = open_tensorboard(args.output_dir, required=args.tensorboard == "on")
-        if args.wandb:
-            self.wandb = open_wandb(args)
-
-    def add(self, step, numbers):
-        if self.tensorboard:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(numbers, step=step)
-
-    def close(self):
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+def check_curves(args):
+    """Raise UserError if curves are asked for that can't be drawn here."""
+    if args.tensorboard == "on":
+        summary_writer(required=True)
+    if args.wandb:
+        import_wandb(args.wandb)
 
 
-def open_tensorboard(output_dir, required):
+def summary_writer(required=False):
+    """TensorBoard's SummaryWriter, or None if it is not installed or does not work."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
+    except Exception as e:  # also what a protobuf or TensorFlow that does not fit raises
         if required:
             raise UserError("--tensorboard on needs TensorBoard: pip install tensorboard") from e
         return None
-    return SummaryWriter(os.path.join(output_dir, "tensorboard"))
+    return SummaryWriter
 
 
-def open_wandb(args):
+def import_wandb(project):
     try:
         import wandb
     except ImportError as e:
-        raise UserError(f"--wandb {args.wandb} needs its client: pip install wandb") from e
-    # The same folder is the same run, also when it goes on.
-    name = os.path.basename(os.path.abspath(args.output_dir))
-    return wandb.init(project=args.wandb, name=name, dir=args.output_dir, config=utils.plain_args(args), resume="allow")
+        raise UserError(f"--wandb {project} needs its client: pip install wandb") from e
+    return wandb
+
+
+class Curves:
+    """Sends numbers to TensorBoard and to Weights & Biases, on rank 0, where they are wanted.
+
+    If that fails, a warning says so once, and the run goes on without.
+    """
+
+    def __init__(self, args):
+        self.send, self.end = [], []
+        self.try_to(self.open_tensorboard, args)
+        self.try_to(self.open_wandb, args)
+
+    def open_tensorboard(self, args):
+        writer = summary_writer() if args.tensorboard != "off" and utils.is_main_process() else None
+        if writer:
+            board = writer(os.path.join(args.output_dir, "tensorboard"))
+            self.send.append(lambda step, numbers: [board.add_scalar(k, v, step) for k, v in numbers.items()])
+            self.end.append(board.close)
+
+    def open_wandb(self, args):
+        if args.wandb and utils.is_main_process():
+            folder = os.path.abspath(args.output_dir)
+            # The same folder is the same run, also when it goes on.
+            same = {"id": hashlib.blake2b(folder.encode(), digest_size=8).hexdigest(), "resume": "allow"}
+            about = {"project": args.wandb, "name": os.path.basename(folder), "config": utils.plain_args(args)}
+            run = import_wandb(args.wandb).init(dir=folder, **about, **same)
+            self.send.append(lambda step, numbers: run.log(numbers, step=step))
+            self.end.append(run.finish)
+
+    def add(self, step, numbers):
+        for send in self.send:
+            self.try_to(send, step, numbers)
+
+    def close(self):
+        for end in self.end:
+            self.try_to(end)
+
+    def try_to(self, act, *args):
+        try:
+            act(*args)
+        except Exception as e:  # a full disk, no network: no reason to end a run
+            utils.log(f"warning: no curves from here on: {' '.join(str(e).split())[:200] or type(e).__name__}")
+            self.send = []

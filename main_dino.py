@@ -362,7 +362,7 @@ def train_one_epoch(
         if bad:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-            norms = gradient_norms(student, fp16_scaler.get_scale())
+            norms = functools.partial(gradient_norms, student, fp16_scaler.get_scale())
             leave_out(keeper.bad_steps, loss, loss_terms, norms, data_loader.dataset, indices, epoch, step, args)
         else:
             # ---- student ----
@@ -395,8 +395,8 @@ def train_one_epoch(
     utils.log(f"Averaged stats: {metrics}")
     means = {name: meter.global_avg for name, meter in metrics.meters.items() if meter.count}
     momentum = float(schedules["momentum"][(epoch + 1) * done - 1])
-    width = {"feature_dim": teacher.features.shape[1]} if hasattr(teacher, "features") else {}
-    return {**means, **width, "ln_k": ln_k, "momentum": momentum, **metrics.pace(utils.global_batch(vars(args)))}
+    constants = {"ln_k": ln_k, "momentum": momentum, "feature_dim": keeper.feature_dim}
+    return {**means, **constants, **metrics.pace(utils.global_batch(vars(args)))}
 
 
 def compute_gradients(student, teacher, dino_loss, crops, optimizer, step, epoch, fp16_scaler, args, amp_dtype, keeper):
@@ -451,7 +451,7 @@ def leave_out(bad_steps, loss, loss_terms, norms, dataset, indices, epoch, step,
         "epoch": epoch,
         "loss": str(loss.item()),
         "loss_terms": [[[str(term) for term in view] for view in views] for views in loss_terms.tolist()],
-        "gradient_norms": norms,
+        "gradient_norms": norms(),
         "images": [dataset.folder.samples[i][0] for i in indices.tolist()],
     }
     everyones, details = utils.gather_objects(found), "bad_step.json has details"
@@ -474,23 +474,22 @@ def leave_out(bad_steps, loss, loss_terms, norms, dataset, indices, epoch, step,
 def build_student_and_teacher(args, device, amp_dtype):
     """Two networks of one shape and one start; the student has drop path, the teacher no gradients."""
     networks = []
-    for learns, drop_path_rate in ((True, args.drop_path_rate), (False, 0.0)):
+    for drop_path_rate in (args.drop_path_rate, 0.0):
         backbone, width = utils.build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate)
         utils.use_fused_attention(backbone, device, amp_dtype)
-        if args.grad_checkpointing and learns:
-            if not hasattr(backbone, "set_grad_checkpointing"):
-                raise UserError(f"--grad_checkpointing is for ViTs and timm's networks, not for --arch {args.arch}")
-            backbone.set_grad_checkpointing()
-        elif learns and utils.vit_factory(args.arch) and not args.compile:
-            backbone.set_lean_mlps(amp_dtype is None)  # in bf16 it was measured to be a tenth slower, on a CPU
-        if args.compile:
-            utils.compile_in_place(backbone)
         # The gain of the teacher's last layer gets no gradient in any case: it is frozen by what the student is.
         head = DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
         networks.append(utils.MultiCropWrapper(backbone, head))
     if args.local_crops_number:  # the global crops were tried when it was built
         utils.features_width(backbone, args.local_crops_size, args.arch)
     student, teacher = networks
+    if args.grad_checkpointing:
+        utils.checkpoint_activations(student.backbone, args.arch)
+    elif utils.vit_factory(args.arch) and not args.compile:
+        student.backbone.set_lean_mlps(amp_dtype is None)  # in bf16 it was measured to be a tenth slower, on a CPU
+    if args.compile:
+        for network in networks:
+            utils.compile_in_place(network.backbone)
     teacher.load_state_dict(student.state_dict())
     return student.to(device), teacher.to(device).requires_grad_(False)
 
@@ -571,13 +570,14 @@ class RunKeeper:
         curves=None,
         first_step=0,
         meters=(),
-        best_knn=0.0,
+        feature_dim=0,
     ):
         self.args, self.student, self.state, self.writer, self.stop = args, student, state, writer, stop
         self.doctor, self.curves = doctor, curves
-        self.first_step, self.meters, self.best_knn = first_step, meters, best_knn
+        self.first_step, self.meters = first_step, meters
         self.saved_at, self.stopped_by, self.bad_steps = time.monotonic(), 0, 0
         self.unlogged = []
+        self.feature_dim = feature_dim
 
     def look(self, step, metrics, student, teacher, dino_loss, gradient_norms):
         """Measure the run's health, on the steps that are logged; rank 0 warns of what it sees."""
@@ -586,15 +586,16 @@ class RunKeeper:
         metrics.update(**health.measure(teacher.features, dino_loss, gradient_norms))
         if utils.is_main_process():
             numbers = {name: meter.value for name, meter in metrics.meters.items()}
-            numbers["feature_dim"] = teacher.features.shape[1]
             self.curves.add(step, numbers)
-            self.doctor.look(step, numbers, student, teacher)
+            about = {"feature_dim": self.feature_dim, "images": len(teacher.features) // 2}
+            self.doctor.look(step, {**numbers, **about}, student, teacher)
 
     def end_collapsed(self, epoch, done):
         what = utils.gather_objects(self.doctor.collapse)[0]
         self.writer.wait()
         utils.gather_objects(None)  # nobody ends before rank 0 has written
-        raise UserError(f"stopped in epoch {epoch} after step {done}, and saved: {what}", exit_code=4)
+        saved = "not saved" if self.writer.failures else "saved"
+        raise UserError(f"stopped in epoch {epoch} after step {done}, {saved}: {what}", exit_code=4)
 
     def wishes(self, step):
         """(signal to stop or 0, whether to save, whether the run has collapsed) after this step, as far as is known."""
@@ -675,7 +676,8 @@ def train_dino(args):
     """Train as `args` say (see get_args_parser), or go on with what --output_dir already holds. Raises UserError."""
     check_args(args)
     utils.check_arch(args.arch)
-    utils.check_output_dir(args.output_dir, files=("checkpoint.pth", "log.txt"))
+    utils.check_output_dir(args.output_dir, files=("checkpoint.pth", "log.txt", "run.json", ".lock"))
+    health.check_curves(args)
     device = utils.init_distributed_mode(args)
     amp_dtype = utils.pick_amp_dtype(device, args.use_fp16, args.amp_dtype)
     utils.fix_random_seeds(args.seed)
@@ -719,7 +721,8 @@ def train_dino(args):
     state = functools.partial(run_state, student, teacher, optimizer, dino_loss, fp16_scaler, args)
     writer = utils.CheckpointWriter(checkpoint_path, keep_previous=loaded in (None, checkpoint_path))
     with lock, utils.StopRequest() as stop, contextlib.closing(curves), writer:
-        keeper = RunKeeper(args, student, state, writer, stop, doctor, curves, first_step, progress["meters"])
+        width = next(teacher.head.parameters()).shape[1]
+        keeper = RunKeeper(args, student, state, writer, stop, doctor, curves, first_step, progress["meters"], width)
         for epoch in range(progress["epoch"], args.epochs):
             data_loader.sampler.set_epoch(epoch, keeper.first_step)
             means = train_one_epoch(

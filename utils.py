@@ -324,7 +324,8 @@ def multiply_by_onednn():
     MKL, torch's own choice, which uses AVX2 there.
 
     torch leaves them to oneDNN only if it may round them to bf16. That it does only on CPUs with AMX, which are left
-    alone; and should a product come out rounded nevertheless, all is as before.
+    alone; and should a product come out rounded nevertheless, all is as before. A setting of the whole process: with it
+    torch.get_float32_matmul_precision() refuses to answer.
     """
     flags, settings = cpu_flags(), getattr(torch.backends.mkldnn, "matmul", None)
     if not hasattr(settings, "fp32_precision") or "AuthenticAMD" not in flags or "avx512f" not in flags:
@@ -630,7 +631,8 @@ class MetricLogger:
                 print(self.delimiter.join((header, progress, f"eta: {eta}", *meters, *timing)), flush=True)
             end = time.time()
         total = time.time() - began
-        self.seconds, self.waiting = total / max(number - start, 1), waited / max(spent, 1e-9)
+        items = number - start  # none where a run goes on behind the last step of an epoch
+        self.seconds, self.waiting = total / items if items else 0.0, waited / max(spent, 1e-9)
         log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({self.seconds:.6f} s / it)")
 
     def pace(self, images):
@@ -688,7 +690,7 @@ def is_outdated(line, epoch, last):
         logged = json.loads(line)
     except ValueError:
         return last and line.startswith(b"{")
-    ours = isinstance(logged, dict) and ("train_loss" in logged or set(logged) == {"epoch"})  # none good: no loss
+    ours = isinstance(logged, dict) and ("train_loss" in logged or "train_ln_k" in logged)  # no step good: no loss
     number = logged.get("epoch") if ours else None
     return isinstance(number, int) and number >= epoch
 
@@ -811,8 +813,14 @@ def lock_output_dir(folder, patience=10.0):
     longer than `patience` seconds: one that was just killed may still be dying.
     """
     path = os.path.join(folder, ".lock")
-    file, free = lock_file(path, patience) if is_main_process() else (contextlib.nullcontext(), True)
-    if not gather_objects(free)[0]:
+    try:
+        file, free = lock_file(path, patience) if is_main_process() else (contextlib.nullcontext(), True)
+    except OSError as e:
+        file, free = None, f"can't write {path}: {e.strerror}. Delete it, or name another --output_dir"
+    free = gather_objects(free)[0]
+    if isinstance(free, str):
+        raise UserError(free)
+    if not free:
         raise UserError(
             f"another run is writing to --output_dir {folder}. End it (a killed launcher leaves its processes behind), "
             f"or name another folder. If there is none, delete {path}"
@@ -1282,6 +1290,19 @@ def use_fused_attention(model, device, amp_dtype=None):
     """
     if is_vit(model):
         model.set_fused_attention(device.type != "cpu" or amp_dtype is None)
+
+
+def checkpoint_activations(backbone, arch):
+    """Let a backbone compute activations again in the backward pass. Raises UserError if it can't, or not exactly."""
+    try:
+        if has_batchnorms(backbone):  # would count each batch twice
+            raise AssertionError
+        backbone.set_grad_checkpointing()
+    except (AttributeError, AssertionError) as e:
+        raise UserError(
+            f"--grad_checkpointing is for ViTs, and for timm's networks without batch norms that know it, not for "
+            f"--arch {arch}"
+        ) from e
 
 
 def compile_in_place(model):

@@ -4,7 +4,6 @@ A run here is 3 epochs of 5 steps. Its processes are forked from one that has im
 seconds that each would take to start; a few start as users start them.
 """
 
-import json
 import multiprocessing
 import os
 import random
@@ -153,24 +152,13 @@ def slow_saving(seconds, then="nothing", *args):
     globals()[then](*args)
 
 
-def no_copy():
-    """checkpoint0000.pth can't be written."""
+def no_room_for(name, then="nothing"):
+    """The file of this name can't be written."""
+    globals()[then]()
     write = utils.write_whole
 
     def write_or_not(path, *rest):
-        if str(path).endswith("checkpoint0000.pth"):
-            raise OSError(28, "No space left on device")
-        return write(path, *rest)
-
-    utils.write_whole = write_or_not
-
-
-def no_details():
-    always_nan()
-    write = utils.write_whole
-
-    def write_or_not(path, *rest):
-        if str(path).endswith("bad_step.json"):
+        if str(path).endswith(name):
             raise OSError(28, "No space left on device")
         return write(path, *rest)
 
@@ -546,9 +534,9 @@ def test_the_log_of_an_epoch_that_other_processes_began_counts_all_of_it(whole, 
     """Stopped behind the epoch's last step, gone on with by two: the epoch's mean is that of the one."""
     assert Run(*flags, spoil=("signal_in_step", 4, signal.SIGTERM)).end()[0] == [143]
     finish(*flags, *HALVES, world=2)
-    first, second = (json.loads(line) for line in (run / "log.txt").read_text().splitlines()[:2])
-    assert first == json.loads(whole[1].splitlines()[0])
-    assert second["train_loss"] == pytest.approx(json.loads(whole[1].splitlines()[1])["train_loss"], rel=0.05)
+    first, second, _ = log_without_times(run)
+    assert first == whole[1][0]
+    assert second["train_loss"] == pytest.approx(whole[1][1]["train_loss"], rel=0.05)
 
 
 def test_a_run_whose_last_steps_were_bad_goes_on(flags, run):
@@ -880,7 +868,7 @@ def test_a_copy_that_a_kill_prevented_is_made_when_the_run_comes_back(whole, fla
 
 
 def test_a_copy_that_can_not_be_written_is_named_and_does_not_keep_the_checkpoint_from_being(whole, flags, run):
-    codes, (said,) = Run(*flags, "--saveckp_freq", 2, spoil=("no_copy",)).end()
+    codes, (said,) = Run(*flags, "--saveckp_freq", 2, spoil=("no_room_for", "checkpoint0000.pth")).end()
     assert codes == [5]
     assert f"error: a checkpoint is lost: {run}/checkpoint0000.pth could not be written (No space left" in said
     assert f"{run}/checkpoint.pth could not" not in said
@@ -1061,7 +1049,7 @@ def test_a_bad_step_leaves_nothing_in_the_statistics_of_batch_norms(flags, run):
 
 
 def test_an_end_for_bad_steps_keeps_its_code_without_room_for_the_details(flags, run):
-    codes, (said,) = Run(*flags, "--max_bad_steps", 2, spoil=("no_details",)).end()
+    codes, (said,) = Run(*flags, "--max_bad_steps", 2, spoil=("no_room_for", "bad_step.json", "always_nan")).end()
     assert codes == [3]
     assert "bad_step.json could not be written (No space left on device)" in said
     assert "Traceback" not in said

@@ -825,6 +825,31 @@ def test_lean_mlps_give_the_same_gradients_and_do_not_keep_the_wide_activation()
     assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
+def test_lean_mlps_work_where_a_linear_keeps_its_input_as_it_is():
+    """Not flattened, as on a Mac's GPU."""
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, weight = ctx.saved_tensors
+            assert x.ndim == 3
+            return gradient @ weight, (gradient.transpose(1, 2) @ x).sum(dim=0)
+
+    mlp = vits.Mlp(8, 32).train()
+    mlp.fc2.forward = lambda x: Plain.apply(x, mlp.fc2.weight)
+    x, gradients = tensor("checkpointing/mlp", (2, 5, 8)), []
+    for mlp.lean in (False, True):
+        mlp.zero_grad()
+        mlp(x).square().sum().backward()
+        gradients.append([mlp.fc1.weight.grad.clone(), mlp.fc2.weight.grad.clone()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("change", ["eval", "no_grad"])
 def test_lean_mlps_change_nothing_without_gradients(change):
     model = vits.vit_nano(patch_size=8).train(change != "eval")
