@@ -183,8 +183,8 @@ def test_unwise_settings_are_said_before_the_first_step(capsys, flags, steps, sa
 
 STEPS = 70
 RUN = ["--arch", "vit_nano", "--patch_size", 16, "--out_dim", 256, "--global_crops_size", 32, "--local_crops_size", 16]
-RUN += ["--local_crops_number", 2, "--batch_size_per_gpu", 16, "--epochs", 1, "--warmup_epochs", 0, "--num_workers", 0]
-RUN += ["--device", "cpu", "--saveckp_freq", 0, "--freeze_last_layer", 0, "--momentum_teacher", 0.99, "--lr", 0.008]
+RUN += ["--local_crops_number", 2, "--batch_size_per_gpu", 32, "--epochs", 1, "--warmup_epochs", 0, "--num_workers", 0]
+RUN += ["--device", "cpu", "--saveckp_freq", 0, "--freeze_last_layer", 0, "--momentum_teacher", 0.99, "--lr", 0.004]
 RUN += ["--tensorboard", "off"]
 
 
@@ -194,7 +194,7 @@ def images(sample_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     files = sorted((sample_root / "train").glob("*/*.png"))
     (folder / "all").mkdir()
-    for i in range(STEPS * 16):
+    for i in range(STEPS * 32):
         (folder / "all" / f"{i:05}.png").symlink_to(files[i * 37 % len(files)])
     return folder
 
@@ -229,7 +229,7 @@ def test_a_sick_run_raises_the_right_warning_within_70_steps(monkeypatch, images
 def test_a_collapse_ends_the_run_with_code_4_and_a_checkpoint_if_that_is_wanted(images, tmp_path, processes):
     flags = ["--teacher_temp", 1, "--warmup_teacher_temp", 1, "--stop_on_collapse", "true", "--data_path", images]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2] if processes == 2 else []
-    flags += ["--batch_size_per_gpu", 16 // processes, "--output_dir", tmp_path]
+    flags += ["--batch_size_per_gpu", 32 // processes, "--output_dir", tmp_path]
     done = run_script(*launcher, "main_dino.py", *RUN, *flags, check=False)
     assert done.returncode == (1 if processes == 2 else 4)  # torchrun's own
     assert "saved: the teacher's entropy is" in done.stderr
