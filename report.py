@@ -333,7 +333,7 @@ def build_teacher(run, device):
         raise UserError(f"{run.source} has weights that are not finite: the run has diverged")
     utils.adopt_positional_grid(model, state)
     utils.fill_backbone(model, state, run.source, arch, size)
-    utils.use_fused_attention(model, device, backward=False)
+    utils.use_fused_attention(model, device)
     return model.to(device).eval().requires_grad_(False), size
 
 
