@@ -150,15 +150,15 @@ def peak_mb():
     return utils.peak_memory_mb()
 
 
-def take_turns(contenders, rounds, warm_up=True):
-    """{name: seconds of each round}, {name: MB at the peak} of {name: (prepare, *args)}."""
+def take_turns(contenders, rounds, warm_up=1):
+    """Seconds of each round and MB at the peak, each by name, of {name: (prepare, *args)}; some rounds come before."""
     seconds, peaks, running = {name: [] for name in contenders}, {}, {}
     try:
         for name, contender in contenders.items():
             running[name] = Contender(*contender)
         for contender in running.values():
             contender.receive()
-        for number in range(-int(warm_up), rounds):
+        for number in range(-warm_up, rounds):
             for name, contender in running.items():
                 took, peaks[name] = contender.run()
                 if number >= 0:
@@ -169,7 +169,7 @@ def take_turns(contenders, rounds, warm_up=True):
     return seconds, peaks
 
 
-def compare(title, unit, pieces, rounds, warm_up=True, memory=False):
+def compare(title, unit, pieces, rounds, warm_up=1, memory=False):
     """Run {name: Piece} in turn and print a table; what is called plain is what the others are held against."""
     print(f"\n{title}", flush=True)
     contenders = {name: (piece.prepare, *piece.args) for name, piece in pieces.items()}
@@ -575,9 +575,14 @@ def lightly_step(arch, patch_size, batch_size, amp_dtype):
 
 
 def useful_flop(arch, patch_size, batch_size, out_dim=OUT_DIM):
-    """Operations of a step's matrix products and convolutions, counted on tensors without data."""
+    """Operations of a step's matrix products and convolutions, counted on tensors without data.
+
+    Of a ViT's last block CLS's alone, since nothing comes of the others: the plain step does them none the less.
+    """
     with torch.device("meta"):
         student, teacher = (PlainTraining.network(arch, patch_size, out_dim) for _ in range(2))
+        for network in (student, teacher) if utils.vit_factory(arch) else ():
+            network.backbone.set_cls_only(True)
         crops = [torch.empty(batch_size, 3, size, size) for size in CROP_SIZES]
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
@@ -600,7 +605,7 @@ def step(args):
                 pieces[f"lightly {name}"] = Piece(batch_size, limit, lightly_step, (*shape, amp_dtype))
             pieces[limit] = Piece(PRODUCT / flop * batch_size, limit, matrix_product, (dtype,))
         title = f"step: {arch}/{args.patch_size}, {batch_size} images, K = {OUT_DIM}, {flop / 1e9:.0f} GFLOP"
-        compare(title, "images", pieces, args.rounds, memory=True)
+        compare(title, "images", pieces, args.rounds, warm_up=2, memory=True)  # memory takes two to settle
 
 
 def has_lightly(arch, patch_size):
@@ -628,7 +633,7 @@ def epoch(args, number=100):
             f"this, --augmentation {kind}": Piece(used, None, whole_runs, ("main_dino.py", *ours)),
         }
         title = f"epoch: {arch}/{args.patch_size}, {number} images in batches of {batch_size}, from start to exit"
-        compare(title, "images", pieces, 1, warm_up=False)
+        compare(title, "images", pieces, 1, warm_up=0)
 
 
 # ---- evaluations ----
@@ -761,7 +766,7 @@ def growth(args, files=1_280_000):
     print(f"\nindex of {files} images in 1000 folders (empty files, made for this)", flush=True)
     with tempfile.TemporaryDirectory() as root:
         empty_files(root, files)
-        seconds, peaks = take_turns({"index": (index_of, root)}, 1, warm_up=False)
+        seconds, peaks = take_turns({"index": (index_of, root)}, 1, warm_up=0)
     print_rows([["seconds", seconds["index"][0]], ["MB", peaks["index"]]])
 
 

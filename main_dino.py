@@ -43,7 +43,8 @@ def get_args_parser():
     model.add_argument("--list_archs", action=ListArchs, nargs=0, default=argparse.SUPPRESS,
         help="Print every name that --arch knows, and stop.")
     model.add_argument("--patch_size", default=16, type=int, metavar="PIXELS", help="""Side of a ViT's patches. 8
-        instead of 16 gives better features for about five times the compute; prefer --use_fp16 true then.""")
+        instead of 16 gives better features for about five times the compute; fp16 may be unstable then: bf16, or
+        --use_fp16 false.""")
     model.add_argument("--init_from", default="", metavar="FILE", help="""Start from these weights, not at random: a
         checkpoint or state dict; `published` for those of the paper's authors; `timm` for timm's pretrained ones. The
         run itself is new. To go on with a run, start it again with its --output_dir.""")
@@ -118,6 +119,8 @@ def get_args_parser():
     run = parser.add_argument_group("data, output and machine")
     run.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines (see recipes/).
         Flags on the command line win over it.""")
+    run.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS, help="""Print all settings, each
+        with where it came from (the command line, the recipe, the default), as a recipe for --config, and stop.""")
     run.add_argument("--data_path", default="sample", metavar="DIR", help="""Training images, a sub-folder a class (the
         labels are not used); `sample` is a small set made from photographs that are installed already.""")
     run.add_argument("--output_dir", default=".", metavar="DIR",
@@ -181,7 +184,10 @@ LIMITS = {
 
 
 def check_args(args):
-    """Raise UserError for settings that contradict each other or mean nothing, before any work is done."""
+    """Raise UserError for settings that contradict each other or mean nothing, before any work is done.
+
+    With --print_config, print them if they are good, and end.
+    """
     utils.check_limits(args, LIMITS)
     for flag in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         if getattr(args, flag) > args.epochs:
@@ -198,6 +204,7 @@ def check_args(args):
     if utils.vit_factory(args.arch):
         for flag in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
             check_whole_patches(flag, getattr(args, flag), args.patch_size)
+    utils.print_config(args)
 
 
 def check_whole_patches(flag, size, patch_size):
@@ -477,6 +484,8 @@ def build_student_and_teacher(args, device, amp_dtype):
     for drop_path_rate in (args.drop_path_rate, 0.0):
         backbone, width = utils.build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate)
         utils.use_fused_attention(backbone, device, amp_dtype)
+        if utils.vit_factory(args.arch):
+            backbone.set_cls_only(True)
         # The gain of the teacher's last layer gets no gradient in any case: it is frozen by what the student is.
         head = DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
         networks.append(utils.MultiCropWrapper(backbone, head))

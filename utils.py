@@ -71,36 +71,105 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def parse_args(parser, argv=None):
     """Parse the command line; a recipe named by --config is read as if its settings stood in front of it.
 
-    So argparse itself checks the recipe's values, and what stands on the command line wins.
+    So argparse itself checks the recipe's values, and what stands on the command line wins. With --print_config the
+    result has the text for `print_config`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(argv)
-    if getattr(args, "config", None) is None:
-        return args
-    recipe = read_recipe(args.config, known=set(vars(args)) - {"config"})
-    flags = []
-    for key, value in recipe.items():
-        flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-    parser.source = f"in {args.config}: "
-    parser.parse_args(flags)
-    parser.source = ""
-    return parser.parse_args(flags + argv)
+    args, recipe = parser.parse_args(argv), {}
+    path = getattr(args, "config", None)
+    if path is not None:
+        recipe = read_recipe(path, known=set(vars(args)) - set(NOT_IN_RECIPES))
+        flags = recipe_flags(parser, recipe)
+        parser.source = f"in {path}: "
+        parser.parse_args(flags)
+        parser.source = ""
+        args = parser.parse_args(flags + argv)
+    if getattr(args, "print_config", False):
+        sources = {**dict.fromkeys(recipe, path), **dict.fromkeys(flags_given(parser, argv), "command line")}
+        args.print_config = settings_as_recipe(args, sources)
+    return args
+
+
+def print_config(args):
+    """If --print_config was given: print the settings, from the first process, and end. For when all is checked."""
+    text = getattr(args, "print_config", None)
+    if text is not None:
+        if find_place("")[0] == 0:
+            print(text, flush=True)
+        sys.exit()
+
+
+NOT_IN_RECIPES = ("config", "print_config")
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML whose values stay the text they are (`off`, `1e-3`), as on a command line, and no key stands twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (it is yaml's name, for a dict)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} stands there {keys.count(key)} times")
+        return mapping
 
 
 def read_recipe(path, known):
-    """The settings in the YAML file `path`, a dict. Raises UserError if unreadable or a key is not in `known`."""
+    """The settings in the YAML file `path`: {key: text or list of texts}.
+
+    Raises UserError if it is unreadable, a key is not in `known`, or a value is missing or a table.
+    """
     try:
-        recipe = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), RecipeLoader)
+    except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f"can't read the recipe --config {path}: {' '.join(str(e).split())}") from e
     if not isinstance(recipe, dict):
         raise UserError(f"the recipe {path} is no list of `flag: value` lines")
-    for key in recipe:
+    for key, value in recipe.items():
         if key not in known:
             raise UserError(f"in {path}: unknown key {key!r}{did_you_mean(str(key), known)}")
-        if recipe[key] is None:
+        if value is None:
             raise UserError(f"in {path}: {key} has no value. Give one, or take the line out")
+        if isinstance(value, dict):
+            raise UserError(f"in {path}: {key} is a table. Give a value, or a list in [ ]")
     return recipe
+
+
+def recipe_flags(parser, recipe):
+    """What one would write on the command line for a recipe's settings."""
+    flags = []
+    for key, value in recipe.items():
+        is_switch = parser._option_string_actions[f"--{key}"].nargs == 0
+        if is_switch and str(value).lower() in ("true", "false"):
+            flags += [f"--{key}"] * (str(value).lower() == "true")
+        else:
+            flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return flags
+
+
+def flags_given(parser, argv):
+    """The names of the settings that the words `argv` set themselves, whether or not to another value."""
+    untouched = object()
+    names = vars(parser.parse_args(argv))
+    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, untouched)))
+    return [name for name, value in vars(found).items() if value is not untouched]
+
+
+def settings_as_recipe(args, sources):
+    """A recipe of all of `args`, a line each, with the source (`default` if not in `sources`) as comment behind it."""
+    lines = ["# A recipe: serves as --config. Behind each setting stands where it came from."]
+    for name, value in vars(args).items():
+        if name in NOT_IN_RECIPES:
+            continue
+        in_brackets = yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()
+        setting = f"# {name}: not set" if value in (None, []) else f"{name}: {in_brackets[1:-1]}"
+        lines.append(f"{setting:<36} # {sources.get(name, 'default')}")
+    return "\n".join(lines)
 
 
 def did_you_mean(name, known):

@@ -94,17 +94,27 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def split_heads(self, x):
-        """Queries, keys and values of the tokens x [B, N, D], each [B, heads, N, D / heads]."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    def split_heads(self, x, cls_only=False):
+        """Queries, keys and values of the tokens x [B, N, D], each [B, heads, N, D / heads].
+
+        With `cls_only` there is the CLS token's query alone, [B, heads, 1, D / heads].
+        """
+        if not cls_only:
+            return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        parts = (x.shape[-1], 2 * x.shape[-1])
+        q_weight, kv_weight = self.qkv.weight.split(parts)
+        q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split(parts)
+        queries = F.linear(x[:, :1], q_weight, q_bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        keys_values = F.linear(x, kv_weight, kv_bias).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return queries, *keys_values.unbind(0)
 
     def attention_map(self, queries, keys):
         """Softmax over the keys of the scaled products: [B, heads, N, N], rows sum to 1 (before dropout)."""
         scores = (queries * self.scale) @ keys.transpose(-2, -1)
         return self.attn_drop(scores.softmax(dim=-1))
 
-    def forward(self, x):
-        queries, keys, values = self.split_heads(x)
+    def forward(self, x, cls_only=False):
+        queries, keys, values = self.split_heads(x, cls_only)
         if self.fused:
             attn = None
             dropout = self.attn_drop.p if self.training else 0.0
@@ -139,16 +149,16 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, hidden_features=int(mlp_ratio * dim), act_layer=act_layer, drop=drop)
 
-    def forward(self, x, return_attention=False):
+    def forward(self, x, return_attention=False, cls_only=False):
         normed = self.norm1(x)
-        branch, attn = self.attn(normed)
+        branch, attn = self.attn(normed, cls_only) if cls_only else self.attn(normed)
         if return_attention:
             if attn is None:  # fused: the map was never made
                 queries, keys, _ = self.attn.split_heads(normed)
                 attn = self.attn.attention_map(queries, keys)
             return attn
         # Not in place: clients keep the output of every block.
-        x = x + self.drop_path(branch)
+        x = (x[:, :1] if cls_only else x) + self.drop_path(branch)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -226,7 +236,13 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(_init_linear)
         self.set_fused_attention(fused_attention)
-        self.grad_checkpointing = False
+        self.grad_checkpointing = self.cls_only = False
+
+    def set_cls_only(self, cls_only):
+        """Whether the last block works out CLS alone, which is all that `forward` returns: the same features for a
+        fifteenth less compute. Hooks in that block then see one token.
+        """
+        self.cls_only = cls_only
 
     def set_lean_mlps(self, lean):
         """Whether the MLPs keep one of their two wide activations for the backward pass, or both; see `Mlp`."""
@@ -278,6 +294,8 @@ class VisionTransformer(nn.Module):
     def forward(self, x):
         x = self.prepare_tokens(x)
         for block in self.blocks:
+            if self.cls_only and block is self.blocks[-1]:
+                block = partial(block, cls_only=True)
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
         return self.norm(x)[:, 0]
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, assert_near, fill, run_script, shared, tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import vision_transformer as vits
 from vision_transformer import DINOHead, DropPath, VisionTransformer
@@ -806,6 +807,41 @@ def gradients_and_bytes(model, images):
         loss = model(images).square().sum()
     loss.backward()
     return [p.grad.clone() for p in model.parameters()], sum(kept)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": False}, {"drop_path_rate": 0.5}, {"depth": 1}])
+def test_a_last_block_of_cls_alone_gives_the_same_features_and_gradients(options, fused):
+    model, images = (
+        tiny_vit(**{"depth": 2, **options}, fused_attention=fused).double().train(),
+        pictures(40, 24).double(),
+    )
+    found = []
+    for cls_only in (False, True):
+        model.set_cls_only(cls_only)
+        model.set_grad_checkpointing(cls_only)
+        torch.manual_seed(3)
+        features = model(images)
+        features.square().sum().backward()
+        found.append([features, *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    for plain, short in zip(*found, strict=True):
+        torch.testing.assert_close(short, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_a_last_block_of_cls_alone_saves_the_work_of_the_others_and_leaves_maps_and_layers_as_they_are():
+    model, images = tiny_vit(depth=2), pictures()
+    layers, map_ = model.get_intermediate_layers(images, n=2), model.get_last_selfattention(images)
+    operations = []
+    for cls_only in (False, True):
+        model.set_cls_only(cls_only)
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+        operations.append(counter.get_total_flops())
+    # 16 of 17 tokens of each image: no query (D²), projection (D²) and MLP (8 D²), no scores and mix (2 · 17 · D).
+    assert operations[0] - operations[1] == 2 * 2 * 16 * (10 * DIM**2 + 2 * 17 * DIM)
+    assert all(torch.equal(a, b) for a, b in zip(layers, model.get_intermediate_layers(images, n=2), strict=True))
+    assert torch.equal(map_, model.get_last_selfattention(images))
 
 
 def test_lean_mlps_give_the_same_gradients_and_do_not_keep_the_wide_activation():
