@@ -350,21 +350,19 @@ def image_files(folder, flag):
     return sorted(paths, key=lambda path: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)])
 
 
-def image_folder(path, kind=datasets.ImageFolder, transform=None):
+def image_folder(path, kind=datasets.ImageFolder, transform=None, flag="--data_path"):
     """The images below `path`, one folder a class, as a torchvision ImageFolder. Raises UserError if there are none."""
     if not os.path.isdir(path):
-        raise UserError(
-            f"--data_path {path} is no folder. Name one with a sub-folder of images for each class, or `sample`"
-        )
+        raise UserError(f"{flag} {path} is no folder. Name one with a sub-folder of images for each class, or `sample`")
     try:
         folder = kind(path, transform, loader=load_image, allow_empty=True)
     except FileNotFoundError as e:
         raise UserError(
-            f"--data_path {path} has no class folders in it. Put the images into sub-folders, one a class "
+            f"{flag} {path} has no class folders in it. Put the images into sub-folders, one a class "
             "(a single one will do for training)"
         ) from e
     if not folder.samples:
-        raise UserError(f"--data_path {path} has class folders but no image in them ({', '.join(folder.extensions)})")
+        raise UserError(f"{flag} {path} has class folders but no image in them ({', '.join(folder.extensions)})")
     return folder
 
 
@@ -408,13 +406,13 @@ class ImageList(Dataset):
         return load_image(path)
 
 
-def labelled_folders(data_path, transform):
+def labelled_folders(data_path, transform, flag="--data_path"):
     """`train` and `val` below data_path as ReturnIndexDatasets, and their labels by one numbering, as two tensors.
 
     The classes are train's; val may lack some of them. Raises UserError if it has one that train has not.
     """
     parts = (os.path.join(data_path, part) for part in ("train", "val"))
-    train, val = (image_folder(part, ReturnIndexDataset, transform) for part in parts)
+    train, val = (image_folder(part, ReturnIndexDataset, transform, flag) for part in parts)
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         raise UserError(
@@ -422,6 +420,42 @@ def labelled_folders(data_path, transform):
         )
     renumbered = [train.class_to_idx[name] for name in val.classes]
     return train, val, torch.tensor(train.targets), torch.tensor([renumbered[t] for t in val.targets])
+
+
+def find_labelled(path, transform, flag):
+    """(train, val, labels of train, labels of val) of a folder: of train/ and val/ in it, or of its own classes."""
+    folder = find_data(path)
+    parts = [os.path.isdir(os.path.join(folder, part)) for part in ("train", "val")]
+    if all(parts):
+        return labelled_folders(folder, transform, flag)
+    if any(parts):
+        raise UserError(f"{flag} {path} has only one of train and val. Name a folder that has both, or class folders")
+    return held_out(image_folder(folder, flag=flag), transform, f"{flag} {path}")
+
+
+def held_out(folder, transform, source):
+    """(train, val, labels of train, labels of val) of one image folder: every tenth image of a class is in `val`.
+
+    Classes of fewer than ten images give their first one, those of a single image none. Raises UserError if `source`,
+    where the folder is from, has a single class, or nothing to hold out.
+    """
+    targets = torch.tensor(folder.targets)
+    if len(targets.unique()) < 2:
+        raise UserError(
+            f"{source} has its images in a single class folder, and k-NN needs labels. Name a folder with some by "
+            "--knn_data, or leave out --knn_every"
+        )
+    counts = targets.bincount()
+    number_in_class = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets]  # class comes after class
+    is_val = (number_in_class % 10 == 0) & (counts[targets] > 1)
+    if not is_val.any():
+        raise UserError(
+            f"{source} has one image in each class: nothing to hold out for k-NN. Name another by --knn_data"
+        )
+    parts = []
+    for wanted in (~is_val, is_val):
+        parts.append(ImageList([folder.samples[i][0] for i in wanted.nonzero()[:, 0].tolist()], transform))
+    return *parts, targets[~is_val], targets[is_val]
 
 
 # ---- samplers and loaders ----

@@ -13,11 +13,11 @@ import os
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import dino_data
 import utils
-from utils import UserError, bool_flag, extract_features
+from knn import knn_accuracies, knn_classifier, labelled_features  # noqa: F401 - knn_classifier is for callers
+from utils import UserError, bool_flag
 
 # ---- arguments ----
 
@@ -75,19 +75,6 @@ def raw_pixels():
     return nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten())
 
 
-def labelled_features(model, sets, args, device):
-    """(train features, train labels, test features, test labels), the features L2-normalised; None but on rank 0."""
-    train, val, train_labels, val_labels = sets
-    features = []
-    for dataset in (train, val):
-        loader = dino_data.eval_loader(dataset, args.batch_size_per_gpu, args.num_workers, device)
-        features.append(extract_features(model, loader, args.use_cuda))
-    if not utils.is_main_process():
-        return None
-    train_features, val_features = (F.normalize(f, dim=1) for f in features)
-    return train_features, train_labels.to(train_features.device), val_features, val_labels.to(val_features.device)
-
-
 # Names of the dumped files, in the order of `labelled_features`.
 FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
@@ -113,55 +100,6 @@ def load_features(folder, device):
     return [tensor.to(device, torch.float32 if tensor.is_floating_point() else torch.long) for tensor in tensors]
 
 
-# ---- classifier ----
-
-NUMBERS_AT_ONCE = 2**25  # similarities, or votes, held at a time: 128 MB
-
-
-def knn_classifier(train_features, train_labels, test_features, test_labels, k, T, num_classes=1000):
-    """Weighted k-NN accuracy of L2-normalised features: (top-1, top-5) in per cent.
-
-    Features [N, D], labels [N] of class numbers from 0; `num_classes` is taken from the labels and kept for callers
-    that give it. A k above the number of training images means all of them. Raises UserError for NaN or infinite
-    features. Memory is bounded for any number of images, classes and neighbours.
-    """
-    return knn_accuracies(train_features, train_labels, test_features, test_labels, [k], T)[k]
-
-
-@torch.no_grad()
-def knn_accuracies(train_features, train_labels, test_features, test_labels, ks, T):
-    """{k: (top-1, top-5)} as `knn_classifier` gives them for each k of a list, from one search."""
-    utils.check_finite_features(train_features, test_features)
-    classes, labels = torch.cat((train_labels, test_labels)).unique(return_inverse=True)  # renumbered without gaps
-    train_labels, test_labels = labels.split((len(train_labels), len(test_labels)))
-    rows = max(NUMBERS_AT_ONCE // max(len(train_features), len(classes)), 1)
-    hits = torch.zeros(len(ks), 2, device=test_features.device)
-    for chunk, target in zip(test_features.split(rows), test_labels.split(rows), strict=True):
-        # Cosine similarities and labels of the nearest training images, best first: [rows, largest k].
-        similarity, nearest = (chunk @ train_features.T).topk(min(max(ks), len(train_features)), dim=1)
-        for i, k in enumerate(ks):
-            rank = rank_of_target(similarity[:, :k], train_labels[nearest[:, :k]], target, T, classes)
-            hits[i] += torch.stack(((rank < 1).sum(), (rank < min(5, k)).sum()))
-    per_cent = (100.0 * hits.double().cpu() / len(test_labels)).tolist()
-    return {k: tuple(accuracies) for k, accuracies in zip(ks, per_cent, strict=True)}
-
-
-def rank_of_target(similarities, neighbour_labels, target, T, classes):
-    """Place of the right class, 0 being the best, where neighbour j votes with weight exp(similarity_j / T): [rows].
-
-    Labels count the sorted class numbers in `classes`. Classes with equal votes rank by their number; so do those
-    without any, numbers that no image has included, as where votes are kept for all of 1000 classes.
-    """
-    weights = ((similarities - similarities[:, :1]) / T).exp()  # relative to the nearest: no overflow, the same ranks
-    votes = weights.new_zeros(len(weights), len(classes)).scatter_add_(1, neighbour_labels, weights)
-    target = target[:, None]
-    votes_of_target = votes.gather(1, target)
-    voted, lower = votes > 0, torch.arange(len(classes), device=votes.device) < target
-    before = (votes > votes_of_target) | (voted & lower & (votes == votes_of_target))
-    lower_without_votes = classes[target[:, 0]] - (voted & lower).sum(dim=1)
-    return before.sum(dim=1) + torch.where(votes_of_target[:, 0] > 0, 0, lower_without_votes)
-
-
 # ---- the evaluation ----
 
 
@@ -181,7 +119,8 @@ def main(args):
     if args.baselines:
         untrained, _ = build_model(args, device, "random")
         rows = {"raw pixels": raw_pixels(), "untrained network": untrained, **rows}
-    features = {row: labelled_features(network, sets, args, device) for row, network in rows.items()}
+    how = (args.batch_size_per_gpu, args.num_workers, device, args.use_cuda)
+    features = {row: labelled_features(network, sets, *how) for row, network in rows.items()}
     if not utils.is_main_process():
         return
     if args.dump_features is not None:

@@ -4,6 +4,7 @@ The loss alone tells little: it can stand still while features get better, and f
 teacher's entropy and the divergence of the student from it (section 5.3 of the paper) it answers.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -85,16 +86,27 @@ COLLAPSE = ("uniform", "dominant", "agreement", "features")
 
 
 class Doctor:
-    """Looks at a run's numbers on rank 0, and warns, once for a condition. `warnings` has what was said last."""
+    """Looks at a run's numbers, on rank 0, and warns, once for a condition, also of a run that is stopped and goes on.
 
-    def __init__(self, args, steps):
-        self.args, self.steps = args, steps  # steps an epoch
-        self.seen, self.streaks, self.warnings = set(), {}, []
-        self.collapse, self.norms = "", None
+    `warnings` has what was said and is not in the log yet, `collapse` what is seen of one, if anything. `steps` are
+    those of an epoch, `state` what `state_dict` gave.
+    """
+
+    REMEMBERED = ("seen", "warnings", "streaks", "norms", "best_knn", "best_epoch")
+
+    def __init__(self, args, steps, curves=None, state=None):
+        self.args, self.steps, self.curves, self.collapse = args, steps, curves, ""
+        self.seen, self.warnings, self.streaks, self.norms = [], [], {}, None
+        self.best_knn, self.best_epoch = 0.0, None
+        vars(self).update({name: state[name] for name in self.REMEMBERED if name in (state or {})})
+
+    def state_dict(self):
+        """What a checkpoint has to keep, that the rest of the run says what it would have said without a stop."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in self.REMEMBERED}
 
     def warn(self, name, what):
         if name not in self.seen and utils.is_main_process():
-            self.seen.add(name)
+            self.seen.append(name)
             self.warnings.append(what)
             utils.log(f"warning: {what}")
 
@@ -124,7 +136,7 @@ class Doctor:
         warm = max(self.args.warmup_epochs, self.args.warmup_teacher_temp_epochs, self.args.freeze_last_layer)
         numbers = {**numbers, "ln_k": math.log(self.args.out_dim), "warm": step >= warm * self.steps}
         found = ill_conditions(numbers)
-        norms = norm_of_weights(teacher), norm_of_weights(student)
+        norms = [norm_of_weights(teacher), norm_of_weights(student)]
         late = step > 0.9 * self.args.epochs * self.steps  # the momentum is all but 1 there
         if self.norms and norms[0] == self.norms[0] and norms[1] != self.norms[1] and not late:
             found["still"] = (
@@ -137,6 +149,21 @@ class Doctor:
                 self.warn(name, what)
                 if name in COLLAPSE:
                     self.collapse = what
+
+    def look_at_epoch(self, stats):
+        """At what goes into the log."""
+        waiting = stats.get("train_data_wait", 0.0)
+        epoch_seconds = self.steps * utils.global_batch(vars(self.args)) / stats.get("train_images_per_s", math.inf)
+        if waiting > 0.25 and waiting * epoch_seconds > 30:
+            self.warn(
+                "loader",
+                "the loaders don't keep up: more than a quarter of the time goes by with waiting for images. Try "
+                "--augmentation fast, or more --num_workers",
+            )
+        if "knn_top1" in stats:
+            self.curves.add((stats["epoch"] + 1) * self.steps - 1, {"knn_top1": stats["knn_top1"]})
+            if stats["knn_top1"] > self.best_knn:
+                self.best_knn, self.best_epoch = stats["knn_top1"], stats["epoch"]
 
 
 # ---- where it ran ----

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dino_data
 import health
 import utils
+from knn import OnlineKnn
 from utils import UserError, bool_flag
 from vision_transformer import DINOHead
 
@@ -139,6 +140,12 @@ def get_args_parser():
         help="Processes that prepare crops, for each GPU; 0: the training process does it.")
     run.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
         help="auto takes a GPU if there is one.")
+    run.add_argument("--knn_every", default=0, type=int, metavar="EPOCHS", help="""Every so many epochs, and after the
+        last, classify labelled images by their 20 nearest neighbours in the teacher's features, log the accuracy, and
+        keep the best checkpoint so far as checkpoint_best.pth; 0: never. Changes nothing of the training.""")
+    run.add_argument("--knn_data", default=None, metavar="DIR", help="""The labelled images for --knn_every: a folder
+        with train/ and val/, or with class folders, of which each tenth image asks and the others answer. Unless given,
+        those of --data_path are divided like that (and trained on like any other).""")
     run.add_argument("--stop_on_collapse", default=False, type=bool_flag, metavar="BOOL", help="""Save, and end with
         exit code 4, when the run is seen to have collapsed; otherwise that is a warning.""")
     run.add_argument("--tensorboard", default="auto", choices=["auto", "on", "off"], help="""Curves for TensorBoard, in
@@ -172,7 +179,7 @@ LIMITS = {
     **dict.fromkeys(("global_crops_size", "local_crops_size"), (1, math.inf)),
     **dict.fromkeys(("local_crops_number", "warmup_epochs", "warmup_teacher_temp_epochs"), (0, math.inf)),
     **dict.fromkeys(("freeze_last_layer", "saveckp_freq", "num_workers", "clip_grad"), (0, math.inf)),
-    **dict.fromkeys(("saveckp_iters", "save_every_minutes", "max_bad_steps"), (0, math.inf)),
+    **dict.fromkeys(("saveckp_iters", "save_every_minutes", "max_bad_steps", "knn_every"), (0, math.inf)),
     **dict.fromkeys(("lr", "min_lr", "weight_decay", "weight_decay_end"), (0, math.inf)),
     **dict.fromkeys(("teacher_temp", "warmup_teacher_temp"), (1e-6, math.inf)),
     **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (1e-6, 1)),
@@ -199,6 +206,8 @@ def check_args(args):
         low, high = getattr(args, flag)
         if low > high:
             raise UserError(f"--{flag} {low} {high}: the smaller number comes first")
+    if args.knn_data is not None and not args.knn_every:
+        raise UserError(f"--knn_data {args.knn_data} is for --knn_every. Say every how many epochs, or leave it out")
     if args.augmentation == "fast":
         dino_data.opencv()
     if utils.vit_factory(args.arch):
@@ -398,12 +407,13 @@ def train_one_epoch(
             keeper.stopped_by = int(stop_signal)
             return None
 
+    if keeper.evaluates(epoch) and done > keeper.first_step:
+        keeper.save(epoch, done, metrics.totals())  # should the evaluation be killed
     metrics.synchronize_between_processes()
     utils.log(f"Averaged stats: {metrics}")
     means = {name: meter.global_avg for name, meter in metrics.meters.items() if meter.count}
     momentum = float(schedules["momentum"][(epoch + 1) * done - 1])
-    constants = {"ln_k": ln_k, "momentum": momentum, "feature_dim": keeper.feature_dim}
-    return {**means, **constants, **metrics.pace(utils.global_batch(vars(args)))}
+    return {**means, "ln_k": ln_k, "momentum": momentum, **metrics.pace(utils.global_batch(vars(args)))}
 
 
 def compute_gradients(student, teacher, dino_loss, crops, optimizer, step, epoch, fp16_scaler, args, amp_dtype, keeper):
@@ -537,10 +547,11 @@ def distribute(student, teacher, device):
     return wrapped, teacher
 
 
-def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, epoch, step=0, meters=()):
+def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor, epoch, step=0, meters=()):
     """What a checkpoint holds: the public release's keys and prefixes, and plain types only beside the tensors.
 
-    `epoch` is the one to go on with, `step` how many of its steps are done, `meters` what they have added up.
+    `epoch` is the one to go on with, `step` how many of its steps are done, `meters` what they have added up; `doctor`
+    is health.py's.
     """
 
     def with_prefix(module):
@@ -555,6 +566,7 @@ def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, epoch, 
         "meters": list(meters),
         "args": utils.plain_args(args),
         "dino_loss": dino_loss.state_dict(),
+        "health": doctor.state_dict(),
     }
     if fp16_scaler.is_enabled():
         state["fp16_scaler"] = fp16_scaler.state_dict()
@@ -564,8 +576,8 @@ def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, epoch, 
 class RunKeeper:
     """Where in its epoch a run begins, when it has to be saved, and whether it is to stop.
 
-    `state(epoch, step, meters)` gives what a checkpoint holds; the doctor and the curves are health.py's. Without
-    arguments one that does nothing.
+    `state(epoch, step, meters)` gives what a checkpoint holds; the doctor is health.py's, the neighbours are an
+    OnlineKnn or None. Without arguments one that does nothing.
     """
 
     def __init__(
@@ -576,17 +588,15 @@ class RunKeeper:
         writer=None,
         stop=None,
         doctor=None,
-        curves=None,
+        neighbours=None,
         first_step=0,
         meters=(),
-        feature_dim=0,
     ):
         self.args, self.student, self.state, self.writer, self.stop = args, student, state, writer, stop
-        self.doctor, self.curves = doctor, curves
+        self.doctor, self.neighbours = doctor, neighbours
         self.first_step, self.meters = first_step, meters
         self.saved_at, self.stopped_by, self.bad_steps = time.monotonic(), 0, 0
         self.unlogged = []
-        self.feature_dim = feature_dim
 
     def look(self, step, metrics, student, teacher, dino_loss, gradient_norms):
         """Measure the run's health, on the steps that are logged; rank 0 warns of what it sees."""
@@ -595,9 +605,13 @@ class RunKeeper:
         metrics.update(**health.measure(teacher.features, dino_loss, gradient_norms))
         if utils.is_main_process():
             numbers = {name: meter.value for name, meter in metrics.meters.items()}
-            self.curves.add(step, numbers)
-            about = {"feature_dim": self.feature_dim, "images": len(teacher.features) // 2}
+            self.doctor.curves.add(step, numbers)
+            about = {"feature_dim": teacher.features.shape[1], "images": len(teacher.features) // 2}
             self.doctor.look(step, {**numbers, **about}, student, teacher)
+
+    def evaluates(self, epoch):
+        """Whether this epoch ends with a look at the neighbours."""
+        return bool(self.neighbours and self.neighbours.due(epoch))
 
     def end_collapsed(self, epoch, done):
         what = utils.gather_objects(self.doctor.collapse)[0]
@@ -645,12 +659,12 @@ class RunKeeper:
             path = os.path.join(self.args.output_dir, "log.txt")
             utils.log(f"warning: {path} could not be written ({e.strerror}). The run goes on")
 
-    def save_epoch(self, epoch):
-        """Save behind a whole epoch, every so often under a name of its own too; the next one begins at its start."""
+    def save_epoch(self, epoch, best=False):
+        """Save behind a whole epoch, the best and some others under a name of its own too; the next starts afresh."""
         self.check_weights()
-        copies = []
+        copies = [os.path.join(self.args.output_dir, "checkpoint_best.pth")] * best
         if self.args.saveckp_freq and epoch % self.args.saveckp_freq == 0:
-            copies = [os.path.join(self.args.output_dir, f"checkpoint{epoch:04}.pth")]
+            copies.append(os.path.join(self.args.output_dir, f"checkpoint{epoch:04}.pth"))
         self.writer.save(self.state(epoch + 1), *copies)
         self.saved_at, self.first_step, self.meters = time.monotonic(), 0, ()
 
@@ -693,6 +707,7 @@ def train_dino(args):
 
     # ---- data ----
     data_loader, args.images = build_data(args, device)
+    neighbours = OnlineKnn(args, data_loader.dataset.folder, device) if args.knn_every else None
 
     # ---- student and teacher ----
     checkpoint_path = os.path.join(args.output_dir, "checkpoint.pth")
@@ -710,7 +725,7 @@ def train_dino(args):
 
     # ---- resume ----
     lock = utils.lock_output_dir(args.output_dir)
-    progress = {"epoch": 0, "step": 0, "meters": [], "args": {}}
+    progress = {"epoch": 0, "step": 0, "meters": [], "args": {}, "health": {}}
     scaler_if_used = fp16_scaler if fp16_scaler.is_enabled() else None
     trained = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": dino_loss}
     loaded = utils.restart_from_checkpoint(checkpoint_path, progress, args, **trained, fp16_scaler=scaler_if_used)
@@ -724,14 +739,14 @@ def train_dino(args):
 
     # ---- epochs ----
     start = time.time()
-    doctor, curves = health.Doctor(args, len(data_loader)), health.Curves(args)
+    curves = health.Curves(args)
+    doctor = health.Doctor(args, len(data_loader), curves, progress["health"])
     doctor.look_at_settings()
     health.write_environment(args, get_args_parser())
-    state = functools.partial(run_state, student, teacher, optimizer, dino_loss, fp16_scaler, args)
+    state = functools.partial(run_state, student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor)
     writer = utils.CheckpointWriter(checkpoint_path, keep_previous=loaded in (None, checkpoint_path))
     with lock, utils.StopRequest() as stop, contextlib.closing(curves), writer:
-        width = next(teacher.head.parameters()).shape[1]
-        keeper = RunKeeper(args, student, state, writer, stop, doctor, curves, first_step, progress["meters"], width)
+        keeper = RunKeeper(args, student, state, writer, stop, doctor, neighbours, first_step, progress["meters"])
         for epoch in range(progress["epoch"], args.epochs):
             data_loader.sampler.set_epoch(epoch, keeper.first_step)
             means = train_one_epoch(
@@ -740,17 +755,24 @@ def train_dino(args):
             )  # fmt: skip
             if keeper.stopped_by:
                 break
-            keeper.log_epoch({**{f"train_{k}": v for k, v in means.items()}, "epoch": epoch})
-            keeper.save_epoch(epoch)
+            means["feature_dim"] = next(teacher.head.parameters()).shape[1]
+            stats = {f"train_{name}": value for name, value in means.items()} | {"epoch": epoch}
+            if keeper.evaluates(epoch):
+                stats |= neighbours.accuracies(teacher.backbone)
+            doctor.look_at_epoch(stats)
+            keeper.log_epoch(stats)
+            keeper.save_epoch(epoch, best=doctor.best_epoch == epoch)
         writer.wait()
         unlogged = [stats["epoch"] for stats in keeper.unlogged]
         # Nobody ends before rank 0 has written: a launcher would end it too.
-        lost, unlogged = utils.gather_objects((list(writer.failures.values()), unlogged))[0]
+        lost, unlogged, collapse = utils.gather_objects((list(writer.failures.values()), unlogged, doctor.collapse))[0]
     if lost:
         raise UserError(f"a checkpoint is lost: {', '.join(lost)}. Make room, and start again", exit_code=5)
     if unlogged:
         epochs = ", ".join(map(str, unlogged))
         raise UserError(f"the lines of epochs {epochs} of log.txt are lost: it could not be written", exit_code=5)
+    if collapse and args.stop_on_collapse and not keeper.stopped_by:
+        raise UserError(f"all epochs are done and saved, but: {collapse}", exit_code=4)
     at = checkpoint_path if os.path.isfile(checkpoint_path) else loaded
     utils.log(f"Training took {time.time() - start:.0f} s; weights are in {at}")
     if keeper.stopped_by:

@@ -33,6 +33,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
+from tqdm import tqdm
 
 import vision_transformer as vits
 
@@ -222,7 +223,10 @@ def run(main, flags, description):
         signal.signal(signal.SIGTERM, terminate)  # so that what is half-written is cleared away
     parser = OneLineParser(description=description, parents=[flags], formatter_class=HelpFormatter)
     try:
-        main(parse_args(parser))
+        try:
+            main(parse_args(parser))
+        finally:
+            Bar.close_all()  # so that what is said of an error has a line of its own
     except UserError as e:
         message = str(e)
         if message.startswith("Caught UserError in DataLoader worker"):  # inside a traceback, as its last line
@@ -421,9 +425,9 @@ def is_main_process():
 
 
 def log(*words):
-    """print, on rank 0 only."""
+    """`say`, on rank 0 only."""
     if is_main_process():
-        print(*words, flush=True)
+        say(*words)
 
 
 def agree(loss, *wishes):
@@ -626,6 +630,54 @@ def check_same_everywhere(number, what):
         raise UserError(f"{what} differs between processes: {numbers}. --output_dir must be one folder for all")
 
 
+def on_terminal():
+    """Whether standard output is a terminal on which a line can be drawn anew."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def say(*words):
+    """print, at once. On a terminal above the bar of progress, and warnings in yellow, unless NO_COLOR is set."""
+    text = " ".join(map(str, words))
+    if not on_terminal():
+        print(text, flush=True)
+        return
+    if text.startswith("warning") and not os.environ.get("NO_COLOR"):
+        text = f"\x1b[33m{text}\x1b[0m"
+    with Bar.external_write_mode(sys.stdout):
+        print(text, flush=True)
+
+
+class Bar(tqdm):
+    """How far a loop has come, on the last line of rank 0's terminal; where there is none it shows and does nothing.
+
+    The cursor waits at the start of the line: what the terminal itself writes there, as ^C, is erased with the bar.
+    """
+
+    monitor_interval = 0  # no thread that draws too: every step does, ten times a second at most
+
+    def __init__(self, header, start, number):
+        hidden = not (is_main_process() and on_terminal())
+        look = {"leave": False, "dynamic_ncols": True, "mininterval": 0.1, "miniters": 1, "disable": hidden}
+        super().__init__(desc=header.rstrip(": "), initial=start, total=number, file=sys.stdout, **look)
+
+    @staticmethod
+    def status_printer(file):
+        def draw(text):
+            file.write(f"\r\x1b[2K{text}\r")
+            file.flush()
+
+        return draw
+
+    @classmethod
+    def close_all(cls):
+        """Erase the bars of loops that something has ended in the middle."""
+        for bar in [bar for bar in cls._instances if isinstance(bar, cls)]:
+            bar.close()
+
+
+Bar.set_lock(threading.RLock())  # tqdm's own is also one between processes, but none of ours draws for another
+
+
 class MetricLogger:
     """Named SmoothedValues and the console line over a loop."""
 
@@ -682,23 +734,27 @@ class MetricLogger:
         number = start + len(iterable)
         began = end = time.time()
         waited = spent = 0.0
-        for i, item in enumerate(iterable, start):
-            data_time.update(time.time() - end)
-            self.due = i % print_freq == 0 or i == number - 1
-            yield item
-            step_time.update(time.time() - end)
-            if i > start:  # before the first one, loaders start and fill their queues
-                waited, spent = waited + data_time.value, spent + step_time.value
-            # The other ranks' devices need not wait for a line that they don't print.
-            if self.due and is_main_process():
-                eta = datetime.timedelta(seconds=int(step_time.global_avg * (number - 1 - i)))
-                progress = f"[{i:{len(str(number))}d}/{number}]"
-                meters = [str(self)] * bool(self.meters)
-                timing = [f"time: {step_time}", f"data: {data_time}", f"max mem: {peak_memory_mb():.0f}"]
-                if spent > 1 and waited > spent / 4:
-                    timing.append(f"(data wait {waited / spent:.0%} of the time: {hint})")
-                print(self.delimiter.join((header, progress, f"eta: {eta}", *meters, *timing)), flush=True)
-            end = time.time()
+        with Bar(header, start, number) as bar:
+            for i, item in enumerate(iterable, start):
+                data_time.update(time.time() - end)
+                self.due = i % print_freq == 0 or i == number - 1
+                yield item
+                step_time.update(time.time() - end)
+                if i > start:  # before the first one, loaders start and fill their queues
+                    waited, spent = waited + data_time.value, spent + step_time.value
+                # The other ranks' devices need not wait for a line that they don't print.
+                if self.due and is_main_process():
+                    eta = datetime.timedelta(seconds=int(step_time.global_avg * (number - 1 - i)))
+                    progress = f"[{i:{len(str(number))}d}/{number}]"
+                    meters = [str(self)] * bool(self.meters)
+                    timing = [f"time: {step_time}", f"data: {data_time}", f"max mem: {peak_memory_mb():.0f}"]
+                    if spent > 1 and waited > spent / 4:
+                        timing.append(f"(data wait {waited / spent:.0%} of the time: {hint})")
+                    if "loss" in self.meters:  # read for this line already; between lines nothing is
+                        bar.set_postfix_str(f"loss: {self.meters['loss'].value:.4f}", refresh=False)
+                    say(self.delimiter.join((header, progress, f"eta: {eta}", *meters, *timing)))
+                bar.update()
+                end = time.time()
         total = time.time() - began
         items = number - start  # none where a run goes on behind the last step of an epoch
         self.seconds, self.waiting = total / items if items else 0.0, waited / max(spent, 1e-9)
@@ -999,7 +1055,7 @@ class CheckpointWriter:
                 cause = e if isinstance(e, OSError) else e.__context__ or e  # torch.save wraps what the system says
                 reason = " ".join(str(getattr(cause, "strerror", None) or e).split())[:200]
                 self.failures[path] = what = f"{path} could not be written ({reason})"
-                print(f"warning: {what}; an earlier one, if any, is as it was. The run goes on", flush=True)
+                say(f"warning: {what}; an earlier one, if any, is as it was. The run goes on")
             else:
                 self.failures.pop(path, None)
                 self.keep_previous = self.keep_previous or path == self.path
@@ -1084,7 +1140,7 @@ SHAPING_ARGS = (
 # is looked at instead.
 FREE_ARGS = (
     *("config", "init_from", "data_path", "output_dir", "num_workers", "dist_url", "local_rank", "rank", "gpu"),
-    *("grad_checkpointing", "compile", "stop_on_collapse", "tensorboard", "wandb"),
+    *("grad_checkpointing", "compile", "stop_on_collapse", "tensorboard", "wandb", "knn_every", "knn_data"),
     *("saveckp_freq", "saveckp_iters", "save_every_minutes", "max_bad_steps", "allow_changed_args"),
     *("world_size", "batch_size_per_gpu", "grad_accum_steps", "device"),
 )
