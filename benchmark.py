@@ -63,7 +63,7 @@ def get_args_parser():
     parser.add_argument("--batch_size_per_gpu", default=[4, 16], type=int, nargs="+", metavar="B",
         help="Images a step. `step` is measured for each, `scaling` takes the first, `epoch` the last.")
     parser.add_argument("--rounds", default=2, type=int, metavar="N",
-        help="How often everything is run, in turn; what takes minutes, once or twice.")
+        help="How often everything is run, in turn; what takes long, half as often.")
     parser.add_argument("--processes", default=[1, 2], type=int, nargs="+", metavar="N",
         help="For `scaling`: numbers of processes; the first is what the others are held against.")
     parser.add_argument("--threads", default=1, type=int, metavar="N", help="For `scaling`: threads of each process.")
@@ -340,7 +340,7 @@ def plain_knn(train_features, train_labels, test_features, test_labels, ks, T):
         right = 0
         for chunk, target in zip(test_features.chunk(100), test_labels.chunk(100), strict=True):
             similarity, nearest = (chunk @ train_features.T).topk(k)
-            one_hot = F.one_hot(train_labels[nearest], classes)  # [n, k, classes]
+            one_hot = torch.zeros(*nearest.shape, classes).scatter_(2, train_labels[nearest][..., None], 1)  # [n, k, C]
             votes = (one_hot * (similarity / T).exp()[..., None]).sum(dim=1)
             right += (votes.argmax(dim=1) == target).sum().item()
         found[k] = 100.0 * right / len(test_labels)
@@ -591,9 +591,13 @@ def useful_flop(arch, patch_size, batch_size, out_dim=OUT_DIM):
     return counter.get_total_flops()
 
 
+def half(rounds):
+    return max(rounds // 2, 1)
+
+
 def step(args):
     """Whole training steps, their memory, and what they reach of the rate of plain matrix products."""
-    arch = args.arch or "vit_small"
+    arch, smallest = args.arch or "vit_small", min(args.batch_size_per_gpu)
     for batch_size in args.batch_size_per_gpu:
         shape, pieces = (arch, args.patch_size, batch_size), {}
         flop = useful_flop(*shape)
@@ -601,11 +605,12 @@ def step(args):
             limit = f"{name} matrix products"
             pieces[f"plain {name}"] = Piece(batch_size, limit, plain_step, (*shape, amp_dtype))
             pieces[f"this {name}"] = Piece(batch_size, limit, our_step, (*shape, amp_dtype))
-            if batch_size == min(args.batch_size_per_gpu) and has_lightly(*shape[:2]):
+            if batch_size == smallest and has_lightly(*shape[:2]):
                 pieces[f"lightly {name}"] = Piece(batch_size, limit, lightly_step, (*shape, amp_dtype))
             pieces[limit] = Piece(PRODUCT / flop * batch_size, limit, matrix_product, (dtype,))
         title = f"step: {arch}/{args.patch_size}, {batch_size} images, K = {OUT_DIM}, {flop / 1e9:.0f} GFLOP"
-        compare(title, "images", pieces, args.rounds, warm_up=2, memory=True)  # memory takes two to settle
+        rounds = args.rounds if batch_size == smallest else half(args.rounds)
+        compare(title, "images", pieces, rounds, warm_up=2, memory=True)  # memory takes two to settle
 
 
 def has_lightly(arch, patch_size):
@@ -633,7 +638,7 @@ def epoch(args, number=100):
             f"this, --augmentation {kind}": Piece(used, None, whole_runs, ("main_dino.py", *ours)),
         }
         title = f"epoch: {arch}/{args.patch_size}, {number} images in batches of {batch_size}, from start to exit"
-        compare(title, "images", pieces, 1, warm_up=0)
+        compare(title, "images", pieces, half(args.rounds), warm_up=0)
 
 
 # ---- evaluations ----
@@ -666,7 +671,7 @@ def knn(args, train=50_000, test=10_000, width=384, classes=1000, ks=(10, 20, 10
         limit: Piece(PRODUCT / (2 * train * width), limit, matrix_product, (torch.float32,)),
     }
     title = f"knn: {test} images among {train}, {width} features, {classes} classes, k = {', '.join(map(str, ks))}"
-    compare(title, "images", pieces, min(args.rounds, 2), memory=True)
+    compare(title, "images", pieces, half(args.rounds), warm_up=0, memory=True)
 
 
 def propagation_task(h, w, width, frames, window, topk):
@@ -693,7 +698,7 @@ def propagation(args, h=60, w=107, width=384, frames=8, window=12, topk=5):
         limit: Piece(PRODUCT / (2 * near * frames * width), limit, matrix_product, (torch.float32,)),
     }
     title = f"propagation: {h} x {w} patches, {width} features, {frames} frames before, window {window}, top {topk}"
-    compare(title, "frames", pieces, min(args.rounds, 2), memory=True)
+    compare(title, "frames", pieces, args.rounds, memory=True)
 
 
 # ---- scaling ----

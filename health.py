@@ -253,7 +253,7 @@ def check_curves(args):
     if args.tensorboard == "on":
         summary_writer(required=True)
     if args.wandb:
-        import_wandb(args.wandb)
+        log_in_to_wandb(args.wandb)
 
 
 def summary_writer(required=False):
@@ -270,9 +270,28 @@ def summary_writer(required=False):
 def import_wandb(project):
     try:
         import wandb
-    except ImportError as e:
-        raise UserError(f"--wandb {project} needs its client: pip install wandb") from e
+    except Exception as e:  # an old one raises others than ImportError where numpy or protobuf is new
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"--wandb {project} needs its client: pip install --upgrade wandb ({reason})") from e
     return wandb
+
+
+def log_in_to_wandb(project):
+    """Find out, in the first process, whether curves can be sent: the client itself waits for minutes, or goes without.
+
+    On a terminal it may ask for a key. Raises UserError.
+    """
+    wandb = import_wandb(project)
+    if utils.find_place("")[0] > 0 or os.environ.get("WANDB_MODE", "online") != "online":  # offline, disabled
+        return
+    try:
+        wandb.login(verify=True)
+    except Exception as e:  # its types differ from version to version
+        reason = " ".join(str(e).split())[:200].rstrip(".") or type(e).__name__
+        raise UserError(
+            f"--wandb {project} can't log in: {reason}. Run `wandb login` where there is a network, or set "
+            "WANDB_MODE=offline: the curves then wait in --output_dir for `wandb sync`"
+        ) from e
 
 
 class Curves:

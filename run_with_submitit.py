@@ -78,7 +78,6 @@ def get_args_parser():
 
 
 def check_args(args):
-    main_dino.check_args(args)
     at_least_1 = dict.fromkeys(("nodes", "timeout", "cpus_per_task"), (1, math.inf))
     utils.check_limits(args, {**at_least_1, **dict.fromkeys(("ngpus", "signal_delay"), (0, math.inf))})
     if args.mem_gb is not None and not 0 < args.mem_gb < math.inf:
@@ -102,6 +101,7 @@ def check_args(args):
     for option in args.slurm_extra:
         if not re.fullmatch(r"[a-z][a-z-]*=.+", option):
             raise UserError(f"--slurm_extra {option} is not of the form option=value, such as reservation=dino")
+    main_dino.check_args(args)  # the last: with --print_config it ends here
 
 
 # ---- what to ask for ----
