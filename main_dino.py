@@ -151,7 +151,7 @@ def get_args_parser():
     run.add_argument("--tensorboard", default="auto", choices=["auto", "on", "off"], help="""Curves for TensorBoard, in
         --output_dir; auto: where it is installed.""")
     run.add_argument("--wandb", default="", metavar="PROJECT",
-        help="Send curves to this project of Weights & Biases, too.")
+        help="Send curves to this project of Weights & Biases, too. Log in first (wandb login), or WANDB_MODE=offline.")
     run.add_argument("--grad_checkpointing", default=False, type=bool_flag, metavar="BOOL", help="""Compute activations
         again in the backward pass instead of keeping them: for a large network that does not fit into memory.""")
     run.add_argument("--compile", default=False, type=bool_flag, metavar="BOOL", help="""Compile the networks with

@@ -1,9 +1,16 @@
 """What the tests share: reference numbers and their inputs, small real data, real runs."""
 
+import fcntl
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -75,7 +82,9 @@ def sample_root(tmp_path_factory):
     os.environ["DINO_CACHE"] = str(cache)
     import dino_data
 
-    return Path(dino_data.sample_dataset())
+    with open(base.parent / "dino-cache.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # else all of them would build it at once
+        return Path(dino_data.sample_dataset())
 
 
 @pytest.fixture(scope="session")
@@ -108,22 +117,95 @@ def ending(monkeypatch, capsys, script, *flags):
     with pytest.raises(SystemExit) as ended:
         utils.run(script.main, script.get_args_parser(), "")
     line = capsys.readouterr().err.strip()
-    line = line[max(line.rfind("error: "), 0) :]  # a bar of progress may stand in front
+    line = line[max(line.find("error: "), 0) :]  # a bar of progress may stand in front
     assert "\n" not in line
     assert line.startswith("error: ") or ended.value.code == 130  # Ctrl-C
     return ended.value.code, line
 
 
-def run_script(*words, timeout=300, env=None, check=True):
-    """Run `python <words>` in the checkout; returns the finished process, its output as text."""
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def start_forks():
+    """Have the process ready that those of FORKS are forked from: it has imported all that takes seconds."""
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    FORKS.set_forkserver_preload(["conftest", "main_dino"])
+    multiprocessing.forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def become(words, environment, screens):
+    """Go on, in a forked process, as a `python <words>` does that has just started; output goes to two files."""
+    for number, screen in enumerate(screens, start=1):
+        with open(screen, "wb") as file:
+            os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    folders = (ROOT, ROOT / "tests")
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "").parent in folders:
+            del sys.modules[name]
+    module = words[1] if words[0] == "-m" else None
+    sys.argv = list(words[module is not None :])
+    given = environment.get("PYTHONPATH", "").split(os.pathsep)
+    first = [str(ROOT) if module else os.path.dirname(os.path.abspath(words[0])), *filter(None, given)]
+    sys.path[:] = first + [path for path in sys.path if path and Path(path) not in folders]
+    if module:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def run_script(*words, processes=1, timeout=300, env=None, check=True):
+    """Run `python <words>` in the checkout; returns the finished process, its output as text.
+
+    What is no `python -c` or the like is forked from a process that is warm. Several `processes` find each other as
+    those that torchrun starts do; their outputs follow each other, and the exit code is that of the first one to fail.
+    """
+    words = [str(word) for word in words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    if words[0].endswith(".py") or words[0] == "-m":
+        done = run_forked(words, environment, processes, timeout)
+    else:
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     if check:
         said = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{said}"
     return done
+
+
+def run_forked(words, environment, number, timeout):
+    start_forks()
+    together = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryDirectory() as folder:
+        screens = [[Path(folder, f"{kind}{rank}") for rank in range(number)] for kind in ("out", "err")]
+        processes = []
+        for rank, screen in enumerate(zip(*screens, strict=True)):
+            place = {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}
+            processes.append(FORKS.Process(target=become, args=(words, {**environment, **place}, screen)))
+            processes[-1].start()
+        until = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(until - time.monotonic(), 0.01))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        out, err = ("".join(path.read_bytes().decode() for path in kind if path.exists()) for kind in screens)
+    if None in codes:
+        raise subprocess.TimeoutExpired(words, timeout, out, err)
+    return subprocess.CompletedProcess(words, next(filter(None, codes), 0), out, err)
 
 
 def log_without_times(folder):

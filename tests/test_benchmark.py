@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments_of, assert_near, ending, run_script
+from conftest import FORKS, arguments_of, assert_near, ending, run_script, start_forks
 
 import benchmark
 import dino_data
@@ -51,6 +52,13 @@ class Here:
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(benchmark, "Contender", Here)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Contenders in processes that are forked from a warm one: new ones take seconds to import what they need."""
+    start_forks()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORKS)
 
 
 @pytest.fixture
@@ -252,6 +260,7 @@ def test_a_contender_works_in_a_process_of_its_own_and_tells_its_peak_of_memory(
     assert contender.process.exitcode is not None
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("contender", "says"),
     [
@@ -495,11 +504,15 @@ def test_steps_make_a_table(here, capsys):
     assert 0.2 < float(rows["this fp32"][2].split()[0]) < 20
 
 
+@pytest.mark.usefixtures("forked")
+def test_real_limits_make_a_table(capsys):
+    benchmark.main(tiny("limits"))
+    assert float(table(capsys.readouterr().out)["GB/s copied (read, and written)"][0]) > 0.1
+
+
 @pytest.mark.slow
-def test_real_processes_make_tables(sample_root):
-    said = run_script("benchmark.py", "limits", "scaling", *TINY, "--batch_size_per_gpu", 1).stdout
-    rows = table(said)
-    assert float(rows["GB/s copied (read, and written)"][0]) > 0.1
+def test_real_processes_make_a_table(sample_root):
+    rows = table(run_script("benchmark.py", "scaling", *TINY, "--batch_size_per_gpu", 1).stdout)
     one, two = (float(rows[number][0]) for number in "12")
     assert float(rows["2"][1]) == pytest.approx(two / one, rel=0.1)
     assert json.loads(rows["2"][2].removesuffix(" %")) == pytest.approx(50 * two / one, rel=0.1)

@@ -541,7 +541,6 @@ def test_two_processes_with_workers_print_what_one_does(copydays, weights, other
     flags = ["eval_copy_detection.py", *SMALL, "--data_path", copydays, "--pretrained_weights", weights]
     flags += [word for part in ("whitening", "distractors") for word in (f"--{part}_path", others / part)]
     alone = run_script(*flags).stdout
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    together = run_script(*launcher, *flags, "--num_workers", 1).stdout
+    together = run_script(*flags, "--num_workers", 1, processes=2).stdout
     assert figures(alone) == figures(together) != {}
     assert together.count("images to search among") == 1

@@ -377,8 +377,7 @@ def test_figures_do_not_depend_on_how_they_are_computed(capsys, data, weights, f
 def test_two_processes_with_workers_print_what_one_does(data, weights):
     flags = ("eval_image_retrieval.py", *SMALL, "--data_path", data, "--pretrained_weights", weights)
     alone = run_script(*flags).stdout
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    together = run_script(*launcher, *flags, "--num_workers", 1).stdout
+    together = run_script(*flags, "--num_workers", 1, processes=2).stdout
     assert figures(alone) == figures(together) != {}
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT, SMALL_RUN, run_script, shared
 
 import eval_knn
+import knn
 import main_dino
 import utils
 from utils import UserError
@@ -86,7 +87,7 @@ def test_a_low_temperature_does_not_overflow():
 def test_chunks_change_nothing(monkeypatch):
     train, test = features(70, 8, 1, 6), features(45, 8, 2, 6)
     whole = eval_knn.knn_accuracies(*train, *test, [3, 10], 0.07)
-    monkeypatch.setattr(eval_knn, "NUMBERS_AT_ONCE", 100)
+    monkeypatch.setattr(knn, "NUMBERS_AT_ONCE", 100)
     assert eval_knn.knn_accuracies(*train, *test, [3, 10], 0.07) == whole
     assert whole == {k: eval_knn.knn_classifier(*train, *test, k, 0.07) for k in (3, 10)}
 
@@ -107,7 +108,7 @@ def test_memory_does_not_grow_with_the_number_of_neighbours(monkeypatch):
         return topk(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "topk", spy)
-    monkeypatch.setattr(eval_knn, "NUMBERS_AT_ONCE", 1000)
+    monkeypatch.setattr(knn, "NUMBERS_AT_ONCE", 1000)
     eval_knn.knn_classifier(*features(300, 4, 1, 3), *features(50, 4, 2, 3), 300, 0.07)
     assert max(largest) <= 1000
 
@@ -252,7 +253,6 @@ def test_two_processes_print_what_one_prints(tiny_root, trained):
     flags = ["--arch", "vit_nano", "--image_size", "32", "--data_path", tiny_root, "--pretrained_weights", trained]
     flags += ["--nb_knn", "1", "5", "--num_workers", "0", "--device", "cpu", "--batch_size_per_gpu", "3"]
     one = run_script(ROOT / "eval_knn.py", *flags).stdout
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3")
-    three = run_script(*launcher, ROOT / "eval_knn.py", *flags).stdout
+    three = run_script(ROOT / "eval_knn.py", *flags, processes=3).stdout
     assert RESULT.findall(three) == RESULT.findall(one)
     assert len(RESULT.findall(one)) == 2

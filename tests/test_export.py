@@ -190,6 +190,7 @@ def wide(tmp_path_factory, checkpoint):
     return path
 
 
+@pytest.mark.xdist_group("onnx")
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_onnxruntime_gives_the_features_of_any_number_of_oblong_images(wide, number):
     images = tensor("onnx", (number, 3, 32, 80))
@@ -197,6 +198,7 @@ def test_onnxruntime_gives_the_features_of_any_number_of_oblong_images(wide, num
     assert_near(got, features(network(), images), 1e-5)
 
 
+@pytest.mark.xdist_group("onnx")
 def test_onnx_file_stands_alone_and_says_what_its_images_are(wide):
     assert [file.name for file in wide.parent.iterdir()] == ["wide.onnx"]
     session = open_onnx(wide)

@@ -147,6 +147,33 @@ def test_a_condition_is_said_once_and_only_if_it_lasts(capsys):
     assert watching.warnings == [line.removeprefix("warning: ")] == [watching.collapse]
 
 
+def test_a_run_that_goes_on_says_what_one_without_a_stop_would(capsys):
+    watching, sick = doctor("--teacher_temp", 0.08, "--momentum_teacher", 0.9995), {**WELL, "kl": 1e-6}
+    watching.look_at_settings()
+    watching.look(0, sick, *moving(0))
+    watching.look(1, sick, *moving(1))
+    kept = watching.state_dict()
+    watching.look(2, sick, *moving(2))
+    going_on = health.Doctor(watching.args, watching.steps, state=kept)
+    assert "0.08 is more than 0.07" in going_on.warnings[0]  # it was not in the log yet
+    going_on.look_at_settings()
+    going_on.look(2, sick, *moving(2))
+    assert going_on.warnings == watching.warnings
+    assert going_on.collapse == watching.collapse != ""
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[1:4] for line in said] == [
+        ["a", "teacher", "temperature"],
+        *[["the", "student", "differs"]] * 2,
+    ]
+
+
+@pytest.mark.parametrize(("share", "speed", "warns"), [(0.3, 31.0, True), (0.2, 15.0, False), (0.3, 33.0, False)])
+def test_loaders_that_cost_half_a_minute_an_epoch_and_a_quarter_of_the_time_are_a_warning(share, speed, warns):
+    watching = doctor("--batch_size_per_gpu", 32)  # epochs of 3,200 images
+    watching.look_at_epoch({"epoch": 0, "train_data_wait": share, "train_images_per_s": speed})
+    assert [what.split(":")[0] for what in watching.warnings] == ["the loaders don't keep up"] * warns
+
+
 def test_a_teacher_that_stands_still_while_the_student_moves_is_seen(capsys):
     watching, teacher = doctor(), torch.nn.Linear(2, 2)
     for step in range(4):
@@ -201,7 +228,8 @@ def images(sample_root, tmp_path_factory):
 
 def warnings_of_a_run(images, folder, *flags):
     main_dino.train_dino(arguments_of(main_dino, *RUN, "--data_path", images, "--output_dir", folder, *flags))
-    return [what for line in log_without_times(folder) for what in line.get("warnings", [])]
+    found = [what for line in log_without_times(folder) for what in line.get("warnings", [])]
+    return [what for what in found if not what.startswith("the loaders don't keep up")]  # a busy machine's
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -220,7 +248,10 @@ def test_a_healthy_run_raises_no_warning(images, tmp_path, seed):
 def test_a_sick_run_raises_the_right_warning_within_70_steps(monkeypatch, images, tmp_path, sickness, flags, warning):
     if sickness == "no centering":
         monkeypatch.setattr(DINOLoss, "update_center", lambda self, logits: None)
-    found = warnings_of_a_run(images, tmp_path, *flags)
+    try:
+        found = warnings_of_a_run(images, tmp_path, "--stop_on_collapse", "true", *flags)
+    except health.UserError as stop:  # at the warning: the steps that are left are not needed
+        found = [str(stop)]
     assert any(warning in what for what in found), found
 
 
@@ -228,13 +259,22 @@ def test_a_sick_run_raises_the_right_warning_within_70_steps(monkeypatch, images
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_collapse_ends_the_run_with_code_4_and_a_checkpoint_if_that_is_wanted(images, tmp_path, processes):
     flags = ["--teacher_temp", 1, "--warmup_teacher_temp", 1, "--stop_on_collapse", "true", "--data_path", images]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2] if processes == 2 else []
     flags += ["--batch_size_per_gpu", 32 // processes, "--output_dir", tmp_path]
-    done = run_script(*launcher, "main_dino.py", *RUN, *flags, check=False)
-    assert done.returncode == (1 if processes == 2 else 4)  # torchrun's own
+    done = run_script("main_dino.py", *RUN, *flags, processes=processes, check=False)
+    assert done.returncode == 4
     assert "saved: the teacher's entropy is" in done.stderr
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert 20 < checkpoint["step"] < 40
+
+
+def test_a_collapse_that_is_seen_with_the_last_step_is_one_too(images, tmp_path):
+    flags = ["--teacher_temp", 1, "--warmup_teacher_temp", 1, "--stop_on_collapse", "true", "--batch_size_per_gpu", 106]
+    with pytest.raises(
+        health.UserError, match="all epochs are done and saved, but: the teacher's entropy is"
+    ) as raised:
+        warnings_of_a_run(images, tmp_path, *flags)  # 21 steps, of which the first, the middle and the last are logged
+    assert raised.value.exit_code == 4
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
 
 
 # ---- where it ran, and curves ----

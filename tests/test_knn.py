@@ -118,9 +118,8 @@ def test_the_log_has_what_eval_knn_prints_and_the_best_of_it_is_kept(tiny_root, 
 
 
 def test_two_processes_find_what_one_finds(tiny_root, labelled, tmp_path):
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "main_dino.py", *RUN]
-    words += ["--data_path", tiny_root / "train", "--knn_data", labelled, "--batch_size_per_gpu", 3, "--epochs", 1]
-    run_script(*words, "--knn_every", 1, "--output_dir", tmp_path)
+    flags = [*RUN, "--data_path", tiny_root / "train", "--knn_data", labelled, "--batch_size_per_gpu", 3, "--epochs", 1]
+    run_script("main_dino.py", *flags, "--knn_every", 1, "--output_dir", tmp_path, processes=2)
     (line,) = log_without_times(tmp_path)
     assert accuracies_printed(labelled, tmp_path / "checkpoint.pth") == pytest.approx(
         [line["knn_top1"], line["knn_top5"]]
@@ -135,13 +134,18 @@ def test_it_looks_every_so_many_epochs_and_behind_the_last(tiny_root, tmp_path):
 # ---- no trace ----
 
 
+RESNET = ("--arch", "resnet18", "--use_fp16", "false")  # its batch norms keep statistics
+
+
+@pytest.fixture(scope="module")
+def without(tiny_root, tmp_path_factory):
+    return train(tiny_root, tmp_path_factory.mktemp("without"), *RESNET)
+
+
+@pytest.mark.xdist_group("knn")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_run_is_the_same_with_it_and_without(tiny_root, tmp_path, workers):
-    flags = ("--arch", "resnet18", "--use_fp16", "false", "--num_workers", workers)  # batch norms keep statistics
-    without, with_it = (
-        train(tiny_root, tmp_path / "a", *flags),
-        train(tiny_root, tmp_path / "b", *flags, "--knn_every", 1),
-    )
+def test_the_run_is_the_same_with_it_and_without(without, tiny_root, tmp_path, workers):
+    with_it = train(tiny_root, tmp_path, *RESNET, "--knn_every", 1, "--num_workers", workers)
     one, other = checkpoint(without), checkpoint(with_it)
     for part in ("student", "teacher", "dino_loss"):
         assert one[part].keys() == other[part].keys()

@@ -39,6 +39,12 @@ def train(root, output, *flags):
     return torch.load(output / "checkpoint.pth", weights_only=True)
 
 
+@pytest.fixture
+def small_head(monkeypatch):
+    """Projection heads of 64 instead of 2,048 units: half precision takes a CPU a second a step with those."""
+    monkeypatch.setattr(main_dino, "DINOHead", partial(vits.DINOHead, hidden_dim=64))
+
+
 def assert_same_tensors(one, other):
     """Bit for bit, through nested dicts and lists."""
     if isinstance(one, torch.Tensor):
@@ -445,6 +451,7 @@ def one_epoch_of(monkeypatch, tmp_path, tiny_root, *flags):
     return seen, checkpoint
 
 
+@pytest.mark.usefixtures("small_head")
 def test_fp16_trains_with_a_gradient_scaler_that_is_saved(monkeypatch, tmp_path, tiny_root):
     seen, checkpoint = one_epoch_of(monkeypatch, tmp_path, tiny_root, "--amp_dtype", "fp16")
     assert seen == {torch.float16}
@@ -736,13 +743,20 @@ def test_activations_of_a_network_that_can_not_compute_them_again_are_kept_with_
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 def test_compiled_networks_have_the_losses_of_others_to_rounding(tiny_root, tmp_path):
+    """Of two blocks: each of the compiler's files takes it a second."""
+    script = tmp_path / "shallow.py"
+    script.write_text(
+        "from functools import partial\nimport main_dino, utils\nimport vision_transformer as vits\n"
+        "vits.vit_nano = partial(vits.vit_nano, depth=2)\n"
+        "utils.run(main_dino.train_dino, main_dino.get_args_parser(), '')\n"
+    )
     flags = [*SMALL_RUN, "--epochs", 1, "--warmup_epochs", 0, "--use_fp16", "false", "--local_crops_number", 0]
+    flags += ["--data_path", tiny_root / "train"]
     losses = []
     for compiled in ("false", "true"):
         folder = tmp_path / compiled
-        run_script(
-            "main_dino.py", *flags, "--compile", compiled, "--data_path", tiny_root / "train", "--output_dir", folder
-        )
+        words = (script, *flags, "--compile", compiled, "--output_dir", folder)
+        run_script(*words, env={"PYTHONPATH": str(ROOT)})
         losses.append(json.loads((folder / "log.txt").read_text())["train_loss"])
     one, other = (torch.load(tmp_path / f"{c}/checkpoint.pth", weights_only=True) for c in ("false", "true"))
     assert one["student"].keys() == other["student"].keys()
@@ -824,6 +838,7 @@ def test_a_checkpoint_that_does_not_fit_names_what_differs(monkeypatch, capsys, 
     assert (output / "checkpoint.pth").read_bytes() == before
 
 
+@pytest.mark.usefixtures("small_head")
 @pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
 def test_goes_on_from_a_checkpoint_of_the_authors_release(tiny_root, tmp_path, amp_dtype):
     """Arguments as a Namespace, learning rates as numpy scalars, groups and steps as an old torch wrote them."""
@@ -842,6 +857,7 @@ def test_goes_on_from_a_checkpoint_of_the_authors_release(tiny_root, tmp_path, a
     assert_same_run(train(tiny_root, tmp_path, *flags), whole)
 
 
+@pytest.mark.usefixtures("small_head")
 def test_the_gradient_scaler_goes_on_from_its_checkpoint(tiny_root, tmp_path):
     flags = ("--amp_dtype", "fp16", "--saveckp_freq", 1)
     train(tiny_root, tmp_path, *flags)
@@ -980,12 +996,12 @@ utils.run(main, main_dino.get_args_parser(), "")
 """
 
 
-def recorded_losses(tmp_path, launcher, name, *flags):
+def recorded_losses(tmp_path, launcher, name, *flags, **options):
     script = tmp_path / "recorder.py"
     script.write_text(RECORDER)
     output = tmp_path / name
     flags = [*SMALL_RUN, "--output_dir", output, *flags]
-    run_script(*launcher, script, tmp_path / f"{name}.json", *flags, env={"PYTHONPATH": str(ROOT)})
+    run_script(*launcher, script, tmp_path / f"{name}.json", *flags, env={"PYTHONPATH": str(ROOT)}, **options)
     return json.loads((tmp_path / f"{name}.json").read_text()), torch.load(output / "checkpoint.pth", weights_only=True)
 
 
@@ -1005,7 +1021,7 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(tmp_pat
     ]
     flags += ["--drop_path_rate", 0, "--use_fp16", "false"]
     one, state = recorded_losses(tmp_path, (), "one", *flags, "--batch_size_per_gpu", 8)
-    two, states = recorded_losses(tmp_path, TORCHRUN, "two", *flags, "--batch_size_per_gpu", 4)
+    two, states = recorded_losses(tmp_path, (), "two", *flags, "--batch_size_per_gpu", 4, processes=2)
     assert len(one) == 10
     assert_near(two, one, tolerance)
     assert one[0] != one[-1]
@@ -1018,7 +1034,7 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(tmp_pat
 def test_resnet50_trains_three_steps_on_two_processes(tmp_path, tiny_root):
     flags = ["--config", "recipes/imagenet_resnet50.yaml", *SMALL_RUN, "--arch", "resnet50", "--local_crops_size", 32]
     flags += ["--data_path", tiny_root / "train", "--output_dir", tmp_path, "--batch_size_per_gpu", 6, "--epochs", 1]
-    done = run_script(*TORCHRUN, "main_dino.py", *flags)
+    done = run_script("main_dino.py", *flags, processes=2)
     assert "[2/3]" in done.stdout
     assert done.stdout.count("each process normalises its own batch") == 1
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
