@@ -108,7 +108,7 @@ def ending(monkeypatch, capsys, script, *flags):
     with pytest.raises(SystemExit) as ended:
         utils.run(script.main, script.get_args_parser(), "")
     line = capsys.readouterr().err.strip()
-    line = line[max(line.rfind("error: "), 0) :]  # a bar of progress may stand in front
+    line = line[max(line.find("error: "), 0) :]  # a bar of progress may stand in front
     assert "\n" not in line
     assert line.startswith("error: ") or ended.value.code == 130  # Ctrl-C
     return ended.value.code, line

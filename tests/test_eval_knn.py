@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SMALL_RUN, run_script, shared
+from torchvision import datasets
 
 import eval_knn
+import knn
 import main_dino
 import utils
 from utils import UserError
@@ -86,7 +88,7 @@ def test_a_low_temperature_does_not_overflow():
 def test_chunks_change_nothing(monkeypatch):
     train, test = features(70, 8, 1, 6), features(45, 8, 2, 6)
     whole = eval_knn.knn_accuracies(*train, *test, [3, 10], 0.07)
-    monkeypatch.setattr(eval_knn, "NUMBERS_AT_ONCE", 100)
+    monkeypatch.setattr(knn, "NUMBERS_AT_ONCE", 100)
     assert eval_knn.knn_accuracies(*train, *test, [3, 10], 0.07) == whole
     assert whole == {k: eval_knn.knn_classifier(*train, *test, k, 0.07) for k in (3, 10)}
 
@@ -107,7 +109,7 @@ def test_memory_does_not_grow_with_the_number_of_neighbours(monkeypatch):
         return topk(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "topk", spy)
-    monkeypatch.setattr(eval_knn, "NUMBERS_AT_ONCE", 1000)
+    monkeypatch.setattr(knn, "NUMBERS_AT_ONCE", 1000)
     eval_knn.knn_classifier(*features(300, 4, 1, 3), *features(50, 4, 2, 3), 300, 0.07)
     assert max(largest) <= 1000
 
@@ -146,7 +148,7 @@ def test_a_checkpoint_is_evaluated_and_the_tensors_are_counted(monkeypatch, caps
     utils.load_weights(model.eval(), str(trained))
     tensors = []
     for part in ("train", "val"):
-        folder = dino_data.image_folder(tiny_root / part)
+        folder = datasets.ImageFolder(tiny_root / part)
         transform = dino_data.eval_transform(32)
         with torch.no_grad():
             rows = [model(utils.normalize(transform(image))[None])[0] for image, _ in folder]
