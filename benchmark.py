@@ -39,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 import dino_data
+import dino_images
 import eval_knn
 import eval_video_segmentation
 import main_dino
@@ -408,7 +409,7 @@ def photographs(data_path, folder, side=500):
     paths = []
     for source in dino_data.find_photographs():
         paths.append(os.path.join(folder, f"{Path(source).stem}.jpg"))
-        image = dino_data.load_image(source)
+        image = dino_images.load_image(source)
         image.thumbnail((side, side), Image.Resampling.LANCZOS)  # as large as ImageNet's
         image.save(paths[-1], "JPEG", quality=90)
     return paths
@@ -486,7 +487,7 @@ def crops(args, number=50):
     kinds = [kind for kind in AUGMENTATIONS if kind not in needed or installed(*needed[kind])]
     pieces = {kind: Piece(len(paths), "decoding alone", one_by_one, (kind, paths)) for kind in kinds}
     compare("crops: JPEG files to 2 crops of 224 and 8 of 96 pixels, on one core", "images", pieces, args.rounds)
-    image = dino_data.load_image(paths[0])
+    image = dino_images.load_image(paths[0])
     sizes = [sum(c.nbytes for c in AUGMENTATIONS[kind]()(image)) for kind in ("plain", "this, --augmentation pil")]
     print("\nbytes of an image's crops")
     print_rows([["", "bytes", "/ plain"], ["plain", str(sizes[0]), 1.0], ["this", str(sizes[1]), sizes[1] / sizes[0]]])
@@ -785,7 +786,7 @@ def empty_files(root, number, folders=1000):
 
 def index_of(root):
     kept = []
-    return lambda: kept.append(dino_data.MultiCropDataset(dino_data.image_folder(root), None, 0))
+    return lambda: kept.append(dino_data.MultiCropDataset(dino_data.find_images(root), None, 0))
 
 
 # ---- startup ----

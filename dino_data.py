@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
-from torchvision import datasets, transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision import transforms
 
+import dino_images
 import utils
 from utils import UserError
 
@@ -122,7 +122,7 @@ def eval_transform(image_size=224):
 
 def render_pil(image, views):
     """Views of a PIL image, each uint8 [3, size, size]: the very pixels of torchvision's transforms on PIL images."""
-    image = to_rgb(image)
+    image = dino_images.to_rgb(image)
     return [render_pil_view(image, view) for view in views]
 
 
@@ -211,8 +211,9 @@ def opencv():
 def render_fast(image, views):
     """Views of a PIL image, each uint8 [3, size, size]: what render_pil gives but for a level or so, much faster.
 
-    An image that is not decoded yet (see open_image) is decoded at a half, a quarter or an eighth of its size if it is
-    a JPEG and each view has to be shrunk by 2 or more even so; boxes then count in whole pixels of the smaller image.
+    An image that is not decoded yet (see dino_images.open_image) is decoded at a half, a quarter or an eighth of its
+    size if it is a JPEG and each view has to be shrunk by 2 or more even so; boxes then count in whole pixels of the
+    smaller image.
     """
     width = image.width
     pixels = decode(image, views)  # [1, 3, H, W]
@@ -233,7 +234,7 @@ def decode(image, views):
         else:
             pixels = decode_whole_jpeg(image.fp)
     if pixels is None:
-        pixels = np.array(to_rgb(image))
+        pixels = np.array(dino_images.to_rgb(image))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
@@ -313,29 +314,6 @@ RENDERERS = {"pil": render_pil, "fast": render_fast}
 # ---- data sets ----
 
 
-def load_image(path):
-    """The file as a PIL image in RGB. Raises UserError, with its name, if it is not an image or damaged."""
-    with open_image(path) as image:
-        return to_rgb(image)
-
-
-def open_image(path):
-    """The file as a PIL image that is not decoded yet. Raises UserError, with its name, if it is not an image."""
-    try:
-        return Image.open(path)
-    except Exception as e:  # Pillow's decoders raise almost anything on damaged data
-        raise UserError(f"can't read the image {path}: {e}. Repair or remove it") from e
-
-
-def to_rgb(image):
-    """A PIL image, decoded if it is not yet, in RGB. Raises UserError, with the file's name, if it is damaged."""
-    try:
-        return image.convert("RGB")
-    except Exception as e:
-        name = getattr(image, "filename", "")
-        raise UserError(f"can't read the image {name}: {e}. Repair or remove it") from e
-
-
 def image_files(folder, flag):
     """Paths of the images directly in a folder, frame-2 before frame-10. Raises UserError, naming the flag, if none."""
     if not os.path.isdir(folder):
@@ -344,118 +322,131 @@ def image_files(folder, flag):
         files = [path for path in Path(folder).iterdir() if not path.name.startswith(".")]  # ._a.jpg is none
     except OSError as e:
         raise UserError(f"can't list {flag} {folder}: {e.strerror}") from e
-    paths = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
+    paths = [path for path in files if path.suffix.lower() in dino_images.EXTENSIONS]
     if not paths:
-        raise UserError(f"{flag} {folder} has no images in it ({', '.join(IMG_EXTENSIONS)})")
+        raise UserError(f"{flag} {folder} has no images in it ({', '.join(dino_images.EXTENSIONS)})")
     return sorted(paths, key=lambda path: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)])
 
 
-def image_folder(path, kind=datasets.ImageFolder, transform=None, flag="--data_path"):
-    """The images below `path`, one folder a class, as a torchvision ImageFolder. Raises UserError if there are none."""
-    if not os.path.isdir(path):
-        raise UserError(f"{flag} {path} is no folder. Name one with a sub-folder of images for each class, or `sample`")
-    try:
-        folder = kind(path, transform, loader=load_image, allow_empty=True)
-    except FileNotFoundError as e:
-        raise UserError(
-            f"{flag} {path} has no class folders in it. Put the images into sub-folders, one a class "
-            "(a single one will do for training)"
-        ) from e
-    if not folder.samples:
-        raise UserError(f"{flag} {path} has class folders but no image in them ({', '.join(folder.extensions)})")
-    return folder
+def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path"):
+    """The numbered images that --data_path means, as dino_images has them; `sample` are the embedded ones.
+
+    Of `sample` and of torchvision's sets, `part` (train or val) is taken. Raises UserError if there are none.
+    """
+    return dino_images.find_images(find_data(data_path, part), part, data_format, exif, flag)
 
 
 class MultiCropDataset(Dataset):
-    """Training crops of the images of a folder: dataset[epoch, index] -> (list of crops, index)."""
+    """Training crops of numbered images: dataset[epoch, i] -> (crops, number of the image, "" or what is wrong with i).
 
-    def __init__(self, folder, augment, seed):
-        self.folder, self.augment, self.seed = folder, augment, seed
+    In the place of an image that can't be read comes another, which follows from (seed, epoch, i). BadImage is raised
+    if TRIES in a row can't be read, or, with `strict`, one. What is wrong is its name, a tab, and why.
+    """
+
+    TRIES = 20
+
+    def __init__(self, images, augment, seed, strict=False):
+        self.images, self.augment, self.seed, self.strict = images, augment, seed, strict
 
     def __len__(self):
-        return len(self.folder)
+        return len(self.images)
 
     def __getitem__(self, key):
-        epoch, index = key
-        utils.fix_random_seeds(utils.derive_seed(self.seed, utils.SAMPLE, epoch, index))
-        image, _ = self.folder[index]
-        return self.augment(image), index
+        number, wrong = key[1], ""
+        for attempt in range(1 if self.strict else self.TRIES):
+            utils.fix_random_seeds(utils.derive_seed(self.seed, utils.SAMPLE, *key))
+            try:
+                return self.augment(self.images.open(number)), number, wrong
+            except dino_images.BadImage as e:
+                bad, wrong = e, wrong or f"{self.images.name(number)}\t{e}"
+            number = utils.derive_seed(self.seed, utils.REPLACEMENT, *key, attempt) % len(self.images)
+        raise bad
 
 
-class ReturnIndexDataset(datasets.ImageFolder):
-    """A folder of labelled images for evaluation: dataset[index] -> (image, index); the labels are in `targets`."""
+class EvalImages(Dataset):
+    """Numbered images for evaluation: dataset[i] -> (transform(image in RGB), i)."""
 
-    def __getitem__(self, index):
-        image, _ = super().__getitem__(index)
-        return image, index
-
-
-class ImageList(Dataset):
-    """Images of a list of files for evaluation: dataset[index] -> (transform(image), index)."""
-
-    def __init__(self, paths, transform):
-        self.paths, self.transform = paths, transform
+    def __init__(self, images, transform):
+        self.images, self.transform = images, transform
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.images)
 
-    def __getitem__(self, index):
-        return self.transform(self.load(self.paths[index])), index
+    def __getitem__(self, i):
+        return self.transform(self.load(i)), i
 
-    def load(self, path):
-        return load_image(path)
+    def load(self, i):
+        return dino_images.to_rgb(self.images.open(i))
 
 
-def labelled_folders(data_path, transform, flag="--data_path"):
-    """`train` and `val` below data_path as ReturnIndexDatasets, and their labels by one numbering, as two tensors.
+def find_part(data_path, part):
+    """Where --data_path has one of the two parts of a data set: a folder or a list of that name; None if nowhere."""
+    root = os.fspath(find_data(data_path))
+    if root.startswith("torchvision:"):  # which has both
+        return root
+    names = [part, *(part + suffix for suffix in dino_images.LISTS)]
+    return next((path for path in (os.path.join(root, name) for name in names) if os.path.exists(path)), None)
+
+
+def labelled_part(data_path, part, exif=False, flag="--data_path"):
+    """The numbered images of train or val of --data_path. Raises UserError if it is not there, or has no labels."""
+    path = find_part(data_path, part)
+    if path is None:
+        what = f"has no {part} in it" if os.path.isdir(find_data(data_path)) else "is no folder"
+        raise UserError(f"{flag} {data_path} {what}. It takes folders {part}/<class>/*, or a list {part}.csv")
+    images = dino_images.find_images(path, part, exif=exif, flag=flag)
+    if images.targets is None:
+        raise UserError(f"{flag} {path} has no labels. Sort the images into a folder for each class, or write a list")
+    return images
+
+
+def labelled_images(data_path, transform, exif=False, flag="--data_path"):
+    """(train, val, labels of train, labels of val): train and val of data_path as EvalImages, labels by one numbering.
 
     The classes are train's; val may lack some of them. Raises UserError if it has one that train has not.
     """
-    parts = (os.path.join(data_path, part) for part in ("train", "val"))
-    train, val = (image_folder(part, ReturnIndexDataset, transform, flag) for part in parts)
-    unknown = sorted(set(val.classes) - set(train.classes))
+    train, val = (labelled_part(data_path, part, exif, flag) for part in ("train", "val"))
+    number = {name: i for i, name in enumerate(train.classes)}
+    unknown = sorted(set(val.classes) - set(number))
     if unknown:
-        raise UserError(
-            f"{data_path}/val has classes that {data_path}/train has not: {', '.join(unknown[:5])}. Give both the same"
-        )
-    renumbered = [train.class_to_idx[name] for name in val.classes]
-    return train, val, torch.tensor(train.targets), torch.tensor([renumbered[t] for t in val.targets])
+        some = ", ".join(unknown[:5])
+        raise UserError(f"{flag} {data_path}: val has classes that train has not: {some}. Give both the same")
+    renumbered = torch.tensor([number[name] for name in val.classes])
+    return EvalImages(train, transform), EvalImages(val, transform), train.targets, renumbered[val.targets]
 
 
-def find_labelled(path, transform, flag):
-    """(train, val, labels of train, labels of val) of a folder: of train/ and val/ in it, or of its own classes."""
-    folder = find_data(path)
-    parts = [os.path.isdir(os.path.join(folder, part)) for part in ("train", "val")]
+def find_labelled(path, transform, exif, flag):
+    """(train, val, labels of train, labels of val) of train and val in a folder, or of the labelled images in it."""
+    parts = [find_part(path, part) for part in ("train", "val")]
     if all(parts):
-        return labelled_folders(folder, transform, flag)
+        return labelled_images(path, transform, exif, flag)
     if any(parts):
         raise UserError(f"{flag} {path} has only one of train and val. Name a folder that has both, or class folders")
-    return held_out(image_folder(folder, flag=flag), transform, f"{flag} {path}")
+    return held_out(dino_images.find_images(path, exif=exif, flag=flag), transform, f"{flag} {path}")
 
 
-def held_out(folder, transform, source):
-    """(train, val, labels of train, labels of val) of one image folder: every tenth image of a class is in `val`.
+def held_out(images, transform, source):
+    """(train, val, labels of train, labels of val) of one set of images: every tenth of a class is in `val`.
 
     Classes of fewer than ten images give their first one, those of a single image none. Raises UserError if `source`,
-    where the folder is from, has a single class, or nothing to hold out.
+    where they are from, has a single class, or nothing to hold out.
     """
-    targets = torch.tensor(folder.targets)
-    if len(targets.unique()) < 2:
+    targets = images.targets
+    if targets is None or len(targets.unique()) < 2:
         raise UserError(
-            f"{source} has its images in a single class folder, and k-NN needs labels. Name a folder with some by "
-            "--knn_data, or leave out --knn_every"
+            f"{source} has its images in a single class folder, or in none, and k-NN needs labels. Name a folder with "
+            "some by --knn_data, or leave out --knn_every"
         )
-    counts = targets.bincount()
-    number_in_class = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets]  # class comes after class
+    order, counts = targets.argsort(stable=True), targets.bincount()
+    number_in_class = torch.empty_like(targets)
+    number_in_class[order] = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets[order]]
     is_val = (number_in_class % 10 == 0) & (counts[targets] > 1)
     if not is_val.any():
         raise UserError(
             f"{source} has one image in each class: nothing to hold out for k-NN. Name another by --knn_data"
         )
-    parts = []
-    for wanted in (~is_val, is_val):
-        parts.append(ImageList([folder.samples[i][0] for i in wanted.nonzero()[:, 0].tolist()], transform))
-    return *parts, targets[~is_val], targets[is_val]
+    parts = [wanted.nonzero()[:, 0] for wanted in (~is_val, is_val)]
+    return *(EvalImages(images.take(part.tolist()), transform) for part in parts), *(targets[part] for part in parts)
 
 
 # ---- samplers and loaders ----
@@ -546,12 +537,6 @@ def find_data(data_path, part=""):
     return os.path.join(sample_dataset(), part) if data_path == "sample" else data_path
 
 
-def cache_dir():
-    """Where what is built once is kept: $DINO_CACHE, else dino/ in the user's cache folder."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.environ.get("DINO_CACHE") or os.path.join(user_cache, "dino")
-
-
 def sample_dataset():
     """The folder of the embedded data set, train/<class>/*.png and val/<class>/*.png; built at the first call.
 
@@ -560,14 +545,14 @@ def sample_dataset():
     Deterministic. It appears whole or not at all, also when several processes ask at once. Raises UserError if a
     photograph is not installed or the cache can't be written.
     """
-    target = os.path.join(cache_dir(), f"sample-v{SAMPLE_VERSION}")
+    target = os.path.join(utils.cache_dir(), f"sample-v{SAMPLE_VERSION}")
     if os.path.isdir(target):
         return target
     photographs = find_photographs()
     building = None
     try:
-        os.makedirs(cache_dir(), exist_ok=True)
-        building = tempfile.mkdtemp(prefix=".sample-", dir=cache_dir())
+        os.makedirs(utils.cache_dir(), exist_ok=True)
+        building = tempfile.mkdtemp(prefix=".sample-", dir=utils.cache_dir())
         for number, path in enumerate(photographs):
             write_sample_crops(path, building, random.Random(number))
         os.chmod(building, 0o755)  # mkdtemp's is for its owner only
@@ -575,8 +560,8 @@ def sample_dataset():
     except OSError as e:
         if not os.path.isdir(target):  # else another process was first, which is as good
             raise UserError(
-                f"can't build the sample data set in {cache_dir()}: {e.strerror}. Set DINO_CACHE to a folder you may "
-                "write to"
+                f"can't build the sample data set in {utils.cache_dir()}: {e.strerror}. Set DINO_CACHE to a folder you "
+                "may write to"
             ) from e
     finally:
         if building:
@@ -602,7 +587,7 @@ def find_photographs(names=None):
 
 def write_sample_crops(path, root, rng):
     """Draw a photograph's crops and write them below root/train and root/val."""
-    image = load_image(path)
+    image = dino_images.load_image(path)
     border = round(0.6 * image.width)
     name = Path(path).stem
     for part, number, left, right in (

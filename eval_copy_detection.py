@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torchvision import transforms
 
 import dino_data
+import dino_images
 import utils
 from utils import UserError, bool_flag
 
@@ -114,7 +115,8 @@ class CopyFeatures(nn.Module):
 def extract(model, paths, args, device):
     """Features [N, 2·D] of images, in their order; None but on rank 0. Raises UserError if they are not finite."""
     square = transforms.Resize((args.imsize, args.imsize), interpolation=transforms.InterpolationMode.BICUBIC)
-    images = dino_data.ImageList(paths, transforms.Compose([square, transforms.PILToTensor()]))
+    shown = transforms.Compose([square, transforms.PILToTensor()])
+    images = dino_data.EvalImages(dino_images.ImageFiles(paths), shown)
     loader = dino_data.eval_loader(images, args.batch_size_per_gpu, args.num_workers, device)
     features = utils.extract_features(model, loader, args.use_cuda)
     if features is not None:

@@ -20,6 +20,7 @@ from PIL import Image
 from torchvision import transforms
 
 import dino_data
+import dino_images
 import utils
 from utils import UserError, bool_flag
 
@@ -74,7 +75,7 @@ class GroundTruthUnpickler(pickle.Unpickler):
         return PICKLED_AS[module, name]
 
 
-class OxfordParisDataset(dino_data.ImageList):
+class OxfordParisDataset(dino_data.EvalImages):
     """The images of one `split` ("database" or "query") of a data set, and its ground truth as `cfg`.
 
     `cfg` has `imlist`, `qimlist` and `gnd`, for each query the numbers of its easy, hard and junk images. Query images
@@ -90,15 +91,17 @@ class OxfordParisDataset(dino_data.ImageList):
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             raise UserError(f"{len(missing)} of the {len(paths)} {split} images are missing: {utils.some_of(missing)}")
-        super().__init__(paths, transform or transforms.PILToTensor())
+        super().__init__(dino_images.ImageFiles(paths), transform or transforms.PILToTensor())
 
-    def load(self, path):
-        image = super().load(path)
+    def load(self, i):
+        image = super().load(i)
         if self.imsize is not None:
             image.thumbnail((self.imsize, self.imsize), Image.Resampling.LANCZOS)
         if min(image.size) < self.least_side:
             width, height = image.size
-            raise UserError(f"{path} is too small at {width} × {height} pixels: raise --imsize, or leave it out")
+            raise UserError(
+                f"{self.images.name(i)} is too small at {width} × {height} pixels: raise --imsize, or leave it out"
+            )
         return image
 
 

@@ -27,8 +27,11 @@ def get_args_parser():
     parents = [utils.model_flags(), utils.process_flags()]
     parser = argparse.ArgumentParser("k-NN evaluation", add_help=False, parents=parents)
     # fmt: off
-    parser.add_argument("--data_path", default="sample", metavar="DIR", help="""Folder with train/ and val/, in each a
-        sub-folder per class; `sample` is a small set made from photographs that are installed already.""")
+    parser.add_argument("--data_path", default="sample", metavar="PATH", help="""Folder with train and val in it, each a
+        folder with one for each class or a list of paths and labels (train.csv); torchvision:NAME, such as
+        torchvision:CIFAR10; or `sample`, a small set made from photographs that are installed already.""")
+    parser.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
+        help="Turn photographs as their cameras noted; as it was in training.")
     parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int, metavar="K",
         help="Numbers of neighbours. Around 20 works best as a rule; fewer if the classes are small.")
     parser.add_argument("--temperature", default=0.07, type=float, metavar="T",
@@ -111,8 +114,8 @@ def main(args):
     if args.load_features is not None:
         print_accuracies(load_features(args.load_features, device if args.use_cuda else "cpu"), args)
         return
-    sets = dino_data.labelled_folders(dino_data.find_data(args.data_path), dino_data.eval_transform(args.image_size))
-    utils.log(f"{len(sets[0])} training and {len(sets[1])} validation images in {len(sets[0].classes)} classes")
+    sets = dino_data.labelled_images(args.data_path, dino_data.eval_transform(args.image_size), args.exif)
+    utils.log(f"{len(sets[0])} training and {len(sets[1])} validation images in {len(sets[0].images.classes)} classes")
     utils.fix_random_seeds(0)  # what is called untrained is the same network each time
     model, name = build_model(args, device, args.pretrained_weights)
     rows = {name: model}

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import dino_data
+import dino_images
 import utils
 from utils import UserError, bool_flag
 
@@ -34,9 +35,11 @@ def get_args_parser():
     parents = [utils.model_flags(), utils.process_flags()]
     parser = argparse.ArgumentParser("Linear evaluation", add_help=False, parents=parents)
     # fmt: off
-    parser.add_argument("--data_path", default="sample", metavar="DIR", help="""Folder with train/ and val/, in each a
-        sub-folder per class (--evaluate can do without train/); `sample` is a small set made from photographs that are
-        installed already.""")
+    parser.add_argument("--data_path", default="sample", metavar="PATH", help="""Folder with train and val in it, each a
+        folder with one for each class or a list of paths and labels (train.csv); torchvision:NAME, such as
+        torchvision:CIFAR10; or `sample`, a small set made from photographs that are installed already.""")
+    parser.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
+        help="Turn photographs as their cameras noted; as it was in training.")
     parser.add_argument("--n_last_blocks", default=4, type=int, metavar="N", help="""A ViT's features are the CLS tokens
         of this many last blocks: 4 for ViT-S and smaller, 1 for ViT-B. Other networks give their pooled output.""")
     parser.add_argument("--avgpool_patchtokens", default=False, type=bool_flag, metavar="BOOL",
@@ -81,18 +84,19 @@ def check_args(args):
 def load_data(args):
     """(train, val, train labels [N], val labels [M], class names), labels being numbers of train's class folders.
 
-    `train[epoch, index]` -> (random crop, index), `val[index]` -> (image, index), images as uint8. --evaluate can do
-    without train: then it is None and the classes are val's.
+    `train[epoch, index]` -> (random crop, index, ""), `val[index]` -> (image, index), images as uint8. --evaluate can
+    do without train: then it is None and the classes are val's.
     """
-    root, transform = dino_data.find_data(args.data_path), dino_data.eval_transform(args.image_size)
-    if args.evaluate and not os.path.isdir(os.path.join(root, "train")):
-        val = dino_data.image_folder(os.path.join(root, "val"), dino_data.ReturnIndexDataset, transform)
-        return None, val, None, torch.tensor(val.targets), val.classes
-    train, val, train_labels, val_labels = dino_data.labelled_folders(root, transform)
-    train.transform = None  # its crops depend on the epoch: MultiCropDataset makes them
+    transform = dino_data.eval_transform(args.image_size)
+    if args.evaluate and dino_data.find_part(args.data_path, "train") is None:
+        val = dino_data.labelled_part(args.data_path, "val", args.exif)
+        return None, dino_data.EvalImages(val, transform), None, val.targets, val.classes
+    train, val, train_labels, val_labels = dino_data.labelled_images(args.data_path, transform, args.exif)
+    # The crops of training depend on the epoch: MultiCropDataset makes them.
     crop, flip = transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip()
-    augment = transforms.Compose([crop, flip, transforms.PILToTensor()])
-    return dino_data.MultiCropDataset(train, augment, args.seed), val, train_labels, val_labels, train.classes
+    augment = transforms.Compose([dino_images.to_rgb, crop, flip, transforms.PILToTensor()])
+    crops = dino_data.MultiCropDataset(train.images, augment, args.seed, strict=True)
+    return crops, val, train_labels, val_labels, train.images.classes
 
 
 def build_loader(dataset, sampler, args, device):
@@ -201,7 +205,7 @@ def train_one_epoch(model, classifier, data_loader, labels, optimizer, epoch, ar
     Raises UserError (exit code 3) when the loss is not finite.
     """
     metrics = utils.MetricLogger()
-    for images, indices in metrics.log_every(data_loader, 20, f"Epoch: [{epoch}/{args.epochs}]"):
+    for images, indices, *_ in metrics.log_every(data_loader, 20, f"Epoch: [{epoch}/{args.epochs}]"):
         images = images.to(labels.device, non_blocking=True)
         targets = labels[indices.to(labels.device, non_blocking=True)]  # [B]
         features = frozen_features(model, images, args.n_last_blocks, args.avgpool_patchtokens)  # [B, width]

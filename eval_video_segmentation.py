@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import dino_data
+import dino_images
 import utils
 from utils import UserError
 
@@ -148,7 +148,7 @@ def read_frame(frame_dir, scale_size=(480,), multiple=1):
 
     h and w are those of `scaled_size`, down to a multiple of `multiple`. Raises UserError if the file is damaged.
     """
-    image = dino_data.load_image(frame_dir)
+    image = dino_images.load_image(frame_dir)
     size = [side // multiple * multiple for side in scaled_size(image.height, image.width, scale_size)]
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # [3, H, W], 0 to 255
     # Without antialiasing, and rounded to whole levels, as OpenCV resizes: the published figures were measured so.

@@ -92,12 +92,12 @@ class Doctor:
     those of an epoch, `state` what `state_dict` gave.
     """
 
-    REMEMBERED = ("seen", "warnings", "streaks", "norms", "best_knn", "best_epoch")
+    REMEMBERED = ("seen", "warnings", "streaks", "norms", "best_knn", "best_epoch", "bad_images")
 
     def __init__(self, args, steps, curves=None, state=None):
         self.args, self.steps, self.curves, self.collapse = args, steps, curves, ""
         self.seen, self.warnings, self.streaks, self.norms = [], [], {}, None
-        self.best_knn, self.best_epoch = 0.0, None
+        self.best_knn, self.best_epoch, self.bad_images = 0.0, None, {}
         vars(self).update({name: state[name] for name in self.REMEMBERED if name in (state or {})})
 
     def state_dict(self):

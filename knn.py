@@ -93,13 +93,13 @@ class OnlineKnn:
     none.
     """
 
-    def __init__(self, args, folder, device):
+    def __init__(self, args, images, device):
         self.args, self.device = args, device
         transform = dino_data.eval_transform(args.global_crops_size)
         if args.knn_data is None:
-            self.sets = dino_data.held_out(folder, transform, f"--data_path {args.data_path}")
+            self.sets = dino_data.held_out(images, transform, f"--data_path {args.data_path}")
         else:
-            self.sets = dino_data.find_labelled(args.knn_data, transform, "--knn_data")
+            self.sets = dino_data.find_labelled(args.knn_data, transform, args.exif, "--knn_data")
 
     def due(self, epoch):
         """Whether the accuracy is wanted behind this epoch, counted from 0; behind the last one it always is."""

@@ -24,6 +24,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dino_data
+import dino_images
 import health
 import utils
 from knn import OnlineKnn
@@ -122,8 +123,19 @@ def get_args_parser():
         Flags on the command line win over it.""")
     run.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS, help="""Print all settings, each
         with where it came from (the command line, the recipe, the default), as a recipe for --config, and stop.""")
-    run.add_argument("--data_path", default="sample", metavar="DIR", help="""Training images, a sub-folder a class (the
-        labels are not used); `sample` is a small set made from photographs that are installed already.""")
+    run.add_argument("--data_path", default="sample", metavar="PATH", help="""Training images (labels are not used): a
+        folder with images in it or in sub-folders, a list of paths (.txt, or .csv and .tsv with a label behind), a data
+        set of torchvision's (torchvision:CIFAR10), or `sample`, a small set made from photographs that are installed
+        already.""")
+    run.add_argument("--data_format", default="auto", choices=dino_images.FORMATS, help="""What --data_path is. auto
+        looks: a folder that has images directly in it is flat, has no classes.""")
+    run.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
+        help="Turn photographs as their cameras noted. The paper's were taken as they lie in the file.")
+    run.add_argument("--max_bad_images", default=0.001, type=float, metavar="SHARE", help="""Images that
+        can't be read are left out, others taken in their places, and their names written to bad_images.txt. More of
+        them than this share of all end the run.""")
+    run.add_argument("--strict_images", default=False, type=bool_flag, metavar="BOOL",
+        help="End the run at the first image that can't be read.")
     run.add_argument("--output_dir", default=".", metavar="DIR",
         help="Where checkpoints and logs go. If it has a checkpoint.pth, the run goes on from there.")
     run.add_argument("--saveckp_freq", default=20, type=int, metavar="EPOCHS",
@@ -185,6 +197,7 @@ LIMITS = {
     **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (1e-6, 1)),
     "momentum_teacher": (0, 1),
     "drop_path_rate": (0, 0.999),
+    "max_bad_images": (0, 1),
     "blur_radius": (0, 1e4),
     "seed": (0, 2**63 - 1),
 }
@@ -362,7 +375,8 @@ def train_one_epoch(
     first = epoch * (done + len(data_loader)) + done
     hint = "try --augmentation fast or more --num_workers" if args.augmentation == "pil" else "try more --num_workers"
     batches = metrics.log_every(data_loader, 10, f"Epoch: [{epoch}/{args.epochs}]", done, hint)
-    for step, (crops, indices) in enumerate(batches, start=first):
+    for step, (crops, indices, bad_images) in enumerate(batches, start=first):
+        keeper.note_bad_images(bad_images, data_loader.dataset)
         # ---- schedules ----
         for group in optimizer.param_groups:
             group["lr"] = float(schedules["lr"][step])
@@ -469,7 +483,7 @@ def leave_out(bad_steps, loss, loss_terms, norms, dataset, indices, epoch, step,
         "loss": str(loss.item()),
         "loss_terms": [[[str(term) for term in view] for view in views] for views in loss_terms.tolist()],
         "gradient_norms": norms(),
-        "images": [dataset.folder.samples[i][0] for i in indices.tolist()],
+        "images": [dataset.images.name(i) for i in indices.tolist()],
     }
     everyones, details = utils.gather_objects(found), "bad_step.json has details"
     if utils.is_main_process():
@@ -609,6 +623,45 @@ class RunKeeper:
             about = {"feature_dim": teacher.features.shape[1], "images": len(teacher.features) // 2}
             self.doctor.look(step, {**numbers, **about}, student, teacher)
 
+    def note_bad_images(self, wrong, dataset):
+        """Take down what could not be read for a batch; UserError is raised when that is too much."""
+        found = dict(text.split("\t", 1) for text in wrong if text)
+        if self.args is None or found.keys() <= self.doctor.bad_images.keys():
+            return
+        for name in found.keys() - self.doctor.bad_images.keys():
+            print(f"warning: {found[name]}. Another is taken in its place", flush=True)
+        self.doctor.bad_images.update(found)
+        self.check_bad_images(len(dataset))
+
+    def check_bad_images(self, images):
+        bad = self.doctor.bad_images
+        if len(bad) > self.args.max_bad_images * images:
+            self.write_bad_images()
+            raise UserError(
+                f"{len(bad)} of {images} images can't be read, which is more than --max_bad_images "
+                f"{self.args.max_bad_images} allows: {utils.some_of(sorted(bad))}. Repair or remove what stands in "
+                "bad_images.txt, or allow more"
+            )
+
+    def share_bad_images(self):
+        """Let all processes know what any of them could not read. All of them have to call it."""
+        known = len(self.doctor.bad_images)
+        for found in utils.gather_objects(self.doctor.bad_images):
+            self.doctor.bad_images.update(found)
+        if self.doctor.bad_images and utils.is_main_process():
+            self.write_bad_images()
+        if len(self.doctor.bad_images) > known:
+            self.check_bad_images(self.args.images)
+
+    def write_bad_images(self):
+        """bad_images.txt: a line an image, its name, a tab, and what is wrong with it."""
+        text = "".join(f"{name}\t{why}\n" for name, why in sorted(self.doctor.bad_images.items()))
+        path = os.path.join(self.args.output_dir, "bad_images.txt")
+        try:
+            utils.write_whole(path, lambda file: file.write(text.encode(errors="replace")))
+        except OSError as e:
+            utils.log(f"warning: {path} could not be written ({e.strerror})")
+
     def evaluates(self, epoch):
         """Whether this epoch ends with a look at the neighbours."""
         return bool(self.neighbours and self.neighbours.due(epoch))
@@ -640,6 +693,7 @@ class RunKeeper:
 
     def save(self, epoch, step, meters):
         self.check_weights()
+        self.share_bad_images()
         self.writer.save(self.state(epoch, step, meters))
         self.saved_at = time.monotonic()
 
@@ -674,12 +728,10 @@ def build_data(args, device):
     sizes = (args.global_crops_size, args.local_crops_size)
     scales = (args.global_crops_scale, args.local_crops_scale, args.local_crops_number)
     augment = DataAugmentationDINO(*scales, *sizes, args.blur_radius, True, args.augmentation)
-    folder = dino_data.image_folder(dino_data.find_data(args.data_path, "train"))
-    if args.augmentation == "fast":
-        folder.loader = dino_data.open_image  # how it is decoded depends on the crops
-    if folder.classes == ["train", "val"]:
+    images = dino_data.find_images(args.data_path, "train", args.data_format, args.exif)
+    if images.classes == ["train", "val"]:
         raise UserError(f"--data_path {args.data_path} holds train and val. Training takes {args.data_path}/train")
-    dataset = dino_data.MultiCropDataset(folder, augment, args.seed)
+    dataset = dino_data.MultiCropDataset(images, augment, args.seed, args.strict_images)
     images_a_step = args.batch_size_per_gpu * args.grad_accum_steps
     loader = dino_data.train_loader(dataset, images_a_step, args.seed, args.num_workers, device)
     return loader, len(dataset)
@@ -707,7 +759,7 @@ def train_dino(args):
 
     # ---- data ----
     data_loader, args.images = build_data(args, device)
-    neighbours = OnlineKnn(args, data_loader.dataset.folder, device) if args.knn_every else None
+    neighbours = OnlineKnn(args, data_loader.dataset.images, device) if args.knn_every else None
 
     # ---- student and teacher ----
     checkpoint_path = os.path.join(args.output_dir, "checkpoint.pth")
@@ -760,6 +812,9 @@ def train_dino(args):
             if keeper.evaluates(epoch):
                 stats |= neighbours.accuracies(teacher.backbone)
             doctor.look_at_epoch(stats)
+            keeper.share_bad_images()
+            if doctor.bad_images:
+                stats["bad_images"] = len(doctor.bad_images)
             keeper.log_epoch(stats)
             keeper.save_epoch(epoch, best=doctor.best_epoch == epoch)
         writer.wait()

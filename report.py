@@ -27,6 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import dino_data
+import dino_images
 import utils
 from utils import UserError
 
@@ -293,14 +294,30 @@ def empty_figure(runs, scale):
 SHOWN, NEIGHBOURS, TILE = 8, 6, 112  # rows of pictures, neighbours in a row, pixels
 
 
+class Sample(NamedTuple):
+    """One of a set of numbered images."""
+
+    images: object
+    number: int
+
+    @property
+    def name(self):
+        return self.images.name(self.number)
+
+    @property
+    def label(self):
+        """The name of its class, or None."""
+        targets = self.images.targets
+        return None if targets is None else self.images.classes[targets[self.number]]
+
+    def load(self):
+        return dino_images.to_rgb(self.images.open(self.number))
+
+
 def choose_images(data_path, number):
-    """[(path, class name or None), ...] of at most `number` images, evenly spread over a folder. Raises UserError."""
-    folder = Path(dino_data.find_data(data_path, "val"))
-    folder = folder / "val" if (folder / "val").is_dir() else folder
-    if folder.is_dir() and not any(entry.is_dir() for entry in folder.iterdir()):
-        return evenly([(path, None) for path in dino_data.image_files(folder, "--data_path")], number)
-    images = dino_data.image_folder(str(folder))
-    return evenly([(path, images.classes[label]) for path, label in images.samples], number)
+    """At most `number` Samples, evenly spread over the images of data_path, or of val in it. Raises UserError."""
+    images = dino_images.find_images(dino_data.find_part(data_path, "val") or dino_data.find_data(data_path), "val")
+    return evenly([Sample(images, i) for i in range(len(images))], number)
 
 
 def evenly(items, number):
@@ -316,7 +333,7 @@ def pictures(run, samples, args, device):
     neighbours = neighbours_section(model, samples, size, args)
     if not utils.is_vit(model):
         return ["<p>No attention and no patch features: the network is none of our ViTs.</p>", neighbours]
-    return [attention_section(model, [path for path, _ in evenly(samples, SHOWN)], size, device), neighbours]
+    return [attention_section(model, evenly(samples, SHOWN), size, device), neighbours]
 
 
 def build_teacher(run, device):
@@ -337,13 +354,13 @@ def build_teacher(run, device):
     return model.to(device).eval().requires_grad_(False), size
 
 
-def attention_section(model, paths, size, device):
+def attention_section(model, samples, size, device):
     """A row an image: itself, its patches' main components as colours, and what CLS looks at."""
     from matplotlib import colormaps
 
     patch_size = model.patch_embed.patch_size
     size = max(2 * size // patch_size, 1) * patch_size  # finer maps than in training
-    images = [dino_data.eval_transform(size)(dino_data.load_image(path)) for path in paths]
+    images = [dino_data.eval_transform(size)(sample.load()) for sample in samples]
     maps, tokens = [], []
     for image in images:  # one by one: large ones have many tokens
         batch = utils.normalize(image[None].to(device))
@@ -352,10 +369,10 @@ def attention_section(model, paths, size, device):
     utils.check_finite_features(*maps, *tokens)
     colours = main_components(torch.stack(tokens)).unflatten(1, maps[0].shape[1:]).mul(255).byte()  # [N, h, w, 3]
     header, rows = ["image", "patches", "mean", *(f"head {i}" for i in range(len(maps[0])))], []
-    for path, image, colour, heads in zip(paths, images, colours, maps, strict=True):
+    for sample, image, colour, heads in zip(samples, images, colours, maps, strict=True):
         masses = [(mass - mass.min()).numpy() for mass in (heads.mean(0), *heads)]
         heat = [colormaps["viridis"](mass / max(mass.max(), 1e-12), bytes=True)[..., :3] for mass in masses]
-        of = f" of {'/'.join(Path(path).parts[-2:])}"
+        of = f" of {'/'.join(Path(sample.name).parts[-2:])}"
         tiles = zip(header[1:], (colour.numpy(), *heat), strict=True)
         rows.append([photo(image, of), *(embed(Image.fromarray(pixels), what + of, "PNG") for what, pixels in tiles)])
     note = (
@@ -379,7 +396,9 @@ def main_components(tokens):
 
 def neighbours_section(model, samples, size, args):
     """A row a query: the images with the most similar features, the best first."""
-    images = dino_data.ImageList([path for path, _ in samples], dino_data.eval_transform(size))
+    images = dino_data.EvalImages(
+        samples[0].images.take([sample.number for sample in samples]), dino_data.eval_transform(size)
+    )
     loader = DataLoader(images, batch_size=64, num_workers=args.num_workers)
     features = F.normalize(utils.extract_features(model, loader, use_cuda=False), dim=1)
     utils.check_finite_features(features)
@@ -388,10 +407,10 @@ def neighbours_section(model, samples, size, args):
     rows = []
     for i in evenly(range(len(samples)), SHOWN):
         found = zip(nearest[i], best[i], strict=True)
-        rows.append([tile(samples[i]), *(tile(samples[j], value, samples[i][1]) for j, value in found)])
+        rows.append([tile(samples[i]), *(tile(samples[j], value, samples[i].label) for j, value in found)])
     note = f"The nearest of {len(samples)} images to each on the left, with the cosine similarity of their features."
-    if samples[0][1] is not None:
-        hits = sum(samples[i][1] == samples[js[0]][1] for i, js in enumerate(nearest))
+    if samples[0].label is not None:
+        hits = sum(samples[i].label == samples[js[0]].label for i, js in enumerate(nearest))
         note += (
             f" For {100 * hits / len(samples):.0f} % of all of them the nearest is of the same class; ≠ is of another."
         )
@@ -400,12 +419,11 @@ def neighbours_section(model, samples, size, args):
 
 def tile(sample, similarity=None, wanted=None):
     """A small image above its class or file, its similarity, and a mark if its class is not the wanted one."""
-    path, label = sample
-    image = dino_data.eval_transform(TILE)(dino_data.load_image(path))
-    name = escape(label or Path(path).name)
+    image = dino_data.eval_transform(TILE)(sample.load())
+    name = escape(sample.label or Path(sample.name).name)
     if similarity is None:
         return f"{photo(image, name)}<small>{name}</small>"
-    name = f"<em>≠ {name}</em>" if label != wanted else name
+    name = f"<em>≠ {name}</em>" if sample.label != wanted else name
     return f"{photo(image, '')}<small>{similarity:.3f}<br>{name}</small>"
 
 

@@ -56,6 +56,12 @@ def bool_flag(text):
     return value
 
 
+def cache_dir():
+    """Where what is built or downloaded once is kept: $DINO_CACHE, else dino/ in the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.environ.get("DINO_CACHE") or os.path.join(user_cache, "dino")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that answers a mistake with one line instead of a page of usage."""
 
@@ -229,8 +235,8 @@ def run(main, flags, description):
             Bar.close_all()  # so that what is said of an error has a line of its own
     except UserError as e:
         message = str(e)
-        if message.startswith("Caught UserError in DataLoader worker"):  # inside a traceback, as its last line
-            message = message.strip().splitlines()[-1].removeprefix("utils.UserError: ")
+        if re.match(r"Caught \w+ in DataLoader worker", message):  # inside a traceback, as its last line
+            message = re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
         rank = f" (rank {get_rank()})" if get_world_size() > 1 else ""
         print(f"error{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(e.exit_code)
@@ -288,7 +294,7 @@ def fix_random_seeds(seed=0):
 
 
 # What a seed is for, as the second part of derive_seed, so that no two uses share a stream.
-ORDER, SAMPLE, STEP = range(3)
+ORDER, SAMPLE, STEP, REPLACEMENT = range(4)
 
 
 # ---- devices and processes ----
@@ -1139,7 +1145,20 @@ SHAPING_ARGS = (
 # Those that change nothing of what is computed, or (the last line) only where: what they amount to, the images a step,
 # is looked at instead.
 FREE_ARGS = (
-    *("config", "init_from", "data_path", "output_dir", "num_workers", "dist_url", "local_rank", "rank", "gpu"),
+    *(
+        "config",
+        "init_from",
+        "data_path",
+        "data_format",
+        "max_bad_images",
+        "strict_images",
+        "output_dir",
+        "num_workers",
+        "dist_url",
+        "local_rank",
+        "rank",
+        "gpu",
+    ),
     *("grad_checkpointing", "compile", "stop_on_collapse", "tensorboard", "wandb", "knn_every", "knn_data"),
     *("saveckp_freq", "saveckp_iters", "save_every_minutes", "max_bad_steps", "allow_changed_args"),
     *("world_size", "batch_size_per_gpu", "grad_accum_steps", "device"),

@@ -24,6 +24,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 import dino_data
+import dino_images
 import utils
 from utils import UserError
 
@@ -109,7 +110,7 @@ def check_frames(paths, resize_to=None):
     """Raise UserError if an image is damaged, or of another size than the first where no --resize makes them equal."""
     first = None
     for path in paths:
-        size = dino_data.load_image(path).size
+        size = dino_images.load_image(path).size
         first = first or size
         if size != first and (resize_to is None or len(resize_to) == 1):
             raise UserError(
@@ -155,7 +156,7 @@ def extract_frames(path, folder):
 
 def prepare(path, resize_to, patch_size):
     """The frame as uint8 [3, H, W], resized, less what is over behind the last whole patch."""
-    image = dino_data.load_image(path)
+    image = dino_images.load_image(path)
     if resize_to is not None:
         image = resize(image, resize_to)
     height, width = (side - side % patch_size for side in (image.height, image.width))
@@ -279,7 +280,7 @@ def main(args):
         if args.video_only:
             paths = frame_files(args.input_path)
             check_frames(paths)
-            images = (np.asarray(dino_data.load_image(path)) for path in progress(paths, "writing", len(paths)))
+            images = (np.asarray(dino_images.load_image(path)) for path in progress(paths, "writing", len(paths)))
         else:
             device = utils.pick_device(args.device)
             if os.path.isdir(args.input_path):

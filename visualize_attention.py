@@ -21,6 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import save_image
 
 import dino_data
+import dino_images
 import utils
 from utils import UserError
 
@@ -190,7 +191,7 @@ def main(args):
     check_args(args)
     paths = find_images(args.image_path)
     for path in paths:  # a damaged one is named before any work
-        dino_data.load_image(path)
+        dino_images.load_image(path)
     utils.check_output_dir(args.output_dir)
     device = utils.pick_device(args.device)
     utils.fix_random_seeds(0)  # an untrained network is the same each time
@@ -198,7 +199,7 @@ def main(args):
     folders = output_folders(paths, args.output_dir)
     check_folders(folders, picture_names(model.blocks[-1].attn.num_heads, args.threshold), paths)
     for path, folder in zip(paths, folders, strict=True):
-        image = prepare(dino_data.load_image(path), args.image_size, args.patch_size)  # [3, H, W]
+        image = prepare(dino_images.load_image(path), args.image_size, args.patch_size)  # [3, H, W]
         attention = utils.cls_attention(model, utils.normalize(image[None].to(device)))[0].float().cpu()
         if not attention.isfinite().all():
             raise UserError(

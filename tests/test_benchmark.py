@@ -17,6 +17,7 @@ from conftest import FORKS, arguments_of, assert_near, ending, run_script, start
 
 import benchmark
 import dino_data
+import dino_images
 import eval_knn
 import eval_video_segmentation
 import main_dino
@@ -138,7 +139,7 @@ def test_a_plain_step_clips_each_gradient_to_a_norm_of_3(monkeypatch):
 
 
 def test_plain_crops_are_the_pixels_of_augmentation_pil():
-    image = dino_data.load_image(dino_data.find_photographs(["coffee.png"])[0])
+    image = dino_images.load_image(dino_data.find_photographs(["coffee.png"])[0])
     plain, ours = benchmark.PlainAugmentation(), benchmark.our_augmentation("pil")
     for seed in range(4):
         utils.fix_random_seeds(seed)
@@ -185,7 +186,7 @@ def test_every_augmentation_gives_two_large_and_eight_small_crops(photographs):
         needed = {"lightly": "lightly", "this, --augmentation fast": "cv2"}.get(kind)
         if kind == "decoding alone" or (needed and not benchmark.importlib.util.find_spec(needed)):
             continue
-        crops = make()(dino_data.open_image(photographs[0]))
+        crops = make()(dino_images.open_image(photographs[0]))
         assert [tuple(crop.shape) for crop in crops] == [(3, 224, 224)] * 2 + [(3, 96, 96)] * 8, kind
 
 
@@ -374,7 +375,7 @@ def test_a_folder_of_so_many_links_goes_over_the_photographs_again_and_again(pho
 def test_photographs_are_found_in_subfolders_or_made_from_installed_ones(tmp_path):
     made = benchmark.photographs("sample", tmp_path)
     assert {Path(path).suffix for path in made} == {".jpg"}
-    assert max(max(dino_data.load_image(path).size) for path in made) == 500
+    assert max(max(dino_images.load_image(path).size) for path in made) == 500
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "x.JPEG").touch()
     (tmp_path / "sub" / "x.png").touch()

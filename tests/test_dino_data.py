@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision import transforms
 
 import dino_data
+import dino_images
 import main_dino
 import utils
 from utils import UserError
@@ -25,7 +26,7 @@ from utils import UserError
 
 
 def test_blur_and_solarisation_draw_from_python_random_as_published(sample_root):
-    image = dino_data.load_image(next((sample_root / "train" / "coffee").iterdir()))
+    image = dino_images.load_image(next((sample_root / "train" / "coffee").iterdir()))
     for seed in range(8):
         random.seed(seed)
         blurred = dino_data.GaussianBlur(p=0.5)(image)
@@ -69,7 +70,7 @@ def test_images_of_any_mode_become_rgb(tmp_path, mode):
     grey = Image.fromarray(np.full((5, 7), 200, dtype=np.uint8))
     image = Image.fromarray(np.full((5, 7), 200, dtype=np.uint16)) if mode == "I;16" else grey.convert(mode)
     image.save(tmp_path / f"x{suffix}")
-    loaded = dino_data.load_image(tmp_path / f"x{suffix}")
+    loaded = dino_images.load_image(tmp_path / f"x{suffix}")
     assert (loaded.mode, loaded.size) == ("RGB", (7, 5))
 
 
@@ -79,12 +80,12 @@ def test_a_damaged_image_is_named(tmp_path, sample_root, damage):
     path = tmp_path / "bad.png"
     path.write_bytes({"empty": b"", "text": b"not an image", "truncated": whole[:2000]}[damage])
     with pytest.raises(UserError, match=r"bad\.png"):
-        dino_data.load_image(path)
+        dino_images.load_image(path)
 
 
 def test_a_missing_folder_is_named():
     with pytest.raises(UserError, match="--data_path /no/where is no folder"):
-        dino_data.image_folder("/no/where")
+        dino_data.find_images("/no/where")
 
 
 def labelled(tmp_path, train, val):
@@ -92,7 +93,7 @@ def labelled(tmp_path, train, val):
         for name in classes:
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / part / name / "0.png")
-    return dino_data.labelled_folders(tmp_path, transforms.PILToTensor())
+    return dino_data.labelled_images(tmp_path, transforms.PILToTensor())
 
 
 def test_labels_of_val_follow_the_class_names_of_train(tmp_path):
@@ -107,7 +108,7 @@ def test_a_class_that_only_val_has_is_an_error(tmp_path):
 
 
 def test_missing_val_is_named(tmp_path):
-    with pytest.raises(UserError, match="val is no folder"):
+    with pytest.raises(UserError, match="has no val in it"):
         labelled(tmp_path, ["a"], [])
 
 
@@ -116,17 +117,17 @@ def test_missing_val_is_named(tmp_path):
 
 def crops_dataset(root, seed=0):
     augment = main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 1, 32, 16, as_uint8=True)
-    return dino_data.MultiCropDataset(dino_data.image_folder(root / "train"), augment, seed)
+    return dino_data.MultiCropDataset(dino_data.find_images(root / "train"), augment, seed)
 
 
 def test_crops_follow_from_seed_epoch_and_index_alone(tiny_root):
     dataset = crops_dataset(tiny_root)
-    crops, index = dataset[3, 5]
+    crops, index, _ = dataset[3, 5]
     assert index == 5
     assert len(dataset) == 40
     torch.rand(5), random.random(), np.random.rand()
     dataset[0, 1]
-    again, _ = dataset[3, 5]
+    again, _, _ = dataset[3, 5]
     assert all(torch.equal(a, b) for a, b in zip(crops, again, strict=True))
     for other in (dataset[4, 5], crops_dataset(tiny_root, seed=1)[3, 5]):
         assert not torch.equal(crops[0], other[0][0])
@@ -163,7 +164,7 @@ def test_training_batches_are_uint8_and_whole(tiny_root):
     loader = dino_data.train_loader(crops_dataset(tiny_root), 12, 0, 0, torch.device("cpu"))
     batches = list(loader)
     assert len(loader) == len(batches) == 3
-    for crops, indices in batches:
+    for crops, indices, _ in batches:
         assert [tuple(c.shape) for c in crops] == [(12, 3, 32, 32)] * 2 + [(12, 3, 16, 16)]
         assert {c.dtype for c in crops} == {torch.uint8}
         assert len(indices) == 12
@@ -174,7 +175,7 @@ def test_a_second_epoch_of_living_workers_has_crops_of_its_own(tiny_root):
     epochs = []
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
-        ((crops, indices),) = list(loader)
+        ((crops, indices, _),) = list(loader)
         epochs.append(crops[0][indices.argsort()])
     assert not torch.equal(epochs[0], epochs[1])
 
@@ -187,13 +188,13 @@ def contents(root):
 
 
 def test_sample_is_an_image_folder_of_eighteen_classes(sample_root):
-    train = dino_data.image_folder(sample_root / "train")
-    val = dino_data.image_folder(sample_root / "val")
+    train = dino_data.find_images(sample_root / "train")
+    val = dino_data.find_images(sample_root / "val")
     assert train.classes == val.classes == sorted(Path(name).stem for name in dino_data.PHOTOGRAPHS)
     assert len(train.classes) == 18
     assert np.bincount(train.targets).tolist() == [dino_data.SAMPLE_TRAIN] * 18
     assert np.bincount(val.targets).tolist() == [dino_data.SAMPLE_VAL] * 18
-    assert train[0][0].size == (dino_data.SAMPLE_SIDE, dino_data.SAMPLE_SIDE)
+    assert train.open(0).size == (dino_data.SAMPLE_SIDE, dino_data.SAMPLE_SIDE)
 
 
 def test_sample_is_found_in_place_of_a_path(sample_root):
@@ -306,9 +307,9 @@ def test_a_cache_that_can_not_be_written_is_named(monkeypatch, tmp_path):
 def test_cache_folder_follows_the_environment(monkeypatch):
     monkeypatch.delenv("DINO_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert dino_data.cache_dir() == "/x/dino"
+    assert utils.cache_dir() == "/x/dino"
     monkeypatch.setenv("DINO_CACHE", "/y")
-    assert dino_data.cache_dir() == "/y"
+    assert utils.cache_dir() == "/y"
 
 
 def test_seeds_of_samples_do_not_meet_those_of_steps_or_orders():

@@ -13,6 +13,7 @@ from conftest import arguments_of, assert_near, ending, run_script, shared, tens
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 import dino_data
+import dino_images
 import eval_copy_detection as copy_detection
 import utils
 import vision_transformer as vits
@@ -63,7 +64,7 @@ def copydays(tmp_path_factory):
         folder.mkdir(parents=True)
     files = {Path(path).stem: path for path in dino_data.find_photographs()}
     for number, (name, photograph) in enumerate(PHOTOGRAPHS.items()):
-        image = dino_data.load_image(files[photograph])
+        image = dino_images.load_image(files[photograph])
         image.thumbnail((160, 160))
         image.save(folders["original"] / f"{name}.jpg", quality=95)
         image.save(folders["jpegqual/3"] / f"{name}.jpg", quality=3)

@@ -14,6 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torchvision import transforms
 
 import dino_data
+import dino_images
 import eval_image_retrieval as retrieval
 import utils
 import vision_transformer as vits
@@ -28,7 +29,7 @@ SMALL = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu", "--num_wo
 def photographs():
     chosen = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left")
     files = {os.path.basename(path).split(".")[0]: path for path in dino_data.find_photographs()}
-    return [dino_data.load_image(files[name]) for name in chosen]
+    return [dino_images.load_image(files[name]) for name in chosen]
 
 
 def variants(image):
@@ -305,7 +306,7 @@ def test_images_are_scaled_down_to_the_longest_side_and_never_up(data):
         assert max(image.shape[1:]) == 50
         assert image.dtype == torch.uint8
     whole = retrieval.OxfordParisDataset(data, "roxford5k", "query", None, 5000)[0][0]
-    original = dino_data.load_image(data / "roxford5k" / "jpg" / "query_0.jpg")
+    original = dino_images.load_image(data / "roxford5k" / "jpg" / "query_0.jpg")
     assert torch.equal(whole, transforms.PILToTensor()(original))
 
 

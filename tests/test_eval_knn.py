@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, SMALL_RUN, run_script, shared
+from torchvision import datasets
 
 import eval_knn
 import knn
@@ -147,7 +148,7 @@ def test_a_checkpoint_is_evaluated_and_the_tensors_are_counted(monkeypatch, caps
     utils.load_weights(model.eval(), str(trained))
     tensors = []
     for part in ("train", "val"):
-        folder = dino_data.image_folder(tiny_root / part)
+        folder = datasets.ImageFolder(tiny_root / part)
         transform = dino_data.eval_transform(32)
         with torch.no_grad():
             rows = [model(utils.normalize(transform(image))[None])[0] for image, _ in folder]

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from conftest import ROOT, arguments_of, assert_near, ending, run_script
 from PIL import Image
 from torch import nn
-from torchvision import transforms
+from torchvision import datasets, transforms
 
-import dino_data
 import eval_linear
 import hubconf
 import utils
@@ -114,6 +113,7 @@ def test_flags_have_the_published_names_and_defaults():
         "num_labels": None,
         "linear_weights": "",
         "image_size": 224,
+        "exif": False,
         "seed": 0,
         "device": "auto",
     }
@@ -236,7 +236,7 @@ def trained_by_hand(root, model, weight, batch, lr, epochs, seed):
 
     The order and crops of an epoch, as documented: functions of (seed, epoch) and (seed, epoch, index).
     """
-    folder = dino_data.image_folder(root / "train")
+    folder = datasets.ImageFolder(root / "train")
     crop = transforms.Compose([transforms.RandomResizedCrop(32), transforms.RandomHorizontalFlip()])
     weight, bias = weight.double(), torch.zeros(len(weight), dtype=torch.float64)
     velocities, losses = [torch.zeros_like(weight), torch.zeros_like(bias)], []
@@ -531,8 +531,8 @@ def test_a_download_that_fails_is_one_line(monkeypatch, capsys, data):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--data_path", "/no/where"], "--data_path /no/where/train is no folder"),
-        (["--data_path", "/no/where", "--evaluate"], "--data_path /no/where/val is no folder"),
+        (["--data_path", "/no/where"], "--data_path /no/where is no folder. It takes folders train/"),
+        (["--data_path", "/no/where", "--evaluate"], "--data_path /no/where is no folder. It takes folders val/"),
         (["--pretrained_weights", "/no/where.pth"], "there is no file /no/where.pth"),
         (["--n_last_blocks", "5"], "--n_last_blocks 5: vit_nano has 4 blocks"),
         (["--arch", "resnet18", "--avgpool_patchtokens", "true"], "resnet18 gives no patch tokens"),

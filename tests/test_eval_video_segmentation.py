@@ -15,6 +15,7 @@ from conftest import arguments_of, assert_near, ending, fill, run_script, shared
 from PIL import Image
 
 import dino_data
+import dino_images
 import eval_video_segmentation as evs
 import utils
 import vision_transformer as vits
@@ -30,7 +31,7 @@ SMALL = ["--arch", "vit_nano", "--patch_size", "32", "--pretrained_weights", "ra
 def photographs():
     """Two photographs [HEIGHT, WIDTH, 3]."""
     files = [file for file in dino_data.find_photographs() if file.endswith(("coffee.png", "chelsea.png"))]
-    return [np.array(dino_data.load_image(file).resize((WIDTH, HEIGHT))) for file in files]
+    return [np.array(dino_images.load_image(file).resize((WIDTH, HEIGHT))) for file in files]
 
 
 def write_video(root, name, photographs, length=5, annotated=None):

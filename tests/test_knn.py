@@ -46,18 +46,18 @@ def class_folders(root, **numbers):
 
 
 def test_every_tenth_image_of_a_class_asks_and_the_others_answer(tmp_path):
-    folder = dino_data.image_folder(class_folders(tmp_path, ape=21, bee=1, cat=10, dog=2))
+    folder = dino_data.find_images(class_folders(tmp_path, ape=21, bee=1, cat=10, dog=2))
     train, val, train_labels, val_labels = dino_data.held_out(folder, lambda image: image, "it")
-    asking = [str(Path(path).relative_to(tmp_path)) for path in val.paths]
+    asking = [str(Path(path).relative_to(tmp_path)) for path in val.images.paths]
     assert asking == ["ape/00.png", "ape/10.png", "ape/20.png", "cat/00.png", "dog/00.png"]
     assert val_labels.tolist() == [0, 0, 0, 2, 3]
-    assert sorted(train.paths + val.paths) == [path for path, _ in folder.samples]
-    assert [Path(path).parent.name for path in train.paths] == [folder.classes[label] for label in train_labels]
+    assert sorted(train.images.paths + val.images.paths) == folder.paths
+    assert [Path(path).parent.name for path in train.images.paths] == [folder.classes[label] for label in train_labels]
 
 
 def test_knn_data_means_its_train_and_val_or_else_its_classes(tiny_root):
     def sizes(path):
-        return [len(part) for part in dino_data.find_labelled(str(path), lambda image: image, "--knn_data")]
+        return [len(part) for part in dino_data.find_labelled(str(path), lambda image: image, False, "--knn_data")]
 
     assert sizes(tiny_root) == [40, 20, 40, 20]
     assert sizes(tiny_root / "train") == [36, 4, 36, 4]
@@ -66,7 +66,7 @@ def test_knn_data_means_its_train_and_val_or_else_its_classes(tiny_root):
 @pytest.mark.parametrize(
     ("classes", "flags", "says"),
     [
-        ({"only": 40}, (), "train has its images in a single class folder, and k-NN needs labels"),
+        ({"only": 40}, (), "train has its images in a single class folder, or in none, and k-NN needs labels"),
         ({f"c{i:02}": 1 for i in range(40)}, (), "train has one image in each class: nothing to hold out for k-NN"),
         ({"ape": 20, "bee": 20}, ("--knn_data", "nowhere"), "--knn_data nowhere is no folder"),
         ({"ape": 20, "bee": 20}, ("--knn_data", "."), "--knn_data . has only one of train and val"),
@@ -210,7 +210,7 @@ def test_a_run_that_goes_on_remembers_the_best(capsys):
 def test_features_that_are_not_finite_are_an_error(tiny_root):
     network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 4))
     torch.nn.init.constant_(network[2].weight, float("nan"))
-    sets = dino_data.find_labelled(str(tiny_root), dino_data.eval_transform(32), "--knn_data")
+    sets = dino_data.find_labelled(str(tiny_root), dino_data.eval_transform(32), False, "--knn_data")
     features = eval_knn.labelled_features(network, sets, 8, 0, torch.device("cpu"))
     with pytest.raises(utils.UserError, match="the features hold NaN"):
         eval_knn.knn_accuracies(*features, [20], 0.07)

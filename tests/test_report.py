@@ -22,6 +22,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 import dino_data
+import dino_images
 import report
 import utils
 
@@ -326,12 +327,12 @@ def test_a_log_of_the_authors_release_has_its_three_curves_and_says_what_is_miss
 def test_images_come_evenly_from_val_from_class_folders_or_from_the_folder_itself(tiny_root, tmp_path):
     samples = report.choose_images(str(tiny_root), 8)
     every = sorted((tiny_root / "val").glob("*/*"))
-    assert [Path(path) for path, _ in samples] == [every[i] for i in (0, 2, 5, 7, 10, 12, 15, 17)]
-    assert [label for _, label in samples] == [path.parent.name for path, _ in ((Path(p), 0) for p, _ in samples)]
+    assert [Path(sample.name) for sample in samples] == [every[i] for i in (0, 2, 5, 7, 10, 12, 15, 17)]
+    assert [sample.label for sample in samples] == [Path(sample.name).parent.name for sample in samples]
     assert len(report.choose_images(str(tiny_root / "train"), 100)) == 40
     flat = report.choose_images(str(tiny_root / "train" / "text"), 100)
     assert len(flat) == 10
-    assert {label for _, label in flat} == {None}
+    assert {sample.label for sample in flat} == {None}
 
 
 def test_main_components_are_those_of_a_singular_value_decomposition():
@@ -352,7 +353,7 @@ def test_main_components_are_those_of_a_singular_value_decomposition():
 def test_attention_maps_have_a_pixel_a_patch_in_the_colours_of_viridis(page, images):
     maps = page.pictures("PNG")
     path = sorted((images / "brick").iterdir())[0]
-    image = dino_data.eval_transform(64)(dino_data.load_image(path))  # twice the size of training
+    image = dino_data.eval_transform(64)(dino_images.load_image(path))  # twice the size of training
     with torch.no_grad():
         attention = teacher().get_last_selfattention(utils.normalize(image[None]))[0, :, 0, 1:].double().numpy()
     heads = dict(
@@ -370,7 +371,7 @@ def test_attention_maps_have_a_pixel_a_patch_in_the_colours_of_viridis(page, ima
 def test_patch_colours_are_the_components_of_all_images_together(page, images):
     model, tokens, names = teacher(), [], []
     for path in sorted(images.glob("*/*")):
-        image = dino_data.eval_transform(64)(dino_data.load_image(path))
+        image = dino_data.eval_transform(64)(dino_images.load_image(path))
         tokens.append(model.get_intermediate_layers(utils.normalize(image[None]))[0][0, 1:].detach())
         names.append(f"patches of {path.parent.name}/{path.name}")
     want = 255 * report.main_components(torch.stack(tokens)).numpy().reshape(6, 4, 4, 3)
@@ -380,7 +381,7 @@ def test_patch_colours_are_the_components_of_all_images_together(page, images):
 
 def test_neighbours_are_the_images_with_the_highest_cosine(page, images):
     paths = sorted(images.glob("*/*"))
-    batch = torch.stack([dino_data.eval_transform(32)(dino_data.load_image(path)) for path in paths])
+    batch = torch.stack([dino_data.eval_transform(32)(dino_images.load_image(path)) for path in paths])
     with torch.no_grad():
         features = teacher()(utils.normalize(batch)).double().numpy()
     features /= np.linalg.norm(features, axis=1, keepdims=True)

@@ -21,6 +21,7 @@ import torch
 from conftest import FORKS, ROOT, SMALL_RUN, free_port, log_without_times, run_script, start_forks
 
 import dino_data
+import dino_images
 import main_dino
 import utils
 
@@ -94,14 +95,14 @@ def raise_in(place, rank):
     elif place == "backward":
         around_step(7, lambda: setattr(torch.Tensor, "backward", fail), rank)
     else:
-        load = dino_data.load_image
+        load = dino_images.open_image
         counted = []
 
-        def load_seven(path):
+        def load_seven(path, exif):
             counted.append(path)
-            return load(path) if len(counted) < 7 or int(os.environ.get("RANK", 0)) != rank else fail()
+            return load(path, exif) if len(counted) < 7 or int(os.environ.get("RANK", 0)) != rank else fail()
 
-        dino_data.load_image = load_seven
+        dino_images.open_image = load_seven
 
 
 def nan_in_step(at, rank):
@@ -194,20 +195,20 @@ def list_images(file, then="nothing", *args):
     """Write `epoch path` for each image that is opened to a file, one for each rank."""
     file = f"{file}{os.environ.get('RANK', 0)}"
     get = dino_data.MultiCropDataset.__getitem__
-    load = dino_data.load_image
+    load = dino_images.open_image
     epochs = []
 
     def get_and_note(self, key):
         epochs.append(key[0])
         return get(self, key)
 
-    def load_and_note(path):
+    def load_and_note(path, exif):
         with open(file, "a") as out:
             out.write(f"{epochs[-1]} {Path(path).parent.name}/{Path(path).name}\n")
-        return load(path)
+        return load(path, exif)
 
     dino_data.MultiCropDataset.__getitem__ = get_and_note
-    dino_data.load_image = load_and_note
+    dino_images.open_image = load_and_note
     globals()[then](*args)
 
 
@@ -631,7 +632,7 @@ def test_an_interrupt_of_the_whole_process_group_spares_the_loaders_work(whole, 
 
 
 def test_the_loaders_processes_do_not_mind_signals(tiny_root):
-    folder = dino_data.image_folder(tiny_root / "train")
+    folder = dino_data.find_images(tiny_root / "train")
     augment = main_dino.DataAugmentationDINO((0.4, 1), (0.05, 0.4), 0, 32, as_uint8=True)
     before = set(multiprocessing.active_children())
     loader = dino_data.train_loader(dino_data.MultiCropDataset(folder, augment, 0), 8, 0, 1, torch.device("cpu"))

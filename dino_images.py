@@ -1,0 +1,365 @@
+"""Where images come from, and how their files are opened.
+
+A folder of class folders, a folder without, a list of paths, or one of torchvision's data sets: each becomes numbered
+images. A file that can't be read is a BadImage, with its name; one that can't be read right now is asked for again.
+"""
+
+import contextlib
+import copy
+import csv
+import errno
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+import utils
+from utils import UserError
+
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+MOST_PIXELS = 200_000_000  # of one image: a small file can be made to fill all memory
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # Pillow's own limit is lower
+
+# ---- files ----
+
+
+class BadImage(UserError):
+    """An image that can't be read."""
+
+
+def load_image(path, exif=False):
+    """The file as a PIL image in RGB, turned as its EXIF data say if `exif`. Raises BadImage, with the file's name."""
+    with open_image(path, exif) as image:
+        return to_rgb(image)
+
+
+def open_image(path, exif=False):
+    """The file as a PIL image, not decoded yet unless `exif` turns it. Raises BadImage, with the file's name."""
+    try:
+        image = Image.open(io.BytesIO(read_file(path)))
+        image.filename = os.fspath(path)
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} × {image.height} are more than {MOST_PIXELS // 10**6} million pixels")
+        if exif and image.getexif().get(TURNED, 1) != 1:
+            turned = ImageOps.exif_transpose(image)
+            turned.filename = image.filename
+            return turned
+    except (BadImage, MemoryError):
+        raise
+    except Exception as e:  # Pillow's decoders raise almost anything on damaged data
+        raise BadImage(f"can't read the image {path}: {one_line(e)}. Repair or remove it") from e
+    return image
+
+
+TURNED = 0x0112  # EXIF's number for how the camera was held
+
+
+def to_rgb(image):
+    """A PIL image, decoded if it is not yet, in RGB of 8 bits. Raises BadImage, with its name, if it is damaged."""
+    try:
+        if image.mode.startswith("I;16"):  # 16 bits, of which Pillow would cut off what is above 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode == "I":  # 16 bits, too, in what Pillow makes 32 of
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        elif image.mode == "F":
+            image = Image.fromarray(float_levels(np.asarray(image)))
+        return image.convert("RGB")
+    except Exception as e:
+        name = getattr(image, "filename", "")
+        raise BadImage(f"can't read the image {name}: {one_line(e)}. Repair or remove it") from e
+
+
+def float_levels(values):
+    """Floats, from 0 to 1 or from 0 to 255, as levels."""
+    values = np.nan_to_num(values)
+    return (values * (255 if values.max(initial=0) <= 1 else 1)).clip(0, 255).round().astype(np.uint8)
+
+
+def one_line(error):
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image of a known kind"
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+PATIENCE = 60.0  # seconds for a file system that does not answer
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
+
+
+def read_file(path):
+    """The bytes of a file; if its file system does not answer, or is not there, asked again for a minute.
+
+    Raises BadImage, or UserError if the process has too many open files.
+    """
+    began, pause = time.monotonic(), 0.5
+    while True:
+        try:
+            return Path(path).read_bytes()
+        except (OSError, ValueError) as e:  # ValueError: a name with a zero byte in it
+            number = getattr(e, "errno", None)
+            if number in (errno.EMFILE, errno.ENFILE):
+                raise UserError(f"too many open files, at {path}. Raise `ulimit -n`, or lower --num_workers") from e
+            gone = number == errno.ENOENT and not os.path.isdir(os.path.dirname(path))
+            if not (gone or number in PASSING) or time.monotonic() - began > PATIENCE:
+                reason = getattr(e, "strerror", None) or one_line(e)
+                raise BadImage(f"can't read the image {path}: {reason}. Repair or remove it") from e
+        time.sleep(pause)
+        pause *= 2
+
+
+# ---- where images come from ----
+
+LISTS = (".csv", ".tsv", ".txt")
+FORMATS = ("auto", "folder", "flat", "list", "torchvision")
+
+
+class ImageFiles:
+    """Images by number: `open(i)` is a PIL image that is not decoded yet, `name(i)` its path.
+
+    `targets` [N] are class numbers, which count the names in `classes`, or None where there are none.
+    """
+
+    def __init__(self, paths, targets=None, classes=(), exif=False):
+        self.paths, self.classes, self.exif = paths, list(classes), exif
+        self.targets = None if targets is None else torch.as_tensor(targets, dtype=torch.long)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def name(self, i):
+        return self.paths[i]
+
+    def open(self, i):
+        return open_image(self.paths[i], self.exif)
+
+    def take(self, numbers):
+        """These alone, of the same classes."""
+        targets = None if self.targets is None else self.targets[numbers]
+        return ImageFiles([self.paths[i] for i in numbers], targets, self.classes, self.exif)
+
+
+class TorchvisionImages:
+    """One of torchvision's data sets, or a part of it, in the way of ImageFiles."""
+
+    def __init__(self, dataset, source):
+        self.dataset, self.source, self.numbers = dataset, source, range(len(dataset))
+        targets = getattr(dataset, "targets", getattr(dataset, "labels", getattr(dataset, "_labels", None)))
+        self.targets = None if targets is None else torch.as_tensor(targets, dtype=torch.long)
+        named = getattr(dataset, "classes", None) or (range(int(self.targets.max()) + 1) if targets is not None else ())
+        self.classes = [str(name) for name in named]
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def name(self, i):
+        return f"{self.source}, image {self.numbers[i]}"
+
+    def open(self, i):
+        try:
+            return self.dataset[self.numbers[i]][0]
+        except Exception as e:  # by data set
+            raise BadImage(f"can't read {self.name(i)}: {one_line(e)}") from e
+
+    def take(self, numbers):
+        part = copy.copy(self)
+        part.numbers = [self.numbers[i] for i in numbers]
+        part.targets = None if self.targets is None else self.targets[numbers]
+        return part
+
+
+def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path"):
+    """The images of a folder of class folders, of a folder without, of a list of paths, or of a set of torchvision's.
+
+    Of the last, `part` (train or val) is taken. `exif` turns images as their cameras noted. Raises UserError if there
+    are none.
+    """
+    data_path = os.fspath(data_path)
+    kind = guess_format(data_path) if data_format == "auto" else data_format
+    if kind == "torchvision":
+        return torchvision_images(data_path, part, flag)
+    if kind == "list":
+        return listed_images(data_path, exif, flag)
+    if not os.path.isdir(data_path):
+        raise UserError(
+            f"{flag} {data_path} is no folder. Name one with images in it or in its sub-folders, a list of paths "
+            "(.txt, .csv, .tsv), torchvision:NAME, or `sample`"
+        )
+    return folder_images(data_path, kind if data_format != "auto" else None, exif, flag)
+
+
+def guess_format(data_path):
+    if data_path.startswith("torchvision:"):
+        return "torchvision"
+    return "list" if Path(data_path).suffix.lower() in LISTS else "folder"
+
+
+# ---- folders ----
+
+
+def folder_images(root, kind, exif, flag):
+    """Images below a folder, in the order of torchvision's ImageFolder.
+
+    Each folder in it is a class (`kind` folder), or none is (flat). Where images lie directly in it, flat is meant.
+    """
+    names, folders = cached_index(root)
+    directly = any("/" not in name for name in names)
+    if kind == "flat" or (kind is None and directly):
+        images = ImageFiles([os.path.join(root, name) for name in names], exif=exif)
+    else:
+        names = [name for name in names if "/" in name]
+        classes = sorted({folder.partition("/")[0] for folder in folders} - {""})
+        number = {name: i for i, name in enumerate(classes)}
+        targets = [number[name.partition("/")[0]] for name in names]
+        images = ImageFiles([os.path.join(root, name) for name in names], targets, classes, exif)
+    if not len(images):
+        raise UserError(f"{flag} {root} has no images in it ({', '.join(EXTENSIONS)})")
+    return images
+
+
+def cached_index(root):
+    """(images, folders) below `root`, by their names in it. Kept from one time to the next, for as long as no folder
+    has changed: on network file systems a million files take minutes to list.
+    """
+    root = os.path.abspath(root)
+    digest = hashlib.blake2b(root.encode(errors="surrogateescape"), digest_size=12).hexdigest()
+    path = Path(utils.cache_dir()) / f"index-{digest}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(path.read_bytes())
+        if kept["root"] == root and all(
+            os.stat(os.path.join(root, folder)).st_mtime_ns == changed for folder, changed in kept["folders"].items()
+        ):
+            return kept["images"], list(kept["folders"])
+    images, folders = index(root)
+    now = time.time_ns()
+    if len(images) >= WORTH_KEEPING and all(now - changed > 5e9 for changed in folders.values()):  # not in the making
+        text = json.dumps({"root": root, "folders": folders, "images": images})
+        with contextlib.suppress(OSError, UnicodeEncodeError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            utils.write_whole(path, lambda file: file.write(text.encode()))
+    return images, list(folders)
+
+
+WORTH_KEEPING = 10_000  # images
+
+
+def index(root):
+    """(names of all images below `root`, {folder: when it changed}), hidden ones left out, links followed."""
+    found, folders, inside = [], {}, {}
+
+    def failed(error):
+        raise UserError(f"can't list {error.filename}: {error.strerror}") from error
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=failed):
+        state = os.stat(folder)
+        here = os.path.relpath(folder, root)
+        inside[folder] = inside.get(os.path.dirname(folder), frozenset()) | {(state.st_dev, state.st_ino)}
+        subfolders[:] = [s for s in subfolders if not s.startswith(".") and not leads_back(folder, s, inside[folder])]
+        folders["" if here == "." else here] = state.st_mtime_ns
+        prefix = "" if here == "." else f"{here}/"
+        found.append((here.partition("/")[0], here, [prefix + name for name in sorted(files) if is_image(name)]))
+    return [name for _, _, names in sorted(found) for name in names], folders
+
+
+def leads_back(folder, name, above):
+    """Whether a folder is a link to one that it lies in."""
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    state = os.stat(path)
+    return (state.st_dev, state.st_ino) in above
+
+
+def is_image(name):
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+# ---- lists ----
+
+
+def listed_images(path, exif, flag):
+    """Images of a text file with a path in each line, or a table (.csv, .tsv) with a path and, perhaps, a label.
+
+    In text a label may stand behind a tab or the last blank. Paths are relative to the list; a first line that names
+    the columns is passed over. Raises UserError if there is nothing to be found where it says.
+    """
+    rows = read_list(path, flag)
+    root = os.path.dirname(os.path.abspath(path))
+    files = [os.path.join(root, row[0]) for row in rows]
+    if not any(os.path.isfile(file) for file in files[:3]):
+        raise UserError(f"{flag} {path}: there is no {files[0]}. Paths in it are relative to its own folder")
+    labels = [row[1] for row in rows if len(row) > 1 and row[1]]
+    if labels and len(labels) < len(rows):
+        raise UserError(f"{flag} {path} has a label in {len(labels)} of {len(rows)} lines. Give each line one, or none")
+    classes = sorted(set(labels), key=lambda label: (len(label), label) if label.isdecimal() else (math.inf, label))
+    number = {name: i for i, name in enumerate(classes)}
+    return ImageFiles(files, [number[label] for label in labels] if labels else None, classes, exif)
+
+
+def read_list(path, flag):
+    """[[path], ...] or [[path, label], ...] of a list of images."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"can't read {flag} {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"can't read {flag} {path}: it is not UTF-8 text (byte {e.start})") from e
+    suffix, lines = Path(path).suffix.lower(), [line for line in text.splitlines() if line.strip()]
+    try:
+        if suffix == ".txt":
+            rows = split_lines([line.strip() for line in lines], os.path.dirname(os.path.abspath(path)))
+        else:
+            table = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+            rows = [[cell.strip() for cell in row[:2]] for row in table]
+    except csv.Error as e:
+        raise UserError(f"can't read {flag} {path}: {e}") from e
+    if rows and not is_image(os.path.basename(rows[0][0])):
+        rows = rows[1:]  # names of columns
+    if not rows or not all(row and row[0] for row in rows):
+        raise UserError(f"{flag} {path} has no paths of images in it, or a line without one. Write one in each line")
+    return rows
+
+
+def split_lines(lines, root):
+    if any("\t" in line for line in lines):
+        return [line.split("\t")[:2] for line in lines]
+    parts = lines[0].rsplit(None, 1) if lines else []
+    labelled = len(parts) == 2 and is_image(parts[0]) and not os.path.exists(os.path.join(root, lines[0]))
+    return [line.rsplit(None, 1) if labelled else [line] for line in lines]
+
+
+# ---- torchvision's data sets ----
+
+
+def torchvision_images(data_path, part, flag):
+    """A data set such as torchvision:CIFAR10, its training or, for `val`, its test images. Downloads if it has to."""
+    name = data_path.partition(":")[2]
+    known = {n: getattr(datasets, n) for n in datasets.__all__ if isinstance(getattr(datasets, n), type)}
+    if name not in known:
+        raise UserError(f"{flag} {data_path}: torchvision has no data set {name!r}{utils.did_you_mean(name, known)}")
+    root = os.path.join(utils.cache_dir(), "torchvision")
+    wants = inspect.signature(known[name]).parameters
+    options = {"download": True} if "download" in wants else {}
+    if "train" in wants:
+        options["train"] = part != "val"
+    elif "split" in wants:
+        options["split"] = "test" if part == "val" else "train"
+    if "root" in wants:
+        options["root"] = root
+    try:
+        os.makedirs(root, exist_ok=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            dataset = known[name](**options)
+    except Exception as e:  # by data set: no network, no such split, files that are not free to load
+        raise UserError(f"{flag} {data_path} can't be had: {one_line(e)}. Its files belong into {root}") from e
+    if not len(dataset) or not isinstance(dataset[0][0], Image.Image):
+        raise UserError(f"{flag} {data_path} is no data set of images")
+    return TorchvisionImages(dataset, data_path)
