@@ -1,6 +1,6 @@
-"""From disk to crops: data sets, transforms, loaders, and the photographs that train with no data set at hand.
+"""From images to batches: transforms, data sets, loaders, and the photographs that train with no data set at hand.
 
-The way of a training image: (epoch, index) from the sampler -> file -> PIL image, RGB -> crops, uint8 -> batch. What an
+The way of a training image: (epoch, number) from the sampler -> file -> PIL image, RGB -> crops, uint8 -> batch. What an
 image's crops are follows from (seed, epoch, index) alone, whichever process makes them and in whatever order.
 """
 
