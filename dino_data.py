@@ -1,7 +1,7 @@
 """From images to batches: transforms, data sets, loaders, and the photographs that train with no data set at hand.
 
-The way of a training image: (epoch, number) from the sampler -> file -> PIL image, RGB -> crops, uint8 -> batch. What an
-image's crops are follows from (seed, epoch, index) alone, whichever process makes them and in whatever order.
+The way of a training image: (epoch, number) from the sampler -> file -> PIL image, RGB -> crops, uint8 -> batch. What
+its crops are follows from (seed, epoch, number) alone, whichever process makes them and in whatever order.
 """
 
 import contextlib
@@ -343,7 +343,7 @@ class MultiCropDataset(Dataset):
     if TRIES in a row can't be read, or, with `strict`, one. What is wrong is its name, a tab, and why.
     """
 
-    TRIES = 20
+    TRIES = 100
 
     def __init__(self, images, augment, seed, strict=False):
         self.images, self.augment, self.seed, self.strict = images, augment, seed, strict

@@ -243,14 +243,37 @@ def run(main, flags, description):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except RuntimeError as e:
-        if not (get_world_size() > 1 and PEER_LOST.search(str(e))):
-            raise
+    except (RuntimeError, OSError) as e:
+        rank = f" (rank {get_rank()})" if get_world_size() > 1 else ""
+        lost = get_world_size() > 1 and PEER_LOST.search(str(e))
         what = "the connection to another process is lost. What ended it stands on its own screen, or above"
-        print(f"error (rank {get_rank()}): {what}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        what = what if lost else next((text for signs, text in SHORTAGES if re.search(signs, str(e))), None)
+        if what is None:
+            raise
+        print(f"error{rank}: {what}", file=sys.stderr, flush=True)
+        sys.exit(1 if lost else 2)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# What the system says when there is too little of something, and what to do.
+SHORTAGES = (
+    (
+        r"shared memory|Bus error|/torch_\d+",
+        "/dev/shm, through which loaders hand over their images, is too small. Enlarge it (docker run --shm-size 8g), "
+        "or lower --num_workers or --batch_size_per_gpu",
+    ),
+    (r"Too many open files|ancdata", "too many open files. Raise `ulimit -n`, or lower --num_workers"),
+    (
+        r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)",
+        "a loader's process was ended from outside. Most likely the machine ran out of memory: lower --num_workers",
+    ),
+    (
+        r"out of memory|[Cc]an(no|')t allocate memory|not enough memory",
+        "not enough memory. Lower --batch_size_per_gpu (and, in training, raise --grad_accum_steps by as much); see "
+        "docs/troubleshooting.md",
+    ),
+)
 
 
 def check_limits(args, limits):

@@ -1,6 +1,7 @@
 """What the tests share: reference numbers and their inputs, small real data, real runs."""
 
 import fcntl
+import functools
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -126,10 +127,12 @@ def ending(monkeypatch, capsys, script, *flags):
 FORKS = multiprocessing.get_context("forkserver")
 
 
+@functools.cache
 def start_forks():
     """Have the process ready that those of FORKS are forked from: it has imported all that takes seconds."""
     before = dict(os.environ)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    folders = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     os.environ["OMP_NUM_THREADS"] = "1"
     FORKS.set_forkserver_preload(["conftest", "main_dino"])
     multiprocessing.forkserver.ensure_running()

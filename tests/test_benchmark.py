@@ -507,7 +507,7 @@ def test_steps_make_a_table(here, capsys):
 
 @pytest.mark.usefixtures("forked")
 def test_real_limits_make_a_table(capsys):
-    benchmark.main(tiny("limits"))
+    benchmark.main(arguments_of(benchmark, "limits", *TINY))
     assert float(table(capsys.readouterr().out)["GB/s copied (read, and written)"][0]) > 0.1
 
 

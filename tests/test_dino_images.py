@@ -1,18 +1,25 @@
 """dino_images.py: every way to name images, every kind of file, and runs that meet images that can't be read."""
 
+import argparse
+import contextlib
 import errno
 import gzip
+import io
 import os
 import random
 import re
+import shlex
+import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, arguments_of, ending, log_without_times
+from conftest import ROOT, SMALL_RUN, arguments_of, ending, log_without_times
 from PIL import Image
 from torchvision import datasets
 
@@ -416,6 +423,137 @@ def test_a_run_that_goes_on_remembers_the_bad_images(tmp_path, capsys):
     result(root, tmp_path / "run", "--allow_changed_args", "true")
     assert bad_names(tmp_path / "run") == before
     assert "Another is taken" not in capsys.readouterr().out  # said before
+
+
+# Suffix -> how one is written, of each kind that Pillow can write here.
+KINDS = {
+    "rgb.jpg": {}, "progressive.jpg": {"progressive": True}, "grey.jpg": {"mode": "L"}, "cmyk.jpg": {"mode": "CMYK"},
+    "rgb.png": {}, "palette.png": {"mode": "P"}, "alpha.png": {"mode": "RGBA"}, "bits.png": {"mode": "1"},
+    "deep.png": {"mode": "I;16"}, "x.webp": {}, "x.bmp": {}, "x.gif": {"mode": "P"}, "x.ppm": {},
+    "raw.tif": {}, "packed.tif": {"compression": "tiff_lzw"},
+}  # fmt: skip
+
+
+def hostile_corpus(root, source):
+    """Photographs of every kind, whole and damaged in 21 ways each: 330 files."""
+    image, rng = dino_images.load_image(source).resize((40, 32)), random.Random(0)
+    root.mkdir(parents=True)
+    for kind, options in KINDS.items():
+        mode = {**options}.pop("mode", "RGB")
+        converted = (
+            Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257)
+            if mode == "I;16"
+            else image.convert(mode)
+        )
+        file = io.BytesIO()
+        save = {name: value for name, value in options.items() if name != "mode"}
+        converted.save(file, {".jpg": "JPEG", ".tif": "TIFF"}.get(Path(kind).suffix, Path(kind).suffix[1:]), **save)
+        whole = file.getvalue()
+        damaged = {"whole": whole, "empty": b"", "zeros": bytes(len(whole)), "text": b"no image at all"}
+        for share in (1, 5, 20, 50, 80, 95, 99):
+            damaged[f"cut{share}"] = whole[: len(whole) * share // 100]
+        for number in range(9):
+            flipped = bytearray(whole)
+            for _ in range(1 + 3 * number):
+                flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            damaged[f"flip{number}"] = bytes(flipped)
+        damaged["tail"] = whole + b"more" * 50
+        for name, content in damaged.items():
+            (root / f"{name}-{kind}").write_bytes(content)
+        (root / f"named-{kind}{'.png' if kind.endswith('.jpg') else '.jpg'}").write_bytes(whole)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pil", "fast"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_hostile_folder_is_trained_on_with_the_right_count_and_the_same_result_for_any_workers(
+    sample_root, tmp_path, kind
+):
+    if kind == "fast":
+        pytest.importorskip("cv2")
+    root = hostile_corpus(tmp_path / "data", next((sample_root / "train" / "coffee").iterdir()))
+    images, bad = dino_images.find_images(root), []
+    augment = main_dino.DataAugmentationDINO((0.4, 1), (0.1, 0.4), 0, 32, as_uint8=True, augmentation=kind)
+    for i in range(len(images)):
+        with contextlib.suppress(dino_images.BadImage):
+            augment(images.open(i))
+            continue
+        bad.append(images.name(i))
+    assert len(images) == 22 * len(KINDS) >= 300
+    for name in ("whole", "tail", "named"):
+        assert not [path for path in bad if Path(path).name.startswith(name)]
+    for name in ("empty", "zeros", "text", "cut1-"):
+        assert len([path for path in bad if Path(path).name.startswith(name)]) == len(KINDS)
+    runs = {}
+    for workers in (0, 2):
+        flags = ("--batch_size_per_gpu", 11, "--max_bad_images", 1, "--epochs", 1, "--warmup_epochs", 0)
+        folder = tmp_path / f"run{workers}"
+        runs[workers] = result(root, folder, *flags, "--num_workers", workers, "--augmentation", kind)
+        assert bad_names(folder) == sorted(bad)
+        assert log_without_times(folder)[0]["bad_images"] == len(bad)
+    assert all(torch.equal(runs[0]["student"][name], runs[2]["student"][name]) for name in runs[0]["student"])
+
+
+# ---- too little of something ----
+
+
+def test_a_loader_that_is_killed_ends_the_run_with_one_line(tiny_root, tmp_path):
+    words = [
+        *SMALL_RUN,
+        "--num_workers",
+        2,
+        "--epochs",
+        500,
+        "--data_path",
+        tiny_root / "train",
+        "--output_dir",
+        tmp_path,
+    ]
+    command = [sys.executable, ROOT / "main_dino.py", *map(str, words)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    next(line for line in run.stdout if line.startswith("Epoch: [1/"))
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert "error: a loader's process was ended from outside. Most likely the machine ran out of memory" in said
+    assert "Traceback" not in said
+    assert (tmp_path / "checkpoint.pth").exists()
+
+
+def test_too_little_shared_memory_ends_the_run_with_one_line(tiny_root, tmp_path):
+    words = [*SMALL_RUN, "--num_workers", 1, "--data_path", tiny_root / "train", "--output_dir", tmp_path]
+    train = shlex.join([sys.executable, str(ROOT / "main_dino.py"), *map(str, words)])
+    unshare = ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=100k tmpfs /dev/shm && exec {train}"]
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode:
+        pytest.skip("only root can make /dev/shm small")
+    done = subprocess.run(unshare, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "error: /dev/shm, through which loaders hand over their images, is too small." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "error: too many open files. Raise `ulimit -n`"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "error: not enough memory. Lower --batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "error: not enough memory. Lower"),
+    ],
+)
+def test_a_shortage_is_one_line_and_any_other_error_keeps_its_traceback(monkeypatch, capsys, error, says):
+    def short_of_something(_):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as ended:
+        utils.run(short_of_something, argparse.ArgumentParser(add_help=False), "")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(says)
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        utils.run(short_of_something, argparse.ArgumentParser(add_help=False), "")
 
 
 def test_seeds_of_replacements_are_a_stream_of_their_own():

@@ -1047,11 +1047,11 @@ def test_resnet50_trains_three_steps_on_two_processes(tmp_path, tiny_root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spelling", ["--local_rank", "--local-rank"])
-def test_the_old_launcher_and_its_spellings_of_local_rank_work(tmp_path, tiny_root, spelling):
+@pytest.mark.parametrize(("spelling", "number"), [("--local_rank", 2), ("--local-rank", 1)])
+def test_the_old_launcher_and_its_spellings_of_local_rank_work(tmp_path, tiny_root, spelling, number):
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node", 2, "--master_port", port)
+    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node", number, "--master_port", port)
     flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path, "--epochs", 1]
     run_script(*launcher, "main_dino.py", f"{spelling}=0", *flags, "--warmup_epochs", 0)
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
