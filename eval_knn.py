@@ -24,14 +24,9 @@ from utils import UserError, bool_flag
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parents = [utils.model_flags(), utils.process_flags()]
+    parents = [utils.model_flags(), utils.labelled_flags(), utils.process_flags()]
     parser = argparse.ArgumentParser("k-NN evaluation", add_help=False, parents=parents)
     # fmt: off
-    parser.add_argument("--data_path", default="sample", metavar="PATH", help="""Folder with train and val in it, each a
-        folder with one for each class or a list of paths and labels (train.csv); torchvision:NAME, such as
-        torchvision:CIFAR10; or `sample`, a small set made from photographs that are installed already.""")
-    parser.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
-        help="Turn photographs as their cameras noted; as it was in training.")
     parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int, metavar="K",
         help="Numbers of neighbours. Around 20 works best as a rule; fewer if the classes are small.")
     parser.add_argument("--temperature", default=0.07, type=float, metavar="T",

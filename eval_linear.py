@@ -32,14 +32,9 @@ from utils import UserError, bool_flag
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parents = [utils.model_flags(), utils.process_flags()]
+    parents = [utils.model_flags(), utils.labelled_flags(), utils.process_flags()]
     parser = argparse.ArgumentParser("Linear evaluation", add_help=False, parents=parents)
     # fmt: off
-    parser.add_argument("--data_path", default="sample", metavar="PATH", help="""Folder with train and val in it, each a
-        folder with one for each class or a list of paths and labels (train.csv); torchvision:NAME, such as
-        torchvision:CIFAR10; or `sample`, a small set made from photographs that are installed already.""")
-    parser.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
-        help="Turn photographs as their cameras noted; as it was in training.")
     parser.add_argument("--n_last_blocks", default=4, type=int, metavar="N", help="""A ViT's features are the CLS tokens
         of this many last blocks: 4 for ViT-S and smaller, 1 for ViT-B. Other networks give their pooled output.""")
     parser.add_argument("--avgpool_patchtokens", default=False, type=bool_flag, metavar="BOOL",

@@ -201,6 +201,17 @@ def model_flags(arch="vit_small", patch_size=16):
     return parser
 
 
+def labelled_flags():
+    """The flags by which evaluations on labelled images name them, as a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--data_path", default="sample", metavar="PATH", help="""Folder with train and val in it, each a
+        folder with one for each class or a list of paths and labels (train.csv); torchvision:NAME, such as
+        torchvision:CIFAR10; or `sample`, a small set made from photographs that are installed already.""")
+    parser.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
+        help="Turn photographs as their cameras noted; as it was in training.")
+    return parser
+
+
 def process_flags():
     """The flags of every evaluation that may run in several processes, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser(add_help=False)
