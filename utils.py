@@ -132,7 +132,10 @@ def read_recipe(path, known):
     Raises UserError if it is unreadable, a key is not in `known`, or a value is missing or a table.
     """
     try:
-        recipe = yaml.load(Path(path).read_text(encoding="utf-8"), RecipeLoader)
+        with open(path, encoding="utf-8") as file:
+            recipe = yaml.load(file.read(2**20), RecipeLoader)  # no recipe is longer
+    except RecursionError:
+        raise UserError(f"can't read the recipe --config {path}: it is nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f"can't read the recipe --config {path}: {' '.join(str(e).split())}") from e
     if not isinstance(recipe, dict):
@@ -142,8 +145,9 @@ def read_recipe(path, known):
             raise UserError(f"in {path}: unknown key {key!r}{did_you_mean(str(key), known)}")
         if value is None:
             raise UserError(f"in {path}: {key} has no value. Give one, or take the line out")
-        if isinstance(value, dict):
-            raise UserError(f"in {path}: {key} is a table. Give a value, or a list in [ ]")
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, dict | list | tuple | set | bytes) for item in items):
+            raise UserError(f"in {path}: {key} is a table, or a list of lists. Give a value, or a list in [ ]")
     return recipe
 
 

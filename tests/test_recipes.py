@@ -313,6 +313,20 @@ def test_a_recipe_sets_a_switch_of_the_slurm_script(read, word, value):
     assert (settings["wait"], settings["use_volta32"], settings["lr"]) == (value, False, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lr: [[1]]\n", "lr is a table, or a list of lists"),
+        ("blur_radius: &a [1]\nlr: [*a, *a]\n", "lr is a table, or a list of lists"),
+        ("lr: !!binary AAAA\n", "lr is a table, or a list of lists"),
+        ("lr: " + "[" * 20_000, "is nested too deeply"),
+    ],
+)
+def test_recipes_that_would_grow_or_sink_are_refused(read, text, says):
+    with pytest.raises(utils.UserError, match=says):
+        read(text)
+
+
 def test_a_switch_that_is_neither_true_nor_false_is_refused(read, capsys):
     with pytest.raises(SystemExit):
         read("wait: maybe\n", script=run_with_submitit)

@@ -1,0 +1,194 @@
+"""Whatever stands in a file or on the command line, what reads it answers, or says in one line what is wrong.
+
+Each test takes some seconds; with FUZZ_SECONDS=300 in the environment five minutes. Hypothesis keeps what failed in
+.hypothesis and tries it first the next time.
+"""
+
+import io
+import os
+import random
+import time
+import zipfile
+
+import pytest
+import torch
+from conftest import SMALL_RUN
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import dino_images
+import main_dino
+import utils
+from utils import UserError
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", 3))
+FOR_A_WHILE = settings(
+    max_examples=10**9, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.reuse, Phase.generate],
+    derandomize="FUZZ_SECONDS" not in os.environ,
+)  # fmt: skip
+
+
+def fuzz(strategy, check):
+    """Give `check` examples until time is up."""
+    until, tried = time.monotonic() + SECONDS, []
+
+    class TimeIsUpError(Exception):
+        pass
+
+    @FOR_A_WHILE
+    @given(strategy)
+    def one_after_another(example):
+        if time.monotonic() > until:
+            raise TimeIsUpError
+        tried.append(None)
+        check(example)
+
+    with pytest.raises(TimeIsUpError):
+        one_after_another()
+    print(f"{len(tried)} examples")
+    assert len(tried) > 5
+
+
+def answers(read, *args):
+    """What `read` gives, or None if it says in one line that something is wrong."""
+    try:
+        return read(*args)
+    except UserError as e:
+        line = str(e)
+    assert "\n" not in line
+    assert len(line) > 20
+    return None
+
+
+@st.composite
+def damaged(draw, wholes):
+    """Files of a kind, cut, with bits flipped, bytes put in, taken out or doubled."""
+    content = bytearray(draw(st.sampled_from(wholes)))
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    for _ in range(draw(st.integers(0, 8))):
+        at = rng.randrange(len(content) + 1)
+        what = rng.randrange(5)
+        if what == 0 and at < len(content):
+            content[at] ^= 1 << rng.randrange(8)
+        elif what == 1:
+            content[at:at] = rng.randbytes(rng.randrange(1, 9))
+        elif what == 2:
+            del content[at : at + rng.randrange(1, 40)]
+        elif what == 3:
+            content[at:at] = content[at : at + rng.randrange(1, 200)]
+        elif rng.random() < 0.2:
+            del content[at:]
+    return bytes(content)
+
+
+def read_arguments(argv):
+    """Parse and check a command line, as far as that goes."""
+    code, parser = 0, utils.OneLineParser(parents=[main_dino.get_args_parser()])
+    try:
+        args = answers(utils.parse_args, parser, argv)
+        if args is not None:
+            answers(main_dino.check_args, args)
+    except SystemExit as e:
+        code = e.code
+    assert code in (None, 0, 2)
+
+
+def checkpoints():
+    state = {"student": {"a.weight": torch.ones(3, 2), "b": torch.zeros(1)}, "epoch": 3, "args": {"arch": "vit_nano"}}
+    files = []
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        file = io.BytesIO()
+        torch.save(state, file, **options)
+        files.append(file.getvalue())
+    return files
+
+
+def test_checkpoints(tmp_path):
+    path = tmp_path / "x.pth"
+
+    def read(content):
+        path.write_bytes(content)
+        answers(utils.load_checkpoint, str(path))
+        answers(utils.load_newest, str(path))
+
+    fuzz(damaged(checkpoints()) | st.binary(max_size=400), read)
+
+
+def test_pickles_in_checkpoints(tmp_path):
+    """Damaged inside a file whose checksums fit, so that it is read."""
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(io.BytesIO(checkpoints()[0])) as whole:
+        parts = {name: whole.read(name) for name in whole.namelist()}
+    (pickled,) = [name for name in parts if name.endswith("data.pkl")]
+
+    def read(content):
+        with zipfile.ZipFile(path, "w") as new:
+            for name, part in parts.items():
+                new.writestr(name, content if name == pickled else part)
+        answers(utils.load_checkpoint, str(path), True)
+
+    fuzz(damaged([parts[pickled]]) | st.binary(max_size=400), read)
+
+
+def test_checkpoints_of_any_plain_content(tmp_path):
+    path = str(tmp_path / "checkpoint.pth")
+    scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    tensors = st.sampled_from([torch.ones(2), torch.zeros(65536, 3), torch.tensor(1)])
+    keys = st.sampled_from(["student", "teacher", "optimizer", "epoch", "args", "dino_loss", "step", "health", "x"])
+    values = st.recursive(scalars | tensors, lambda v: st.lists(v, max_size=3) | st.dictionaries(keys, v, max_size=4))
+    args = main_dino.get_args_parser().parse_args(SMALL_RUN)
+
+    def read(content):
+        torch.save(content, path)
+        checkpoint = answers(utils.load_checkpoint, path)
+        if checkpoint is not None:
+            answers(utils.check_resumable, path, checkpoint, args)
+
+    fuzz(values | st.dictionaries(keys, values), read)
+
+
+def test_lists_of_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    path = st.sampled_from([tmp_path / f"x{suffix}" for suffix in dino_images.LISTS])
+    words = st.sampled_from(["a.png", "path", "label", "../x.jpg", "/etc/passwd", "http://x/y.png", '"', "\0", "é", ""])
+    ends = st.sampled_from(["\n", "\r\n", "\r", "\x1c", "\u2028"])
+    text = st.lists(words | st.text(max_size=6) | ends | st.sampled_from([",", "\t", " "])).map("".join)
+
+    def read(example):
+        path, content = example
+        path.write_bytes(content)
+        images = answers(dino_images.find_images, path)
+        if images is not None:
+            for i in range(len(images)):
+                answers(images.open, i)
+
+    content = text.map(lambda words: words.encode(errors="surrogatepass")) | st.binary(max_size=80)
+    fuzz(st.tuples(path, content), read)
+
+
+def test_recipes(tmp_path, capsys):
+    path = tmp_path / "x.yaml"
+    keys = st.sampled_from(
+        ["lr", "arch", "use_fp16", "global_crops_scale", "config", "print_config", "<<", "x", "epochs"]
+    )
+    values = st.sampled_from(
+        ["1", "[1, 2]", "&a [1]", "*a", "{a: 1}", "!!python/name:os.system", "|", "~", "[", "true"]
+    )
+    line = st.tuples(keys | st.text(max_size=4), values | st.text(max_size=8)).map(": ".join)
+
+    def read(content):
+        path.write_bytes(content)
+        read_arguments(["--config", str(path)])
+
+    text = st.lists(line | st.text(max_size=10)).map("\n".join)
+    fuzz(text.map(lambda lines: lines.encode(errors="surrogatepass")) | st.binary(max_size=60), read)
+
+
+def test_command_lines(capsys):
+    flags = [f"--{name}" for name in vars(main_dino.get_args_parser().parse_args([])) if name != "wandb"]
+    numbers = st.floats().map(str) | st.integers().map(str)
+    odd = st.sampled_from(
+        ["", "-1", "nan", "inf", "1e999", "0x10", "١", "true", "false", "vit_small", "--", "=", "1 2"]
+    )
+    words = st.sampled_from(flags) | numbers | odd | st.text(max_size=5)
+    fuzz(st.lists(words, max_size=6), read_arguments)
