@@ -364,16 +364,26 @@ class MultiCropDataset(Dataset):
 
 
 class EvalImages(Dataset):
-    """Numbered images for evaluation: dataset[i] -> (transform(image in RGB), i)."""
+    """Numbered images for evaluation: dataset[i] -> (transform(image in RGB), i).
 
-    def __init__(self, images, transform):
-        self.images, self.transform = images, transform
+    One that can't be read raises BadImage, or, with `lenient`, is a warning, and black.
+    """
+
+    def __init__(self, images, transform, lenient=False):
+        self.images, self.transform, self.lenient = images, transform, lenient
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        return self.transform(self.load(i)), i
+        try:
+            image = self.load(i)
+        except dino_images.BadImage as e:
+            if not self.lenient:
+                raise
+            utils.say(f"warning: {e}. It is taken for a black one")
+            image = Image.new("RGB", (8, 8))
+        return self.transform(image), i
 
     def load(self, i):
         return dino_images.to_rgb(self.images.open(i))

@@ -629,7 +629,7 @@ class RunKeeper:
         if self.args is None or found.keys() <= self.doctor.bad_images.keys():
             return
         for name in found.keys() - self.doctor.bad_images.keys():
-            print(f"warning: {found[name]}. Another is taken in its place", flush=True)
+            utils.say(f"warning: {found[name]}. Another is taken in its place")
         self.doctor.bad_images.update(found)
         self.check_bad_images(len(dataset))
 

@@ -154,6 +154,8 @@ def become(words, environment, screens):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    # The platform's way for the loader's processes too: a forked process has that of its own start, and new imports.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     folders = (ROOT, ROOT / "tests")
     for name, module in list(sys.modules.items()):
         if Path(getattr(module, "__file__", None) or "").parent in folders:

@@ -414,6 +414,16 @@ def test_where_nothing_can_be_read_the_run_ends(tmp_path):
         result(root, tmp_path / "run", "--max_bad_images", 1)
 
 
+def test_bad_images_do_not_end_a_run_that_looks_at_neighbours(tmp_path, capsys):
+    root = corpus(tmp_path / "data")
+    result(root, tmp_path / "run", "--knn_every", 1)
+    assert all("knn_top1" in line for line in log_without_times(tmp_path / "run"))
+    assert capsys.readouterr().out.count("It is taken for a black one") == 2 * 4
+    for dataset in dino_data.find_labelled(str(root), dino_data.eval_transform(8), False, "--knn_data")[:2]:
+        with pytest.raises(dino_images.BadImage):
+            list(dataset)
+
+
 def test_a_run_that_goes_on_remembers_the_bad_images(tmp_path, capsys):
     root = corpus(tmp_path / "data")
     result(root, tmp_path / "run", "--epochs", 1, "--warmup_epochs", 1)
