@@ -375,8 +375,8 @@ def train_one_epoch(
     first = epoch * (done + len(data_loader)) + done
     hint = "try --augmentation fast or more --num_workers" if args.augmentation == "pil" else "try more --num_workers"
     batches = metrics.log_every(data_loader, 10, f"Epoch: [{epoch}/{args.epochs}]", done, hint)
-    for step, (crops, indices, bad_images) in enumerate(batches, start=first):
-        keeper.note_bad_images(bad_images, data_loader.dataset)
+    for step, (crops, indices, *bad_images) in enumerate(batches, start=first):
+        keeper.note_bad_images(*bad_images)
         # ---- schedules ----
         for group in optimizer.param_groups:
             group["lr"] = float(schedules["lr"][step])
@@ -623,7 +623,7 @@ class RunKeeper:
             about = {"feature_dim": teacher.features.shape[1], "images": len(teacher.features) // 2}
             self.doctor.look(step, {**numbers, **about}, student, teacher)
 
-    def note_bad_images(self, wrong, dataset):
+    def note_bad_images(self, wrong=()):
         """Take down what could not be read for a batch; UserError is raised when that is too much."""
         found = dict(text.split("\t", 1) for text in wrong if text)
         if self.args is None or found.keys() <= self.doctor.bad_images.keys():
@@ -631,10 +631,10 @@ class RunKeeper:
         for name in found.keys() - self.doctor.bad_images.keys():
             utils.say(f"warning: {found[name]}. Another is taken in its place")
         self.doctor.bad_images.update(found)
-        self.check_bad_images(len(dataset))
+        self.check_bad_images()
 
-    def check_bad_images(self, images):
-        bad = self.doctor.bad_images
+    def check_bad_images(self):
+        bad, images = self.doctor.bad_images, self.args.images
         if len(bad) > self.args.max_bad_images * images:
             self.write_bad_images()
             raise UserError(
@@ -651,7 +651,7 @@ class RunKeeper:
         if self.doctor.bad_images and utils.is_main_process():
             self.write_bad_images()
         if len(self.doctor.bad_images) > known:
-            self.check_bad_images(self.args.images)
+            self.check_bad_images()
 
     def write_bad_images(self):
         """bad_images.txt: a line an image, its name, a tab, and what is wrong with it."""

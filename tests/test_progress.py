@@ -44,6 +44,7 @@ def on_terminal(*words, env=None, type_at="", typed=b"\x03", columns=COLUMNS):
             break
         written += part
         if type_at and type_at.encode() in written:
+            time.sleep(0.3)  # Ctrl-C makes the terminal throw away what it has not shown yet
             os.write(terminal, typed)
             type_at = ""
     else:
