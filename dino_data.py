@@ -340,7 +340,7 @@ class MultiCropDataset(Dataset):
     """Training crops of numbered images: dataset[epoch, i] -> (crops, number of the image, "" or what is wrong with i).
 
     In the place of an image that can't be read comes another, which follows from (seed, epoch, i). BadImage is raised
-    if TRIES in a row can't be read, or, with `strict`, one. What is wrong is its name, a tab, and why.
+    if TRIES in a row can't be read, or, with `strict`, one. What is wrong is its name, a zero, and why.
     """
 
     TRIES = 100
@@ -358,7 +358,7 @@ class MultiCropDataset(Dataset):
             try:
                 return self.augment(self.images.open(number)), number, wrong
             except dino_images.BadImage as e:
-                bad, wrong = e, wrong or f"{self.images.name(number)}\t{e}"
+                bad, wrong = e, wrong or f"{self.images.name(number)}\0{e}"
             number = utils.derive_seed(self.seed, utils.REPLACEMENT, *key, attempt) % len(self.images)
         raise bad
 
@@ -404,7 +404,7 @@ def labelled_part(data_path, part, exif=False, flag="--data_path"):
     if path is None:
         what = f"has no {part} in it" if os.path.isdir(find_data(data_path)) else "is no folder"
         raise UserError(f"{flag} {data_path} {what}. It takes folders {part}/<class>/*, or a list {part}.csv")
-    images = dino_images.find_images(path, part, exif=exif, flag=flag)
+    images = dino_images.find_images(path, part, "folder" if os.path.isdir(path) else "auto", exif, flag)
     if images.targets is None:
         raise UserError(f"{flag} {path} has no labels. Sort the images into a folder for each class, or write a list")
     return images
@@ -432,7 +432,8 @@ def find_labelled(path, transform, exif, flag):
         return labelled_images(path, transform, exif, flag)
     if any(parts):
         raise UserError(f"{flag} {path} has only one of train and val. Name a folder that has both, or class folders")
-    return held_out(dino_images.find_images(path, exif=exif, flag=flag), transform, f"{flag} {path}")
+    kind = "folder" if os.path.isdir(path) else "auto"
+    return held_out(dino_images.find_images(path, "", kind, exif, flag), transform, f"{flag} {path}")
 
 
 def held_out(images, transform, source):
@@ -445,7 +446,7 @@ def held_out(images, transform, source):
     if targets is None or len(targets.unique()) < 2:
         raise UserError(
             f"{source} has its images in a single class folder, or in none, and k-NN needs labels. Name a folder with "
-            "some by --knn_data, or leave out --knn_every"
+            "some by --knn_data, or leave out --knn_every (class folders beside single images: --data_format folder)"
         )
     order, counts = targets.argsort(stable=True), targets.bincount()
     number_in_class = torch.empty_like(targets)
@@ -509,10 +510,11 @@ def train_loader(dataset, batch_size, seed, num_workers, device):
     )
 
 
-def eval_loader(dataset, batch_size, num_workers, device):
+def eval_loader(dataset, batch_size, num_workers, device, in_worker=None):
     """Loader of this rank's share of a labelled data set, in order, all shares of one length."""
     sampler = DistributedSampler(dataset, shuffle=False) if utils.get_world_size() > 1 else None
-    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=num_workers, pin_memory=device.type == "cuda")
+    how = {"num_workers": num_workers, "pin_memory": device.type == "cuda", "worker_init_fn": in_worker}
+    return DataLoader(dataset, batch_size, sampler=sampler, **how)
 
 
 # ---- the sample data set ----

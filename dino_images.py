@@ -8,6 +8,7 @@ import contextlib
 import copy
 import csv
 import errno
+import functools
 import hashlib
 import inspect
 import io
@@ -26,7 +27,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import utils
 from utils import UserError
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jp2", ".jfif")
+# Pillow's names of what may be in them. It knows others, of which EPS starts another program.
+KINDS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")
 MOST_PIXELS = 200_000_000  # of one image: a small file can be made to fill all memory
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # Pillow's own limit is lower
 
@@ -46,7 +49,7 @@ def load_image(path, exif=False):
 def open_image(path, exif=False):
     """The file as a PIL image, not decoded yet unless `exif` turns it. Raises BadImage, with the file's name."""
     try:
-        image = Image.open(io.BytesIO(read_file(path)))
+        image = Image.open(io.BytesIO(read_file(path)), formats=[kind for kind in KINDS if kind in known_kinds()])
         image.filename = os.fspath(path)
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} × {image.height} are more than {MOST_PIXELS // 10**6} million pixels")
@@ -59,6 +62,12 @@ def open_image(path, exif=False):
     except Exception as e:  # Pillow's decoders raise almost anything on damaged data
         raise BadImage(f"can't read the image {path}: {one_line(e)}. Repair or remove it") from e
     return image
+
+
+@functools.cache
+def known_kinds():
+    Image.init()
+    return frozenset(Image.OPEN)
 
 
 TURNED = 0x0112  # EXIF's number for how the camera was held
@@ -91,29 +100,48 @@ def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-PATIENCE = 60.0  # seconds for a file system that does not answer
+PATIENCE = 60.0  # seconds for a file system that does not answer, until one file has been read again
+waited = 0.0  # of it by this process
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
 
 
 def read_file(path):
     """The bytes of a file; if its file system does not answer, or is not there, asked again for a minute.
 
-    Raises BadImage, or UserError if the process has too many open files.
+    When the minute is over, the files that follow are asked for once, until one can be read. Raises BadImage, or
+    UserError if the process has too many open files.
     """
-    began, pause = time.monotonic(), 0.5
+    global waited
+    pause = 0.5
     while True:
         try:
-            return Path(path).read_bytes()
+            content = Path(path).read_bytes()
         except (OSError, ValueError) as e:  # ValueError: a name with a zero byte in it
             number = getattr(e, "errno", None)
             if number in (errno.EMFILE, errno.ENFILE):
                 raise UserError(f"too many open files, at {path}. Raise `ulimit -n`, or lower --num_workers") from e
             gone = number == errno.ENOENT and not os.path.isdir(os.path.dirname(path))
-            if not (gone or number in PASSING) or time.monotonic() - began > PATIENCE:
+            if not (gone or number in PASSING) or waited >= PATIENCE:
                 reason = getattr(e, "strerror", None) or one_line(e)
                 raise BadImage(f"can't read the image {path}: {reason}. Repair or remove it") from e
+        else:
+            waited = 0.0
+            return content
         time.sleep(pause)
-        pause *= 2
+        waited, pause = waited + pause, 2 * pause
+
+
+def still_bad(bad_images, images):
+    """Of {name: what is wrong}, the ones that are among numbered images and can't be read now either."""
+    found = {}
+    for i in range(len(images)) if bad_images else ():
+        name = images.name(i)
+        if name in bad_images:
+            try:
+                to_rgb(images.open(i))
+            except BadImage:
+                found[name] = bad_images[name]
+    return found
 
 
 # ---- where images come from ----
@@ -232,15 +260,15 @@ def cached_index(root):
     root = os.path.abspath(root)
     digest = hashlib.blake2b(root.encode(errors="surrogateescape"), digest_size=12).hexdigest()
     path = Path(utils.cache_dir()) / f"index-{digest}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         kept = json.loads(path.read_bytes())
-        if kept["root"] == root and all(
-            os.stat(os.path.join(root, folder)).st_mtime_ns == changed for folder, changed in kept["folders"].items()
-        ):
-            return kept["images"], list(kept["folders"])
+        images, folders = kept["images"], kept["folders"]
+        whole = kept["root"] == root and "" in folders and all(os.path.dirname(name) in folders for name in images)
+        if whole and all(changes(os.path.join(root, folder)) == then for folder, then in folders.items()):
+            return images, list(folders)
     images, folders = index(root)
     now = time.time_ns()
-    if len(images) >= WORTH_KEEPING and all(now - changed > 5e9 for changed in folders.values()):  # not in the making
+    if len(images) >= WORTH_KEEPING and all(now - then[0] > 5e9 for then in folders.values()):  # not in the making
         text = json.dumps({"root": root, "folders": folders, "images": images})
         with contextlib.suppress(OSError, UnicodeEncodeError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,6 +277,12 @@ def cached_index(root):
 
 
 WORTH_KEEPING = 10_000  # images
+
+
+def changes(folder):
+    """When its content changed, and when anything about it did, which can't be set back."""
+    state = os.stat(folder)
+    return [state.st_mtime_ns, state.st_ctime_ns]
 
 
 def index(root):
@@ -263,7 +297,7 @@ def index(root):
         here = os.path.relpath(folder, root)
         inside[folder] = inside.get(os.path.dirname(folder), frozenset()) | {(state.st_dev, state.st_ino)}
         subfolders[:] = [s for s in subfolders if not s.startswith(".") and not leads_back(folder, s, inside[folder])]
-        folders["" if here == "." else here] = state.st_mtime_ns
+        folders["" if here == "." else here] = [state.st_mtime_ns, state.st_ctime_ns]
         prefix = "" if here == "." else f"{here}/"
         found.append((here.partition("/")[0], here, [prefix + name for name in sorted(files) if is_image(name)]))
     return [name for _, _, names in sorted(found) for name in names], folders
@@ -312,16 +346,17 @@ def read_list(path, flag):
         raise UserError(f"can't read {flag} {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise UserError(f"can't read {flag} {path}: it is not UTF-8 text (byte {e.start})") from e
-    suffix, lines = Path(path).suffix.lower(), [line for line in text.splitlines() if line.strip()]
+    root, suffix = os.path.dirname(os.path.abspath(path)), Path(path).suffix.lower()
+    lines = [line for line in text.splitlines() if line.strip()]
     try:
         if suffix == ".txt":
-            rows = split_lines([line.strip() for line in lines], os.path.dirname(os.path.abspath(path)))
+            rows = split_lines([line.strip() for line in lines], root)
         else:
             table = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",")
             rows = [[cell.strip() for cell in row[:2]] for row in table]
     except csv.Error as e:
         raise UserError(f"can't read {flag} {path}: {e}") from e
-    if rows and not is_image(os.path.basename(rows[0][0])):
+    if rows and not is_image(os.path.basename(rows[0][0])) and not os.path.isfile(os.path.join(root, rows[0][0])):
         rows = rows[1:]  # names of columns
     if not rows or not all(row and row[0] for row in rows):
         raise UserError(f"{flag} {path} has no paths of images in it, or a line without one. Write one in each line")
@@ -356,7 +391,8 @@ def torchvision_images(data_path, part, flag):
         options["root"] = root
     try:
         os.makedirs(root, exist_ok=True)
-        with contextlib.redirect_stdout(io.StringIO()):
+        lock, _ = utils.lock_file(os.path.join(root, ".lock"), patience=3600)  # one process downloads, the others wait
+        with lock, contextlib.redirect_stdout(io.StringIO()):
             dataset = known[name](**options)
     except Exception as e:  # by data set: no network, no such split, files that are not free to load
         raise UserError(f"{flag} {data_path} can't be had: {one_line(e)}. Its files belong into {root}") from e

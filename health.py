@@ -97,8 +97,11 @@ class Doctor:
     def __init__(self, args, steps, curves=None, state=None):
         self.args, self.steps, self.curves, self.collapse = args, steps, curves, ""
         self.seen, self.warnings, self.streaks, self.norms = [], [], {}, None
-        self.best_knn, self.best_epoch, self.bad_images = 0.0, None, {}
-        vars(self).update({name: state[name] for name in self.REMEMBERED if name in (state or {})})
+        self.best_knn, self.best_epoch, self.bad_images = -1.0, None, {}
+        for name in self.REMEMBERED if isinstance(state, dict) else ():
+            value, default = state.get(name), getattr(self, name)
+            if isinstance(value, type(default)) or (default is None and isinstance(value, int | list)):
+                setattr(self, name, value)
 
     def state_dict(self):
         """What a checkpoint has to keep, that the rest of the run says what it would have said without a stop."""

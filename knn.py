@@ -14,16 +14,19 @@ import utils
 # ---- features ----
 
 
-def labelled_features(model, sets, batch_size, num_workers, device, use_cuda=True):
+def labelled_features(model, sets, batch_size, num_workers, device, use_cuda=True, stop=None):
     """(train features, train labels, test features, test labels), the features L2-normalised; None but on rank 0.
 
-    `sets` are two data sets of (image, index) and their labels, [N] each. All ranks have to call it.
+    `sets` are two data sets of (image, index) and their labels, [N] each. `stop`, a StopRequest, may end it with a
+    utils.Stopped. All ranks have to call it.
     """
     train, test, train_labels, test_labels = sets
     features = []
     for dataset in (train, test):
-        loader = dino_data.eval_loader(dataset, batch_size, num_workers, device)
-        features.append(utils.extract_features(model, loader, use_cuda))
+        # A signal to the whole process group is for the process that answers it.
+        in_worker = utils.ignore_signals if stop else None
+        loader = dino_data.eval_loader(dataset, batch_size, num_workers, device, in_worker)
+        features.append(utils.extract_features(model, loader, use_cuda, stop=stop))
     if not utils.is_main_process():
         return None
     train_features, test_features = (F.normalize(f, dim=1) for f in features)
@@ -107,12 +110,15 @@ class OnlineKnn:
         """Whether the accuracy is wanted behind this epoch, counted from 0; behind the last one it always is."""
         return (epoch + 1) % self.args.knn_every == 0 or epoch + 1 == self.args.epochs
 
-    def accuracies(self, backbone):
-        """{"knn_top1": …, "knn_top5": …} in per cent; the same on all ranks, all of which have to call it."""
+    def accuracies(self, backbone, stop=None):
+        """{"knn_top1": …, "knn_top5": …} in per cent; the same on all ranks, all of which have to call it.
+
+        Raises utils.Stopped if the StopRequest `stop` has a signal on any of them.
+        """
         began, training = time.time(), backbone.training
         backbone.eval()
         how = (self.args.batch_size_per_gpu, self.args.num_workers, self.device)
-        features = labelled_features(backbone, self.sets, *how)
+        features = labelled_features(backbone, self.sets, *how, stop=stop)
         backbone.train(training)
         found = None
         if features:

@@ -133,7 +133,7 @@ def get_args_parser():
         help="Turn photographs as their cameras noted. The paper's were taken as they lie in the file.")
     run.add_argument("--max_bad_images", default=0.001, type=float, metavar="SHARE", help="""Images that
         can't be read are left out, others taken in their places, and their names written to bad_images.txt. More of
-        them than this share of all end the run.""")
+        them than this share of all, rounded up, end the run.""")
     run.add_argument("--strict_images", default=False, type=bool_flag, metavar="BOOL",
         help="End the run at the first image that can't be read.")
     run.add_argument("--output_dir", default=".", metavar="DIR",
@@ -226,6 +226,7 @@ def check_args(args):
     if utils.vit_factory(args.arch):
         for flag in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
             check_whole_patches(flag, getattr(args, flag), args.patch_size)
+    utils.check_arch(args.arch)
     utils.print_config(args)
 
 
@@ -424,7 +425,8 @@ def train_one_epoch(
     if keeper.evaluates(epoch) and done > keeper.first_step:
         keeper.save(epoch, done, metrics.totals())  # should the evaluation be killed
     metrics.synchronize_between_processes()
-    utils.log(f"Averaged stats: {metrics}")
+    if done > keeper.first_step:
+        utils.log(f"Averaged stats: {metrics}")
     means = {name: meter.global_avg for name, meter in metrics.meters.items() if meter.count}
     momentum = float(schedules["momentum"][(epoch + 1) * done - 1])
     return {**means, "ln_k": ln_k, "momentum": momentum, **metrics.pace(utils.global_batch(vars(args)))}
@@ -625,7 +627,7 @@ class RunKeeper:
 
     def note_bad_images(self, wrong=()):
         """Take down what could not be read for a batch; UserError is raised when that is too much."""
-        found = dict(text.split("\t", 1) for text in wrong if text)
+        found = dict(text.split("\0", 1) for text in wrong if text)
         if self.args is None or found.keys() <= self.doctor.bad_images.keys():
             return
         for name in found.keys() - self.doctor.bad_images.keys():
@@ -635,7 +637,7 @@ class RunKeeper:
 
     def check_bad_images(self):
         bad, images = self.doctor.bad_images, self.args.images
-        if len(bad) > self.args.max_bad_images * images:
+        if len(bad) > math.ceil(self.args.max_bad_images * images):
             self.write_bad_images()
             raise UserError(
                 f"{len(bad)} of {images} images can't be read, which is more than --max_bad_images "
@@ -654,8 +656,11 @@ class RunKeeper:
             self.check_bad_images()
 
     def write_bad_images(self):
-        """bad_images.txt: a line an image, its name, a tab, and what is wrong with it."""
-        text = "".join(f"{name}\t{why}\n" for name, why in sorted(self.doctor.bad_images.items()))
+        """bad_images.txt: in each line a name (an odd one as Python writes it), a tab, and what is wrong with it."""
+        lines = []
+        for name, why in sorted(self.doctor.bad_images.items()):
+            lines.append(f"{name if name.isprintable() else repr(name)}\t{' '.join(why.split())}\n")
+        text = "".join(lines)
         path = os.path.join(self.args.output_dir, "bad_images.txt")
         try:
             utils.write_whole(path, lambda file: file.write(text.encode(errors="replace")))
@@ -750,7 +755,6 @@ def build_schedules(args, steps):
 def train_dino(args):
     """Train as `args` say (see get_args_parser), or go on with what --output_dir already holds. Raises UserError."""
     check_args(args)
-    utils.check_arch(args.arch)
     utils.check_output_dir(args.output_dir, files=("checkpoint.pth", "log.txt", "run.json", ".lock"))
     health.check_curves(args)
     device = utils.init_distributed_mode(args)
@@ -793,6 +797,9 @@ def train_dino(args):
     start = time.time()
     curves = health.Curves(args)
     doctor = health.Doctor(args, len(data_loader), curves, progress["health"])
+    doctor.bad_images = dino_images.still_bad(doctor.bad_images, data_loader.dataset.images)
+    if utils.plain_args(progress["args"]).get("knn_data") != args.knn_data:
+        doctor.best_knn, doctor.best_epoch = -1.0, None  # of other images
     doctor.look_at_settings()
     health.write_environment(args, get_args_parser())
     state = functools.partial(run_state, student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor)
@@ -810,7 +817,14 @@ def train_dino(args):
             means["feature_dim"] = next(teacher.head.parameters()).shape[1]
             stats = {f"train_{name}": value for name, value in means.items()} | {"epoch": epoch}
             if keeper.evaluates(epoch):
-                stats |= neighbours.accuracies(teacher.backbone)
+                try:
+                    stats |= neighbours.accuracies(teacher.backbone, stop)
+                except utils.Stopped as e:  # the epoch is saved
+                    utils.log(
+                        f"stopped behind epoch {epoch}: the same command again looks at the neighbours, and goes on"
+                    )
+                    keeper.stopped_by = e.signal
+                    break
             doctor.look_at_epoch(stats)
             keeper.share_bad_images()
             if doctor.bad_images:

@@ -159,9 +159,10 @@ def evaluation_args(args, job_id):
     """Arguments of eval_knn.py for what the training job leaves behind."""
     import eval_knn
 
-    folder = args.data_path if args.data_path == "sample" else os.path.dirname(os.path.abspath(args.data_path))
+    named = args.data_path == "sample" or args.data_path.startswith("torchvision:")
+    folder = args.data_path if named else os.path.dirname(os.path.abspath(args.data_path))
     flags = {
-        **{name: getattr(args, name) for name in ("arch", "patch_size", "num_workers")},
+        **{name: getattr(args, name) for name in ("arch", "patch_size", "num_workers", "exif")},
         "image_size": args.global_crops_size,
         "pretrained_weights": os.path.join(args.output_dir.replace("%j", job_id), "checkpoint.pth"),
         "data_path": args.evaluate_data or folder,

@@ -106,6 +106,7 @@ def print_config(args):
         sys.exit()
 
 
+LONGEST_RECIPE = 2**20
 NOT_IN_RECIPES = ("config", "print_config")
 
 
@@ -133,10 +134,15 @@ def read_recipe(path, known):
     """
     try:
         with open(path, encoding="utf-8") as file:
-            recipe = yaml.load(file.read(2**20), RecipeLoader)  # no recipe is longer
+            text = file.read(LONGEST_RECIPE + 1)
+        if len(text) > LONGEST_RECIPE:
+            raise UserError(f"the recipe {path} is longer than {LONGEST_RECIPE} letters. Is it one?")
+        recipe = yaml.load(text, RecipeLoader)
+    except UserError:
+        raise
     except RecursionError:
         raise UserError(f"can't read the recipe --config {path}: it is nested too deeply") from None
-    except (OSError, ValueError, yaml.YAMLError) as e:
+    except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError) as e:  # some of tags that don't fit
         raise UserError(f"can't read the recipe --config {path}: {' '.join(str(e).split())}") from e
     if not isinstance(recipe, dict):
         raise UserError(f"the recipe {path} is no list of `flag: value` lines")
@@ -232,7 +238,9 @@ def terminate(number, _):
 
 
 # How gloo and nccl say it.
-PEER_LOST = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
+PEER_LOST = re.compile(
+    "closed by peer|reset by peer|broken pipe|remote process exited|connection was likely closed", re.IGNORECASE
+)
 
 
 def run(main, flags, description):
@@ -1789,18 +1797,29 @@ def multi_scale(images, model):
     return F.normalize(torch.stack(features).mean(0), dim=1)
 
 
+class Stopped(Exception):
+    """Work that a signal has ended on all ranks; `signal` is its number."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.signal = number
+
+
 @torch.no_grad()
-def extract_features(model, data_loader, use_cuda=True, multiscale=False):
+def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=None):
     """Features of a whole data set, in its order: [N, D] float32 on rank 0, None on the other ranks.
 
     `data_loader` yields (images, indices into the data set), images as uint8 or normalised floats; in a distributed
     run each rank's loader covers its share, all shares of one length. `use_cuda` leaves the features on the model's
-    GPU, if it has one, instead of in main memory. What the ranks found is gathered once, at the end.
+    GPU, if it has one, instead of in main memory. What the ranks found is gathered once, at the end. Now and then all
+    look whether `stop`, a StopRequest, has a signal on one of them, and raise Stopped.
     """
     weight = next(model.parameters(), torch.empty(0))
     store = weight.device if use_cuda else torch.device("cpu")
     parts, places = [], []
-    for images, indices in MetricLogger().log_every(data_loader, 10, "Features:"):
+    for i, (images, indices) in enumerate(MetricLogger().log_every(data_loader, 10, "Features:")):
+        if stop and i % 10 == 0 and (number := max(gather_objects(stop.signal))):
+            raise Stopped(int(number))
         images = normalize(images.to(weight.device, non_blocking=True))
         features = multi_scale(images, model) if multiscale else first_output(model, images)
         parts.append(features.float().to(store))

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import gzip
 import io
+import json
 import os
 import random
 import re
@@ -104,7 +105,21 @@ def test_the_index_of_a_large_folder_is_kept_until_a_folder_changes(tmp_path, mo
     old(root)
     look()
     (kept,) = (tmp_path / "cache").iterdir()
-    for damage in (b"", b"{}", b"[1]", b'{"root": 3}', kept.read_bytes()[:-9], b"\xff\xfe"):
+    whole = kept.read_bytes()
+    damages = [
+        b"",
+        b"{}",
+        b"[1]",
+        b'{"root": 3}',
+        whole[:-9],
+        b"\xff\xfe",
+        b"[" * 10**5,
+        whole.replace(b'"a/2', b'"z/2'),
+    ]
+    damages += [
+        json.dumps({**json.loads(whole), **part}).encode() for part in ({"folders": {}}, {"images": 5}, {"images": [5]})
+    ]
+    for damage in damages:
         kept.write_bytes(damage)
         assert look() == (["a/2.png", "b/deep/3.png", "b/deep/4.png"], True)
     elsewhere = tmp_path / "elsewhere"
@@ -125,16 +140,21 @@ def test_the_index_of_a_large_folder_is_kept_until_a_folder_changes(tmp_path, mo
         ("x.txt", "a b.png 10\nsub/c.png 9", ["10", "9"]),
         ("x.csv", 'path,label\n"a b.png",dog\nsub/c.png,ape\n', ["dog", "ape"]),
         ("x.csv", "a b.png\nsub/c.png", None),
+        ("x.txt", "odd.name\na b.png\nsub/c.png", None),
         ("x.tsv", "file\tclass\tmore\na b.png\tdog\t1\nsub/c.png\tape\t2", ["dog", "ape"]),
     ],
 )
 def test_lists_name_images_relative_to_themselves_perhaps_with_labels(tmp_path, name, text, labels):
     draw(tmp_path / "a b.png", 1)
     draw(tmp_path / "sub" / "c.png", 2)
+    if text.startswith("odd"):
+        draw(tmp_path / "odd.png", 0)
+        (tmp_path / "odd.png").rename(tmp_path / "odd.name")
     (tmp_path / name).write_text(text, encoding="utf-8")
     images = dino_images.find_images(tmp_path / name)
-    assert names(images, tmp_path) == ["a b.png", "sub/c.png"]
-    assert [images.open(i).getpixel((0, 0))[0] for i in range(2)] == [1, 2]
+    assert names(images, tmp_path)[-2:] == ["a b.png", "sub/c.png"]
+    assert [images.open(i).getpixel((0, 0))[0] for i in range(len(images))] == [0, 1, 2][-len(images) :]
+    assert len(images) == 2 + text.startswith("odd")
     assert (None if images.targets is None else [images.classes[t] for t in images.targets]) == labels
     if labels == ["10", "9"]:
         assert images.classes == ["9", "10"]  # by their value
@@ -324,15 +344,21 @@ def test_a_file_system_that_comes_back_is_waited_for(tmp_path, monkeypatch):
 
 def test_one_that_stays_away_is_given_up(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(dino_images.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(dino_images, "waited", 0.0)
     monkeypatch.setattr(dino_images.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     with pytest.raises(dino_images.BadImage, match=r"gone/x\.png: No such file or directory"):
         dino_images.open_image(tmp_path / "gone" / "x.png")
     assert 60 < clock[0] < 130
     clock[0] = 0.0
-    with pytest.raises(dino_images.BadImage, match="No such file"):
-        dino_images.open_image(tmp_path / "x.png")  # the folder is there
+    for missing in (tmp_path / "x.png", tmp_path / "gone" / "y.png"):  # the folder is there; the minute is over
+        with pytest.raises(dino_images.BadImage, match="No such file"):
+            dino_images.open_image(missing)
     assert clock[0] == 0
+    draw(tmp_path / "x.png")
+    dino_images.open_image(tmp_path / "x.png")
+    with pytest.raises(dino_images.BadImage):
+        dino_images.open_image(tmp_path / "gone" / "y.png")
+    assert clock[0] > 60  # files were read again
 
 
 # ---- what can't be read is left out ----
@@ -379,7 +405,7 @@ def test_an_image_in_the_place_of_a_bad_one_follows_from_seed_epoch_and_number(t
 
     def taken(seed, epoch):
         _, number, wrong = dino_data.MultiCropDataset(images, lambda image: dino_images.to_rgb(image), seed)[epoch, bad]
-        assert wrong.startswith(f"{images.name(bad)}\tcan't read the image {images.name(bad)}: ")
+        assert wrong.startswith(f"{images.name(bad)}\0can't read the image {images.name(bad)}: ")
         return number
 
     found = [taken(seed, epoch) for seed in range(3) for epoch in range(5)]
@@ -402,6 +428,27 @@ def test_too_many_bad_images_end_the_run_with_their_list(tmp_path, monkeypatch, 
     )  # fmt: skip
     assert code == 2
     assert line.startswith("error: can't read the image ")
+
+
+def test_a_bad_image_in_a_small_folder_is_allowed_and_after_its_repair_forgotten(tmp_path):
+    root = corpus(tmp_path / "data", good=47, bad=1)
+    odd = root / "b" / "a\tb\nc.png"
+    result(root, tmp_path / "run", "--max_bad_images", 0.001)  # rounded up
+    assert len(bad_names(tmp_path / "run")) == 1
+    (bad,) = root.glob("*/x*.png")
+    draw(bad, size=(40, 30))
+    odd.write_bytes(b"")
+    flags = ("--max_bad_images", 0.001, "--epochs", 3, "--allow_changed_args", "true")
+    result(root, tmp_path / "run", *flags)
+    assert bad_names(tmp_path / "run") == [repr(str(odd))]
+
+
+def test_files_that_pillow_would_start_a_program_for_are_no_images(tmp_path, monkeypatch):
+    text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(%pipe%touch /tmp/x) (w) file\n%%EOF\n"
+    (tmp_path / "x.png").write_bytes(text)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(dino_images.BadImage, match="no image of a known kind"):
+        dino_images.load_image(tmp_path / "x.png")
 
 
 def test_where_nothing_can_be_read_the_run_ends(tmp_path):

@@ -167,6 +167,16 @@ def test_a_run_that_goes_on_says_what_one_without_a_stop_would(capsys):
     ]
 
 
+def test_what_a_strange_checkpoint_says_of_health_is_left_aside():
+    for odd in (
+        5,
+        None,
+        [],
+        {"best_knn": "x", "bad_images": [1], "norms": 3.0, "seen": 4, "streaks": [], "warnings": {}},
+    ):
+        assert health.Doctor(doctor().args, 5, state=odd).state_dict() == doctor().state_dict()
+
+
 @pytest.mark.parametrize(("share", "speed", "warns"), [(0.3, 31.0, True), (0.2, 15.0, False), (0.3, 33.0, False)])
 def test_loaders_that_cost_half_a_minute_an_epoch_and_a_quarter_of_the_time_are_a_warning(share, speed, warns):
     watching = doctor("--batch_size_per_gpu", 32)  # epochs of 3,200 images

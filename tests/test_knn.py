@@ -195,6 +195,40 @@ def test_a_run_killed_while_it_looks_goes_on_there(tiny_root, tmp_path):
         assert all(torch.equal(one["teacher"][key], other["teacher"][key]) for key in one["teacher"])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_while_it_looks_ends_the_run_at_once_and_it_goes_on_there(tiny_root, sample_root, tmp_path, number):
+    flags = ("--knn_every", 1, "--knn_data", sample_root, "--epochs", 1, "--warmup_epochs", 0, "--num_workers", 2)
+    undisturbed = train(tiny_root, tmp_path / "undisturbed", *flags)
+    folder = tmp_path / "stopped"
+    words = [*RUN, "--data_path", tiny_root / "train", "--output_dir", folder, *flags]
+    command, environment = (
+        [sys.executable, ROOT / "main_dino.py", *map(str, words)],
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    next(line for line in run.stdout if line.startswith("Features:"))
+    os.killpg(run.pid, number)  # the loaders get it too
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (128 + number, "")
+    assert "stopped behind epoch 0" in out
+    assert "[100/540]" not in out
+    assert not (folder / "log.txt").exists()
+    assert "going on in epoch 0 behind step 5" in run_script(ROOT / "main_dino.py", *words).stdout
+    assert log_without_times(folder) == log_without_times(undisturbed)
+
+
+def test_the_best_of_other_images_is_forgotten(tiny_root, labelled, tmp_path):
+    flags = ("--knn_every", 1, "--warmup_epochs", 0, "--allow_changed_args", "true")
+    train(tiny_root, tmp_path, *flags, "--epochs", 1, "--knn_data", tiny_root)
+    kept = checkpoint(tmp_path)
+    kept["health"]["best_knn"] = 100.0
+    torch.save(kept, tmp_path / "checkpoint.pth")
+    train(tiny_root, tmp_path, *flags, "--epochs", 2, "--knn_data", labelled)
+    assert checkpoint(tmp_path, "checkpoint_best.pth")["epoch"] == 2
+    assert checkpoint(tmp_path)["health"]["best_knn"] < 100
+
+
 def test_a_run_that_goes_on_remembers_the_best(capsys):
     args = arguments_of(main_dino)
     curves = health.Curves(arguments_of(main_dino, "--tensorboard", "off"))

@@ -320,6 +320,9 @@ def test_a_recipe_sets_a_switch_of_the_slurm_script(read, word, value):
         ("blur_radius: &a [1]\nlr: [*a, *a]\n", "lr is a table, or a list of lists"),
         ("lr: !!binary AAAA\n", "lr is a table, or a list of lists"),
         ("lr: " + "[" * 20_000, "is nested too deeply"),
+        ("use_fp16: !!bool maybe\n", "can't read the recipe"),
+        ("seed: !!timestamp x\n", "can't read the recipe"),
+        ("lr: 1\n" + "#" * 2**20, "is longer than 1048576 letters"),
     ],
 )
 def test_recipes_that_would_grow_or_sink_are_refused(read, text, says):
@@ -497,12 +500,17 @@ def test_flags_given_are_told_by_any_parser_of_the_standard_library():
     assert utils.flags_given(parser, ["--rest", "x"]) == ["rest"]
 
 
+def test_a_network_that_there_is_not_is_no_good_setting():
+    with pytest.raises(utils.UserError, match="unknown --arch vit_smal; did you mean vit_small"):
+        main_dino.check_args(arguments_of(main_dino, "--arch", "vit_smal", "--print_config"))
+
+
 def test_the_script_prints_before_any_work_and_its_output_runs_again(tmp_path):
-    words = ["main_dino.py", "--config", "recipes/imagenet_xcits12_16.yaml", "--output_dir", tmp_path / "out"]
+    words = ["main_dino.py", "--config", "recipes/imagenet_vitb8.yaml", "--output_dir", tmp_path / "out"]
     done = run_script("-X", "importtime", *words, "--print_config", "--data_path", "/nowhere")
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.M))
     assert "torch" in imported
-    assert "timm" not in imported  # the network of this recipe is timm's, and takes seconds to import
+    assert "timm" not in imported  # which takes seconds, and is for networks that are not ours
     assert not (tmp_path / "out").exists()
     (tmp_path / "again.yaml").write_text(done.stdout)
     again = run_script(
