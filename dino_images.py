@@ -131,6 +131,14 @@ def read_file(path):
         waited, pause = waited + pause, 2 * pause
 
 
+def digest_of_names(images):
+    """What tells one set of numbered images from another: by their order and the last two parts of their names."""
+    digest = hashlib.blake2b(digest_size=6)
+    for i in range(len(images)):
+        digest.update("/".join(images.name(i).split("/")[-2:]).encode(errors="surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
 def still_bad(bad_images, images):
     """Of {name: what is wrong}, the ones that are among numbered images and can't be read now either."""
     found = {}
@@ -243,11 +251,13 @@ def folder_images(root, kind, exif, flag):
     if kind == "flat" or (kind is None and directly):
         images = ImageFiles([os.path.join(root, name) for name in names], exif=exif)
     else:
-        names = [name for name in names if "/" in name]
+        inside = [name for name in names if "/" in name]
         classes = sorted({folder.partition("/")[0] for folder in folders} - {""})
         number = {name: i for i, name in enumerate(classes)}
-        targets = [number[name.partition("/")[0]] for name in names]
-        images = ImageFiles([os.path.join(root, name) for name in names], targets, classes, exif)
+        targets = [number[name.partition("/")[0]] for name in inside]
+        images = ImageFiles([os.path.join(root, name) for name in inside], targets, classes, exif)
+    if names and not len(images):
+        raise UserError(f"{flag} {root} has images in it but no class folders. Take --data_format flat, or auto")
     if not len(images):
         raise UserError(f"{flag} {root} has no images in it ({', '.join(EXTENSIONS)})")
     return images

@@ -4,7 +4,8 @@
     python eval_knn.py --pretrained_weights runs/vits16/checkpoint.pth --checkpoint_key teacher --data_path imagenet
     python eval_knn.py --load_features features                                    # what --dump_features features left
 
---data_path holds train/<class>/* and val/<class>/*. Prints top-1 and top-5 accuracy in per cent for each k.
+--data_path holds train/<class>/* and val/<class>/*, or train.csv and val.csv. Prints top-1 and top-5 accuracy in per
+cent for each k.
 """
 
 import argparse

@@ -167,6 +167,7 @@ class Doctor:
             self.curves.add((stats["epoch"] + 1) * self.steps - 1, {"knn_top1": stats["knn_top1"]})
             if stats["knn_top1"] > self.best_knn:
                 self.best_knn, self.best_epoch = stats["knn_top1"], stats["epoch"]
+                utils.log("the best so far: it becomes checkpoint_best.pth")
 
 
 # ---- where it ran ----

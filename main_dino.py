@@ -642,7 +642,7 @@ class RunKeeper:
             raise UserError(
                 f"{len(bad)} of {images} images can't be read, which is more than --max_bad_images "
                 f"{self.args.max_bad_images} allows: {utils.some_of(sorted(bad))}. Repair or remove what stands in "
-                "bad_images.txt, or allow more"
+                f"{os.path.join(self.args.output_dir, 'bad_images.txt')}, or allow more"
             )
 
     def share_bad_images(self):
@@ -659,6 +659,7 @@ class RunKeeper:
         """bad_images.txt: in each line a name (an odd one as Python writes it), a tab, and what is wrong with it."""
         lines = []
         for name, why in sorted(self.doctor.bad_images.items()):
+            why = why.removeprefix(f"can't read the image {name}: ").removesuffix(". Repair or remove it")
             lines.append(f"{name if name.isprintable() else repr(name)}\t{' '.join(why.split())}\n")
         text = "".join(lines)
         path = os.path.join(self.args.output_dir, "bad_images.txt")
@@ -763,12 +764,16 @@ def train_dino(args):
 
     # ---- data ----
     data_loader, args.images = build_data(args, device)
+    args.image_names = dino_images.digest_of_names(data_loader.dataset.images)
     neighbours = OnlineKnn(args, data_loader.dataset.images, device) if args.knn_every else None
 
     # ---- student and teacher ----
     checkpoint_path = os.path.join(args.output_dir, "checkpoint.pth")
     student, teacher = build_student_and_teacher(args, device, amp_dtype)
-    if args.init_from and not any(map(os.path.isfile, (checkpoint_path, utils.previous_checkpoint(checkpoint_path)))):
+    begun = any(map(os.path.isfile, (checkpoint_path, utils.previous_checkpoint(checkpoint_path))))
+    if args.init_from and begun:
+        utils.log(f"note: --init_from {args.init_from} is not used: the run in {args.output_dir} goes on")
+    elif args.init_from:
         start_from_weights(student, teacher, args)
     student, teacher = distribute(student, teacher, device)
 

@@ -1234,8 +1234,9 @@ def check_resumable(path, checkpoint, args):
     if None not in batches:
         before["images a step"], now["images a step"] = batches
     for values in (before, now):
-        if "images" in values:
-            values["training images"] = values.pop("images")
+        for name, said in (("images", "training images"), ("image_names", "names of the training images")):
+            if name in values:
+                values[said] = values.pop(name)
     changed = [name for name in now if name in before and before[name] != now[name] and name not in FREE_ARGS]
     shaping = [name for name in changed if name in SHAPING_ARGS]
     then, wanted = (

@@ -393,6 +393,10 @@ def test_bad_images_are_replaced_counted_and_listed_whatever_the_number_of_worke
     for workers in (0, 1, 3):
         runs[workers] = result(root, tmp_path / f"run{workers}", "--num_workers", workers)
         assert bad_names(tmp_path / f"run{workers}") == sorted(str(path) for path in root.glob("*/x*.png"))
+        for line in (tmp_path / f"run{workers}" / "bad_images.txt").read_text().splitlines():
+            assert re.fullmatch(
+                r"[^\t]*/x\d\.png\t(it is no image of a known kind|.*truncated.*|.*PNG.*|.*broken.*)", line
+            )
         assert [line["bad_images"] for line in log_without_times(tmp_path / f"run{workers}")] == [4, 4]
     assert capsys.readouterr().out.count("warning: can't read the image") == 4 * 3
     for workers in (1, 3):
@@ -469,6 +473,29 @@ def test_bad_images_do_not_end_a_run_that_looks_at_neighbours(tmp_path, capsys):
     for dataset in dino_data.find_labelled(str(root), dino_data.eval_transform(8), False, "--knn_data")[:2]:
         with pytest.raises(dino_images.BadImage):
             list(dataset)
+
+
+def test_a_run_goes_on_with_the_same_images_wherever_they_lie_and_with_no_others(tmp_path, capsys):
+    root = corpus(tmp_path / "data", bad=0)
+    result(root, tmp_path / "run", "--epochs", 1, "--warmup_epochs", 1)
+    moved = root.rename(tmp_path / "moved")
+    again = (moved, tmp_path / "run", "--epochs", 1, "--warmup_epochs", 1)
+    result(*again, "--init_from", "no.pth")
+    said = capsys.readouterr().out
+    assert "nothing to do" in said
+    assert "note: --init_from no.pth is not used" in said
+    (moved / "a" / "000.png").rename(moved / "a" / "new.png")
+    with pytest.raises(UserError, match=r"was made with names of the training images \w+; this run has"):
+        result(*again)
+
+
+def test_class_folders_are_not_looked_for_in_vain(tmp_path):
+    draw(tmp_path / "x.png")
+    with pytest.raises(UserError, match="has images in it but no class folders"):
+        dino_images.find_images(tmp_path, data_format="folder")
+    (tmp_path / "x.png").unlink()
+    with pytest.raises(UserError, match="has no images in it"):
+        dino_images.find_images(tmp_path, data_format="folder")
 
 
 def test_a_run_that_goes_on_remembers_the_bad_images(tmp_path, capsys):
