@@ -198,7 +198,7 @@ def test_an_output_folder_that_can_not_be_written_is_an_error(monkeypatch, capsy
     assert "can't write to --output_dir" in error
 
 
-def test_a_broken_image_ends_the_run_with_its_name(monkeypatch, capsys, tiny_root, tmp_path):
+def test_a_broken_image_ends_a_strict_run_with_its_name(monkeypatch, capsys, tiny_root, tmp_path):
     folder = tmp_path / "train" / "class"
     folder.mkdir(parents=True)
     whole = next((tiny_root / "train" / "brick").iterdir()).read_bytes()
@@ -206,9 +206,9 @@ def test_a_broken_image_ends_the_run_with_its_name(monkeypatch, capsys, tiny_roo
         (folder / f"{i}.png").write_bytes(whole if i != 3 else whole[: len(whole) // 2])
     for workers in (0, 1):
         flags = [*SMALL_RUN, "--data_path", tmp_path / "train", "--output_dir", tmp_path, "--num_workers", workers]
-        code, error = fails(monkeypatch, capsys, *flags)
+        code, error = fails(monkeypatch, capsys, *flags, "--strict_images", "true")
         assert code == 2
-        assert str(folder / "3.png") in error
+        assert error.startswith(f"error: can't read the image {folder / '3.png'}: ")
 
 
 def test_help_needs_no_network_and_imports_nothing_heavy():
