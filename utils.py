@@ -1238,6 +1238,8 @@ def check_resumable(path, checkpoint, args):
             if name in values:
                 values[said] = values.pop(name)
     changed = [name for name in now if name in before and before[name] != now[name] and name not in FREE_ARGS]
+    if "training images" in changed:  # then their names have, too
+        changed = [name for name in changed if name != "names of the training images"]
     shaping = [name for name in changed if name in SHAPING_ARGS]
     then, wanted = (
         [f"{'' if ' ' in name else '--'}{name} {values[name]}" for name in shaping or changed]
