@@ -368,6 +368,7 @@ def train_one_epoch(
     """
     keeper = keeper or RunKeeper()
     metrics, done = utils.MetricLogger(), keeper.first_step
+    metrics.images = utils.global_batch(vars(args)) or 0
     ln_k = math.log(dino_loss.center.shape[1])
     metrics.add_meters("loss", "lr", "wd", entropy=f"{{median:.6f}} ({{global_avg:.6f}}) of ln K = {ln_k:.4f}")
     metrics.add_meters("kl", **dict.fromkeys(health.NUMBERS, "{median:.3g}"))

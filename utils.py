@@ -737,6 +737,9 @@ class MetricLogger:
         self.meters = defaultdict(SmoothedValue)
         self.delimiter = delimiter
         self.due = True  # whether this item's line will be printed
+        self.images = (
+            0  # of an item; where they are known, the line has their number a second, and the share of waiting
+        )
         self.seconds = self.waiting = 0.0  # for an item; share of it spent waiting, the first item apart
 
     def update(self, **values):
@@ -800,6 +803,9 @@ class MetricLogger:
                     progress = f"[{i:{len(str(number))}d}/{number}]"
                     meters = [str(self)] * bool(self.meters)
                     timing = [f"time: {step_time}", f"data: {data_time}", f"max mem: {peak_memory_mb():.0f}"]
+                    if self.images:
+                        timing.append(f"images/s: {self.images / max(step_time.avg, 1e-9):.1f}")
+                        timing.append(f"waiting: {waited / max(spent, 1e-9):.0%}")
                     if spent > 1 and waited > spent / 4:
                         timing.append(f"(data wait {waited / spent:.0%} of the time: {hint})")
                     if "loss" in self.meters:  # read for this line already; between lines nothing is

@@ -93,7 +93,9 @@ def wrapped(text):
 
 def without_times(text):
     text = re.sub(r"(eta|Total time): [^ ]+", r"\1:", text)
-    text = re.sub(r"(time|data): [\d.]+|max mem: \d+|\([\d.]+ s / it\)|took \d+ s|  \(data wait.*\)", "", text)
+    text = re.sub(
+        r"(time|data|images/s|waiting): [\d.]+%?|max mem: \d+|\([\d.]+ s / it\)|took \d+ s|  \(data wait.*\)", "", text
+    )
     return [line.rstrip() for line in text.splitlines()]
 
 

@@ -632,6 +632,29 @@ def test_the_remaining_time_is_that_of_the_items_to_come(capsys, monkeypatch):
     assert etas == ["0:02:00", "0:01:00", "0:00:00"]  # 60 s an item, of which 30 waiting
 
 
+def test_the_line_has_images_a_second_and_the_share_of_waiting_where_images_are_known(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(utils.time, "time", lambda: clock[0])
+
+    class Slow:
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            for _ in range(3):
+                clock[0] += 1.0  # the wait
+                yield None
+
+    for images in (0, 32):
+        metrics = utils.MetricLogger()
+        metrics.images = images
+        for _ in metrics.log_every(Slow(), 1):
+            clock[0] += 3.0  # the work
+        lines = [line for line in capsys.readouterr().out.splitlines() if "eta" in line]
+        assert ["images/s: 8.0  waiting: 25%" in line for line in lines] == [False, bool(images), bool(images)]
+        assert all(("images/s: 8.0" in line) == bool(images) for line in lines)
+
+
 @pytest.mark.parametrize(("wait", "said"), [(30, None), (31, "(data wait 51% of the time: buy a disk)")])
 def test_a_loader_that_is_too_slow_is_said_with_what_to_do(capsys, monkeypatch, wait, said):
     """Each item takes `wait` seconds to come and then 90, or 30 once it is too slow; the first one's wait is long."""
