@@ -6,6 +6,7 @@ its crops are follows from (seed, epoch, number) alone, whichever process makes 
 
 import contextlib
 import functools
+import glob
 import importlib.util
 import math
 import operator
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import transforms
 
 import dino_images
+import dino_shards
 import utils
 from utils import UserError
 
@@ -313,6 +315,8 @@ RENDERERS = {"pil": render_pil, "fast": render_fast}
 
 # ---- data sets ----
 
+FORMATS = (*dino_images.FORMATS, "shards")
+
 
 def image_files(folder, flag):
     """Paths of the images directly in a folder, frame-2 before frame-10. Raises UserError, naming the flag, if none."""
@@ -329,11 +333,14 @@ def image_files(folder, flag):
 
 
 def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path"):
-    """The numbered images that --data_path means, as dino_images has them; `sample` are the embedded ones.
+    """The numbered images that --data_path means, of dino_images or dino_shards; `sample` are the embedded ones.
 
     Of `sample` and of torchvision's sets, `part` (train or val) is taken. Raises UserError if there are none.
     """
-    return dino_images.find_images(find_data(data_path, part), part, data_format, exif, flag)
+    path = os.fspath(find_data(data_path, part))
+    if data_format == "shards" or (data_format == "auto" and dino_shards.are_shards(path)):
+        return dino_shards.TarShards(path, exif, flag)
+    return dino_images.find_images(path, part, data_format, exif, flag)
 
 
 class MultiCropDataset(Dataset):
@@ -390,12 +397,14 @@ class EvalImages(Dataset):
 
 
 def find_part(data_path, part):
-    """Where --data_path has one of the two parts of a data set: a folder or a list of that name; None if nowhere."""
+    """Where --data_path has one of the two parts of a data set: a folder, list or shards so named; None if nowhere."""
     root = os.fspath(find_data(data_path))
     if root.startswith("torchvision:"):  # which has both
         return root
     names = [part, *(part + suffix for suffix in dino_images.LISTS)]
-    return next((path for path in (os.path.join(root, name) for name in names) if os.path.exists(path)), None)
+    found = next((path for path in (os.path.join(root, name) for name in names) if os.path.exists(path)), None)
+    shards = os.path.join(glob.escape(root), f"*{part}*.tar")
+    return found or (shards if glob.glob(shards) else None)
 
 
 def labelled_part(data_path, part, exif=False, flag="--data_path"):
@@ -403,8 +412,8 @@ def labelled_part(data_path, part, exif=False, flag="--data_path"):
     path = find_part(data_path, part)
     if path is None:
         what = f"has no {part} in it" if os.path.isdir(find_data(data_path)) else "is no folder"
-        raise UserError(f"{flag} {data_path} {what}. It takes folders {part}/<class>/*, or a list {part}.csv")
-    images = dino_images.find_images(path, part, "folder" if os.path.isdir(path) else "auto", exif, flag)
+        raise UserError(f"{flag} {data_path} {what}. It takes folders {part}/<class>/*, a list {part}.csv, or shards")
+    images = find_images(path, part, labelled_format(path), exif, flag)
     if images.targets is None:
         raise UserError(f"{flag} {path} has no labels. Sort the images into a folder for each class, or write a list")
     return images
@@ -432,8 +441,12 @@ def find_labelled(path, transform, exif, flag):
         return labelled_images(path, transform, exif, flag)
     if any(parts):
         raise UserError(f"{flag} {path} has only one of train and val. Name a folder that has both, or class folders")
-    kind = "folder" if os.path.isdir(path) else "auto"
-    return held_out(dino_images.find_images(path, "", kind, exif, flag), transform, f"{flag} {path}")
+    return held_out(find_images(path, "", labelled_format(path), exif, flag), transform, f"{flag} {path}")
+
+
+def labelled_format(path):
+    """What a path with labelled images is, for find_images: of a folder the sub-folders are classes."""
+    return "folder" if os.path.isdir(path) and not dino_shards.are_shards(os.fspath(path)) else "auto"
 
 
 def held_out(images, transform, source):
@@ -476,8 +489,11 @@ class EpochSampler(Sampler):
         self.used = num_images // (batch_size * world_size) * batch_size * world_size
         self.set_epoch(0)
 
-    def set_epoch(self, epoch, first_step=0):
-        """Which epoch comes next, and with which of its steps it begins; what came before is not even looked at."""
+    def set_epoch(self, epoch, first_step=0, sittings=()):
+        """Which epoch comes next, and with which of its steps it begins; what came before is not even looked at.
+
+        By how many processes it was done (`sittings`, see ShardSampler) does not matter here.
+        """
         self.epoch, self.first = epoch, first_step * self.batch_size * self.world_size
 
     def __len__(self):
@@ -499,10 +515,12 @@ def train_loader(dataset, batch_size, seed, num_workers, device):
             f"(--batch_size_per_gpu × --grad_accum_steps {batch_size} × {world_size} processes). Lower it to "
             f"{len(dataset) // world_size}"
         )
+    share = (batch_size, seed, rank, world_size)
+    shards = isinstance(dataset.images, dino_shards.TarShards)
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=EpochSampler(len(dataset), batch_size, seed, rank, world_size),
+        sampler=dino_shards.ShardSampler(dataset.images, *share) if shards else EpochSampler(len(dataset), *share),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,

@@ -48,19 +48,24 @@ def load_image(path, exif=False):
 
 def open_image(path, exif=False):
     """The file as a PIL image, not decoded yet unless `exif` turns it. Raises BadImage, with the file's name."""
+    return open_content(read_file(path), os.fspath(path), exif)
+
+
+def open_content(content, name, exif=False):
+    """The bytes of a file as open_image gives it."""
     try:
-        image = Image.open(io.BytesIO(read_file(path)), formats=[kind for kind in KINDS if kind in known_kinds()])
-        image.filename = os.fspath(path)
+        image = Image.open(io.BytesIO(content), formats=[kind for kind in KINDS if kind in known_kinds()])
+        image.filename = name
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} × {image.height} are more than {MOST_PIXELS // 10**6} million pixels")
         if exif and image.getexif().get(TURNED, 1) != 1:
             turned = ImageOps.exif_transpose(image)
             turned.filename = image.filename
             return turned
-    except (BadImage, MemoryError):
+    except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise almost anything on damaged data
-        raise BadImage(f"can't read the image {path}: {one_line(e)}. Repair or remove it") from e
+        raise BadImage(f"can't read the image {name}: {one_line(e)}. Repair or remove it") from e
     return image
 
 
@@ -105,25 +110,27 @@ waited = 0.0  # of it by this process
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
 
 
-def read_file(path):
-    """The bytes of a file; if its file system does not answer, or is not there, asked again for a minute.
+def read_file(path, start=0, size=-1, name=None):
+    """The bytes of a file, or `size` of them; if its file system does not answer, or is not there, asked for a minute.
 
     When the minute is over, the files that follow are asked for once, until one can be read. Raises BadImage, or
     UserError if the process has too many open files.
     """
     global waited
-    pause = 0.5
+    pause, name = 0.5, name or path
     while True:
         try:
-            content = Path(path).read_bytes()
+            with open(path, "rb") as file:
+                file.seek(start)
+                content = file.read(size)
         except (OSError, ValueError) as e:  # ValueError: a name with a zero byte in it
             number = getattr(e, "errno", None)
             if number in (errno.EMFILE, errno.ENFILE):
-                raise UserError(f"too many open files, at {path}. Raise `ulimit -n`, or lower --num_workers") from e
+                raise UserError(f"too many open files, at {name}. Raise `ulimit -n`, or lower --num_workers") from e
             gone = number == errno.ENOENT and not os.path.isdir(os.path.dirname(path))
             if not (gone or number in PASSING) or waited >= PATIENCE:
                 reason = getattr(e, "strerror", None) or one_line(e)
-                raise BadImage(f"can't read the image {path}: {reason}. Repair or remove it") from e
+                raise BadImage(f"can't read the image {name}: {reason}. Repair or remove it") from e
         else:
             waited = 0.0
             return content
@@ -134,8 +141,8 @@ def read_file(path):
 def digest_of_names(images):
     """What tells one set of numbered images from another: by their order and the last two parts of their names."""
     digest = hashlib.blake2b(digest_size=6)
-    for i in range(len(images)):
-        digest.update("/".join(images.name(i).split("/")[-2:]).encode(errors="surrogateescape") + b"\n")
+    for name in images.names():
+        digest.update("/".join(name.split("/")[-2:]).encode(errors="surrogateescape") + b"\n")
     return digest.hexdigest()
 
 
@@ -174,6 +181,9 @@ class ImageFiles:
     def name(self, i):
         return self.paths[i]
 
+    def names(self):
+        return self.paths
+
     def open(self, i):
         return open_image(self.paths[i], self.exif)
 
@@ -198,6 +208,9 @@ class TorchvisionImages:
 
     def name(self, i):
         return f"{self.source}, image {self.numbers[i]}"
+
+    def names(self):
+        return map(self.name, range(len(self)))
 
     def open(self, i):
         try:
@@ -341,11 +354,19 @@ def listed_images(path, exif, flag):
     if not any(os.path.isfile(file) for file in files[:3]):
         raise UserError(f"{flag} {path}: there is no {files[0]}. Paths in it are relative to its own folder")
     labels = [row[1] for row in rows if len(row) > 1 and row[1]]
-    if labels and len(labels) < len(rows):
-        raise UserError(f"{flag} {path} has a label in {len(labels)} of {len(rows)} lines. Give each line one, or none")
+    return ImageFiles(files, *number_labels(labels, len(rows), f"{flag} {path}"), exif)
+
+
+def number_labels(labels, num_images, source):
+    """(class numbers [N] or None, names of the classes) of labels that are text. Raises UserError if some are missing.
+
+    Labels that are numbers count by their value, others by the alphabet.
+    """
+    if labels and len(labels) < num_images:
+        raise UserError(f"{source} has a label for {len(labels)} of {num_images} images. Give each one, or none")
     classes = sorted(set(labels), key=lambda label: (len(label), label) if label.isdecimal() else (math.inf, label))
     number = {name: i for i, name in enumerate(classes)}
-    return ImageFiles(files, [number[label] for label in labels] if labels else None, classes, exif)
+    return torch.tensor([number[label] for label in labels]) if labels else None, classes
 
 
 def read_list(path, flag):

@@ -124,10 +124,10 @@ def get_args_parser():
     run.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS, help="""Print all settings, each
         with where it came from (the command line, the recipe, the default), as a recipe for --config, and stop.""")
     run.add_argument("--data_path", default="sample", metavar="PATH", help="""Training images (labels are not used): a
-        folder with images in it or in sub-folders, a list of paths (.txt, or .csv and .tsv with a label behind), a data
-        set of torchvision's (torchvision:CIFAR10), or `sample`, a small set made from photographs that are installed
-        already.""")
-    run.add_argument("--data_format", default="auto", choices=dino_images.FORMATS, help="""What --data_path is. auto
+        folder with images in it or in sub-folders, a list of paths (.txt, or .csv and .tsv with a label behind), tar
+        shards ('shards/{0000..0999}.tar', or a folder of them), a data set of torchvision's (torchvision:CIFAR10), or
+        `sample`, a small set made from photographs that are installed already.""")
+    run.add_argument("--data_format", default="auto", choices=dino_data.FORMATS, help="""What --data_path is. auto
         looks: a folder that has images directly in it is flat, has no classes.""")
     run.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
         help="Turn photographs as their cameras noted. The paper's were taken as they lie in the file.")
@@ -564,11 +564,11 @@ def distribute(student, teacher, device):
     return wrapped, teacher
 
 
-def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor, epoch, step=0, meters=()):
+def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor, epoch, step=0, meters=(), sittings=()):
     """What a checkpoint holds: the public release's keys and prefixes, and plain types only beside the tensors.
 
-    `epoch` is the one to go on with, `step` how many of its steps are done, `meters` what they have added up; `doctor`
-    is health.py's.
+    `epoch` is the one to go on with, `step` how many of its steps are done, `meters` what they have added up,
+    `sittings` who has done them: (processes, images a step in each, steps) for each start. `doctor` is health.py's.
     """
 
     def with_prefix(module):
@@ -581,6 +581,7 @@ def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor,
         "epoch": epoch,
         "step": step,
         "meters": list(meters),
+        "sittings": list(sittings),
         "args": utils.plain_args(args),
         "dino_loss": dino_loss.state_dict(),
         "health": doctor.state_dict(),
@@ -608,10 +609,11 @@ class RunKeeper:
         neighbours=None,
         first_step=0,
         meters=(),
+        sittings=(),
     ):
         self.args, self.student, self.state, self.writer, self.stop = args, student, state, writer, stop
         self.doctor, self.neighbours = doctor, neighbours
-        self.first_step, self.meters = first_step, meters
+        self.first_step, self.meters, self.sittings = first_step, meters, sittings
         self.saved_at, self.stopped_by, self.bad_steps = time.monotonic(), 0, 0
         self.unlogged = []
 
@@ -661,7 +663,7 @@ class RunKeeper:
         lines = []
         for name, why in sorted(self.doctor.bad_images.items()):
             why = why.removeprefix(f"can't read the image {name}: ").removesuffix(". Repair or remove it")
-            lines.append(f"{name if name.isprintable() else repr(name)}\t{' '.join(why.split())}\n")
+            lines.append(f"{utils.shown(name)}\t{' '.join(why.split())}\n")
         text = "".join(lines)
         path = os.path.join(self.args.output_dir, "bad_images.txt")
         try:
@@ -701,7 +703,9 @@ class RunKeeper:
     def save(self, epoch, step, meters):
         self.check_weights()
         self.share_bad_images()
-        self.writer.save(self.state(epoch, step, meters))
+        share = utils.global_batch(vars(self.args)) // utils.get_world_size()
+        sitting = (utils.get_world_size(), share, step - self.first_step)
+        self.writer.save(self.state(epoch, step, meters, [*self.sittings, sitting]))
         self.saved_at = time.monotonic()
 
     def log_epoch(self, stats):
@@ -727,7 +731,7 @@ class RunKeeper:
         if self.args.saveckp_freq and epoch % self.args.saveckp_freq == 0:
             copies.append(os.path.join(self.args.output_dir, f"checkpoint{epoch:04}.pth"))
         self.writer.save(self.state(epoch + 1), *copies)
-        self.saved_at, self.first_step, self.meters = time.monotonic(), 0, ()
+        self.saved_at, self.first_step, self.meters, self.sittings = time.monotonic(), 0, (), ()
 
 
 def build_data(args, device):
@@ -736,7 +740,7 @@ def build_data(args, device):
     scales = (args.global_crops_scale, args.local_crops_scale, args.local_crops_number)
     augment = DataAugmentationDINO(*scales, *sizes, args.blur_radius, True, args.augmentation)
     images = dino_data.find_images(args.data_path, "train", args.data_format, args.exif)
-    if images.classes == ["train", "val"]:
+    if os.path.isdir(os.path.join(args.data_path, "train")) and images.classes == ["train", "val"]:
         raise UserError(f"--data_path {args.data_path} holds train and val. Training takes {args.data_path}/train")
     dataset = dino_data.MultiCropDataset(images, augment, args.seed, args.strict_images)
     images_a_step = args.batch_size_per_gpu * args.grad_accum_steps
@@ -787,7 +791,7 @@ def train_dino(args):
 
     # ---- resume ----
     lock = utils.lock_output_dir(args.output_dir)
-    progress = {"epoch": 0, "step": 0, "meters": [], "args": {}, "health": {}}
+    progress = {"epoch": 0, "step": 0, "meters": [], "sittings": [], "args": {}, "health": {}}
     scaler_if_used = fp16_scaler if fp16_scaler.is_enabled() else None
     trained = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": dino_loss}
     loaded = utils.restart_from_checkpoint(checkpoint_path, progress, args, **trained, fp16_scaler=scaler_if_used)
@@ -804,6 +808,8 @@ def train_dino(args):
     curves = health.Curves(args)
     doctor = health.Doctor(args, len(data_loader), curves, progress["health"])
     doctor.bad_images = dino_images.still_bad(doctor.bad_images, data_loader.dataset.images)
+    if utils.plain_args(progress["args"]).get("image_names") != args.image_names:
+        progress["sittings"] = []  # of other images
     if utils.plain_args(progress["args"]).get("knn_data") != args.knn_data:
         doctor.best_knn, doctor.best_epoch = -1.0, None  # of other images
     doctor.look_at_settings()
@@ -811,9 +817,10 @@ def train_dino(args):
     state = functools.partial(run_state, student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor)
     writer = utils.CheckpointWriter(checkpoint_path, keep_previous=loaded in (None, checkpoint_path))
     with lock, utils.StopRequest() as stop, contextlib.closing(curves), writer:
-        keeper = RunKeeper(args, student, state, writer, stop, doctor, neighbours, first_step, progress["meters"])
+        before = (first_step, progress["meters"], progress["sittings"])
+        keeper = RunKeeper(args, student, state, writer, stop, doctor, neighbours, *before)
         for epoch in range(progress["epoch"], args.epochs):
-            data_loader.sampler.set_epoch(epoch, keeper.first_step)
+            data_loader.sampler.set_epoch(epoch, keeper.first_step, keeper.sittings)
             means = train_one_epoch(
                 student, teacher, dino_loss, data_loader, optimizer, schedules, epoch, fp16_scaler, args, amp_dtype,
                 keeper,
@@ -857,7 +864,7 @@ def train_dino(args):
 def steps_done(progress, args, steps):
     """How many of an epoch's `steps` the checkpoint has behind it, also if a step was of another number of images."""
     now, before = utils.global_batch(vars(args)), utils.global_batch(utils.plain_args(progress["args"]))
-    return min(progress["step"] * (before or now) // now, steps)
+    return min(math.ceil(progress["step"] * (before or now) / now), steps)  # no image twice
 
 
 def describe_run(args, device, amp_dtype, steps):

@@ -316,7 +316,7 @@ class Sample(NamedTuple):
 
 def choose_images(data_path, number):
     """At most `number` Samples, evenly spread over the images of data_path, or of val in it. Raises UserError."""
-    images = dino_images.find_images(dino_data.find_part(data_path, "val") or dino_data.find_data(data_path), "val")
+    images = dino_data.find_images(dino_data.find_part(data_path, "val") or dino_data.find_data(data_path), "val")
     return evenly([Sample(images, i) for i in range(len(images))], number)
 
 

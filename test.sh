@@ -10,7 +10,7 @@ if [ $# -gt 0 ]; then
   exec "$python" -m pytest "$@"
 fi
 modules=(
-  main_dino utils vision_transformer dino_data dino_images health knn hubconf export report
+  main_dino utils vision_transformer dino_data dino_images dino_shards health knn hubconf export report
   eval_knn eval_linear eval_video_segmentation eval_image_retrieval eval_copy_detection
   visualize_attention video_generation run_with_submitit benchmark
 )

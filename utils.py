@@ -261,6 +261,7 @@ def run(main, flags, description):
         if re.match(r"Caught \w+ in DataLoader worker", message):  # inside a traceback, as its last line
             message = re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
         rank = f" (rank {get_rank()})" if get_world_size() > 1 else ""
+        message = " ".join(message.splitlines())  # names of files may be of several
         print(f"error{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
@@ -1591,6 +1592,11 @@ def trained_crop_size(checkpoint):
     """Side of the global crops of the run that a checkpoint is of, if it says; the best size to evaluate at."""
     args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
     return args.get("global_crops_size") if isinstance(args, dict) else None
+
+
+def shown(name):
+    """A name as it is, or, with odd characters in it, as Python writes it: on one line in any case."""
+    return name if name.isprintable() else repr(name)
 
 
 def some_of(names):

@@ -167,7 +167,7 @@ def test_lists_name_images_relative_to_themselves_perhaps_with_labels(tmp_path, 
         ("x.csv", b"path,label\n", "has no paths of images in it"),
         ("x.txt", b"\xff\xfe\x00", "it is not UTF-8 text"),
         ("x.txt", b"no.png\nneither.png", "there is no .*no.png. Paths in it are relative to its own folder"),
-        ("x.csv", b"1.png,a\n2.png,\n", "has a label in 1 of 2 lines"),
+        ("x.csv", b"1.png,a\n2.png,\n", "has a label for 1 of 2 images"),
         ("x.csv", b'1.png,"' + b"a" * 200_000, "can't read .*field larger than field limit"),
         ("x.csv", b"1.png\n,b\n", "or a line without one"),
     ],
@@ -328,15 +328,15 @@ def test_images_of_up_to_200_million_pixels_are_taken(tmp_path):
 
 def test_a_file_system_that_comes_back_is_waited_for(tmp_path, monkeypatch):
     draw(tmp_path / "x.png", 9)
-    read, tries, slept = Path.read_bytes, [], []
+    tries, slept = [], []
 
-    def stale_at_first(path):
+    def stale_at_first(path, mode):
         tries.append(path)
         if len(tries) < 4:
             raise OSError(errno.ESTALE, "Stale file handle")
-        return read(path)
+        return open(path, mode)
 
-    monkeypatch.setattr(Path, "read_bytes", stale_at_first)
+    monkeypatch.setattr(dino_images, "open", stale_at_first, raising=False)
     monkeypatch.setattr(dino_images.time, "sleep", slept.append)
     assert dino_images.load_image(tmp_path / "x.png").getpixel((0, 0)) == (9, 9, 9)
     assert slept == [0.5, 1.0, 2.0]

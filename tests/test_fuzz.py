@@ -7,6 +7,7 @@ Each test takes some seconds; with FUZZ_SECONDS=300 in the environment five minu
 import io
 import os
 import random
+import tarfile
 import time
 import zipfile
 
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import dino_images
+import dino_shards
 import main_dino
 import utils
 from utils import UserError
@@ -165,6 +167,62 @@ def test_lists_of_images(tmp_path, monkeypatch):
 
     content = text.map(lambda words: words.encode(errors="surrogatepass")) | st.binary(max_size=80)
     fuzz(st.tuples(path, content), read)
+
+
+def shards():
+    """Tar files in three formats, whose headers' checksums are not looked after by anyone."""
+    files = []
+    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=form) as tar:
+            for name, content in {
+                "a.png": b"x" * 600,
+                "a.cls": b"7",
+                "b" * (120 if form else 90) + ".jpg": b"y",
+            }.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        files.append(file.getvalue())
+    return files
+
+
+def with_true_checksums(content):
+    """With the sum in each header made right again, so that what is damaged in it is read."""
+    content = bytearray(content)
+    for start in range(0, len(content) - 511, 512):
+        header = content[start : start + 512]
+        if b"ustar" in header[257:263]:
+            total = sum(header[:148]) + 8 * 32 + sum(header[156:])
+            content[start + 148 : start + 156] = b"%06o\0 " % (total % 8**6)
+    return bytes(content)
+
+
+def test_tar_shards(tmp_path, monkeypatch):
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dino_images, "PATIENCE", 0.0)
+    path = tmp_path / "x.tar"
+
+    def read(content):
+        path.write_bytes(content)
+        images = answers(dino_shards.TarShards, str(path))
+        if images is not None:
+            answers(lambda: images.classes)
+            for i in range(len(images)):
+                answers(images.open, i)
+
+    content = damaged(shards())
+    fuzz(content | content.map(with_true_checksums) | st.binary(max_size=1200), read)
+    assert {name.name for name in tmp_path.iterdir()} == {"cache", "x.tar"}
+
+
+def test_patterns_of_shards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dino_shards, "MOST_SHARDS", 1000)
+    part = st.sampled_from(["{", "}", "..", ",", "0", "007", "-1", "*", "[", "]", "?", "/", "**", "\\", "x", "pipe:"])
+    text = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=3)
+    pattern = st.lists(part | text, max_size=10).map("".join)
+    fuzz(pattern, lambda text: answers(dino_shards.shard_files, text + ".tar", "--data_path"))
 
 
 def test_recipes(tmp_path, capsys):

@@ -212,6 +212,31 @@ def list_images(file, then="nothing", *args):
     globals()[then](*args)
 
 
+def note_images(file, then="nothing", *args):
+    """Write `epoch name name ...` for the images of each step that is done, for each rank to a file of its own."""
+    file = f"{file}{os.environ.get('RANK', 0)}"
+    epoch = main_dino.train_one_epoch
+
+    def noted(student, teacher, dino_loss, loader, optimizer, schedules, number, *rest):
+        class Loader:
+            sampler, dataset = loader.sampler, loader.dataset
+
+            def __len__(self):
+                return len(loader)
+
+            def __iter__(self):
+                for batch in loader:
+                    yield batch
+                    names = [Path(loader.dataset.images.name(i)).name for i in batch[1].tolist()]
+                    with open(file, "a") as out:  # asked for the next one, it has done the step
+                        out.write(f"{number} {' '.join(names)}\n")
+
+        return epoch(student, teacher, dino_loss, Loader(), optimizer, schedules, number, *rest)
+
+    main_dino.train_one_epoch = noted
+    globals()[then](*args)
+
+
 def die_while_saving(number):
     """SIGKILL in the middle of writing checkpoint number `number`."""
     save, numbers = torch.save, []

@@ -204,6 +204,13 @@ def test_run_turns_a_user_error_into_one_line_and_its_exit_code(run, code):
     assert run(main) == (code, "", "error: there is no folder x. Name another\n")
 
 
+def test_a_name_of_several_lines_does_not_make_several_lines_of_an_error(run):
+    def main(args):
+        raise UserError("there is no folder x\ny. Name another")
+
+    assert run(main) == (2, "", "error: there is no folder x y. Name another\n")
+
+
 def test_run_leaves_other_errors_alone(run):
     def main(args):
         raise KeyError("a bug")

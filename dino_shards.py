@@ -1,0 +1,392 @@
+"""Images in tar shards, by WebDataset's convention: some thousand large files in place of millions of small ones.
+
+In a shard, `key.jpg` (or .png, .webp ...) is an image, and `key.cls` beside it, where there is one, its label. Shards
+stay packed: a table of contents, made once and kept in the cache, says where in its shard an image lies. In memory are
+the numbers of images, and the contents of the few shards that are being read.
+"""
+
+import contextlib
+import copy
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+import dino_images
+import utils
+from utils import UserError
+
+# ---- which files ----
+
+MOST_SHARDS = 1_000_000
+
+
+def are_shards(data_path):
+    """Whether a path means tar files: a pattern of them, one, or a folder that has some, and no images, in it."""
+    if data_path.endswith(".tar"):
+        return True
+    if not os.path.isdir(data_path):
+        return False
+    with contextlib.suppress(OSError), os.scandir(data_path) as entries:
+        names = [entry.name for entry in itertools.islice(entries, 1000)]  # of a million it takes a while
+        return any(map(is_shard, names)) and not any(map(dino_images.is_image, names))
+    return False
+
+
+def is_shard(name):
+    return name.endswith(".tar") and not name.startswith(".")
+
+
+def shard_files(pattern, flag):
+    """Paths of the shards that a folder has, or that `shards/{0000..0999}.tar` or `shards/*.tar` stands for."""
+    from braceexpand import UnbalancedBracesError, braceexpand  # WebDataset's own
+
+    if os.path.isdir(pattern):
+        paths = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if is_shard(name)]
+    else:
+        if re.match(r"(\w+://|pipe:)", pattern):
+            raise UserError(f"{flag} {pattern}: shards are read from file systems. Mount or copy them")
+        ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+        if math.prod(abs(int(b) - int(a)) + 1 for a, b in ranges) > MOST_SHARDS:  # which would be made, all of them
+            raise UserError(f"{flag} {pattern} names more than {MOST_SHARDS} shards. Make them larger, and fewer")
+        try:
+            each = [pattern] if os.path.exists(pattern) else braceexpand(pattern)
+            each = list(itertools.islice(each, MOST_SHARDS + 1))
+        except (UnbalancedBracesError, ValueError, MemoryError, RecursionError) as e:
+            raise UserError(f"{flag} {pattern} is no pattern of shards, such as {{0000..0999}}.tar ({e})") from e
+        paths = [path for name in each for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+    missing = [path for path in paths[:MOST_SHARDS] if not os.path.isfile(path)]
+    if not paths or missing:
+        what = f"; {len(missing)} of {len(paths)} are missing: {utils.some_of(missing)}" if missing else ""
+        raise UserError(f"{flag} {pattern}: there are no such shards{what}. Name those that there are")
+    if len(paths) > MOST_SHARDS or len(set(paths)) < len(paths):
+        raise UserError(f"{flag} {pattern} names a shard twice, or more than {MOST_SHARDS}. Name each once")
+    return paths
+
+
+# ---- what is in a shard ----
+
+
+class Member(NamedTuple):
+    """An image in a shard: `size` bytes from `start` on; its label as text, or None."""
+
+    name: str
+    start: int
+    size: int
+    label: str | None
+
+
+def list_members(path):
+    """The images in a shard, as Members in their order. Raises UserError if it is damaged, or made for other ends."""
+    found, labels = [], {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            size = os.path.getsize(path)
+            while (member := tar.next()) is not None:
+                check_member(member, path, size)
+                if not member.isreg():
+                    continue
+                key, extension = split_name(member.name)
+                if f".{extension}" in dino_images.EXTENSIONS:
+                    found.append((key, member))
+                elif extension == "cls":
+                    labels[key] = read_label(tar, member, path)
+            check_end(tar, path)
+    except UserError:
+        raise
+    except OSError as e:
+        raise UserError(f"can't read the shard {path}: {e.strerror or dino_images.one_line(e)}") from e
+    except Exception as e:  # tarfile raises almost anything on damaged headers
+        raise UserError(f"the shard {path} is no tar file, or damaged: {dino_images.one_line(e)}. Copy it anew") from e
+    return [Member(member.name, member.offset_data, member.size, labels.get(key)) for key, member in found]
+
+
+def split_name(name):
+    """(key, extension) as WebDataset divides the name of a file in a shard: at the first dot of its last part."""
+    from webdataset.tariterators import base_plus_ext
+
+    key, extension = base_plus_ext(name)
+    return (key, extension.lower()) if key else (name, "")
+
+
+def check_member(member, path, size):
+    """Raise UserError for what no shard has that was made for training. Nothing is ever unpacked, even so."""
+    where = f"the shard {path} has {utils.shown(member.name)} in it"
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        raise UserError(f"{where}, a path out of its folder. Make it anew, of names below one folder")
+    if not (member.isreg() or member.isdir()):
+        raise UserError(f"{where}, which is no file but a link or a device. Make it anew (tar --dereference)")
+    if member.issparse():
+        raise UserError(f"{where}, a file with holes. Make it anew, without tar --sparse")
+    if not 0 <= member.offset_data <= member.offset_data + member.size <= size:
+        raise UserError(f"the shard {path} ends within {utils.shown(member.name)}. Copy it anew")
+
+
+def read_label(tar, member, path):
+    content = tar.extractfile(member).read(1000)
+    try:
+        label = content.decode().strip()
+    except UnicodeDecodeError:
+        label = ""
+    if not label or member.size > 1000:
+        raise UserError(f"the shard {path} has no label in {utils.shown(member.name)}. It takes a number, or a name")
+    return label
+
+
+def check_end(tar, path):
+    """Raise UserError if reading ended at anything but the end mark, which tarfile takes for the end in silence."""
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if block != tarfile.NUL * tarfile.BLOCKSIZE:
+        what = "is damaged at" if block else "ends, without a mark that it is whole, at"
+        raise UserError(f"the shard {path} {what} byte {tar.offset}. Copy it, or make it, anew")
+
+
+# ---- tables of contents ----
+
+
+def state_of(path):
+    """What changes with a shard: its size and times."""
+    state = os.stat(path)
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def table_path(path):
+    digest = hashlib.blake2b(os.path.abspath(path).encode(errors="surrogateescape"), digest_size=12).hexdigest()
+    return Path(utils.cache_dir()) / "shards" / f"{digest}.npy"
+
+
+def read_head(path, state):
+    """(number of images, digest of their names) of a shard's table of contents; None if there is none of its state."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        head = json.loads(table_path(path).with_suffix(".json").read_bytes())
+        if head["path"] == os.path.abspath(path) and head["state"] == state and table_path(path).is_file():
+            return int(head["images"]), str(head["digest"])
+    return None
+
+
+def make_table(path, state):
+    """Write a shard's table of contents: a row for each image, and then what tells whose it is."""
+    table = as_table(list_members(path))
+    digest = hashlib.blake2b(b"\n".join(table["name"].tolist()), digest_size=6).hexdigest()
+    head = {"path": os.path.abspath(path), "state": state, "images": len(table), "digest": digest}
+    target = table_path(path)
+    utils.write_whole(target, lambda file: np.save(file, table, allow_pickle=False))
+    utils.write_whole(target.with_suffix(".json"), lambda file: file.write(json.dumps(head).encode()))
+
+
+def as_table(members):
+    """Members as an array of rows of one width; no label is an empty one."""
+    rows = [(m.name.encode(errors="surrogateescape"), m.start, m.size, (m.label or "").encode()) for m in members]
+    names, labels = (max([1, *(len(row[i]) for row in rows)]) for i in (0, 3))
+    return np.array(rows, [("name", f"S{names}"), ("start", "<i8"), ("size", "<i8"), ("label", f"S{labels}")])
+
+
+@functools.lru_cache(maxsize=1024)
+def table_of(path, state):
+    """The table of contents of a shard whose state is that still. It stays on the disk; what is looked up is read."""
+    if state_of(path) != list(state):
+        raise dino_images.BadImage(f"can't read the image: the shard {path} has changed since the start")
+    head = read_head(path, list(state))
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        table = np.load(table_path(path), mmap_mode="r", allow_pickle=False)
+        if head and table.shape == head[:1] and table.dtype.names == ("name", "start", "size", "label"):
+            return table
+    return as_table(list_members(path))  # the list that was kept is gone
+
+
+def contents_of(paths):
+    """[(number of images, digest of their names)] of shards. Of the processes of a machine one lists what is new."""
+    shards = [(path, state_of(path)) for path in paths]
+    heads = [read_head(*shard) for shard in shards]
+    if None in heads:
+        folder = table_path("").parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock, _ = utils.lock_file(folder / ".lock", patience=3600)
+            with lock:
+                new = [shard for shard in shards if read_head(*shard) is None]
+                if len(new) > 10:
+                    utils.say(f"listing the images of {len(new)} shards; {folder} keeps the lists")
+                for shard in new:
+                    make_table(*shard)
+        except OSError as e:
+            raise UserError(
+                f"can't keep lists of the images in shards in {folder}: {e.strerror}. Set DINO_CACHE to a folder that "
+                "you may write to"
+            ) from e
+        heads = [read_head(*shard) for shard in shards]
+    return heads
+
+
+# ---- images ----
+
+
+class TarShards:
+    """Images in shards, in the way of dino_images.ImageFiles: numbered shard by shard, in the order of their names."""
+
+    def __init__(self, pattern, exif=False, flag="--data_path"):
+        self.paths, self.exif, self.flag, self.pattern = shard_files(pattern, flag), exif, flag, pattern
+        self.states = [tuple(state_of(path)) for path in self.paths]
+        counts, self.digests = zip(*contents_of(self.paths), strict=True)
+        self.starts = np.cumsum([0, *counts])  # number of each shard's first image, and of all
+        self.numbers = range(int(self.starts[-1]))
+        if not self.numbers:
+            raise UserError(
+                f"{flag} {pattern}: there are no images in these {len(self.paths)} shards. Files in them are named "
+                "key.jpg (key.png, ...), the key without a dot"
+            )
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def find(self, i):
+        """(path of the shard, name in it, first byte, number of bytes) of image i."""
+        number = self.numbers[i]
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        row = table_of(self.paths[shard], self.states[shard])[number - int(self.starts[shard])]
+        return self.paths[shard], row["name"].decode(errors="surrogateescape"), int(row["start"]), int(row["size"])
+
+    def name(self, i):
+        try:
+            return "/".join(self.find(i)[:2])
+        except (UserError, OSError):  # the shard is gone, or another now
+            return f"{self.pattern}, image {self.numbers[i]}"
+
+    def names(self):
+        """What tells this set from others: the shards, each with a digest of the names in it."""
+        return [f"{path}/{digest}" for path, digest in zip(self.paths, self.digests, strict=True)]
+
+    def open(self, i):
+        try:
+            path, name, start, size = self.find(i)
+        except OSError as e:
+            raise dino_images.BadImage(f"can't read {self.name(i)}: {e.strerror}") from e
+        content = dino_images.read_file(path, start, size, f"{path}/{name}")
+        return dino_images.open_content(content, f"{path}/{name}", self.exif)
+
+    @functools.cached_property
+    def labels(self):
+        """(class number of each image [N] or None, names of the classes)."""
+        tables = [table_of(*shard)["label"] for shard in zip(self.paths, self.states, strict=True)]
+        found = [label.decode() for label in np.concatenate(tables)[list(self.numbers)].tolist()]
+        return dino_images.number_labels([label for label in found if label], len(found), self.pattern)
+
+    @property
+    def targets(self):
+        return self.labels[0]
+
+    @property
+    def classes(self):
+        return self.labels[1]
+
+    def take(self, numbers):
+        """These alone, of the same classes."""
+        part = copy.copy(self)
+        part.numbers = [self.numbers[i] for i in numbers]
+        targets, classes = self.labels
+        part.labels = (None if targets is None else targets[numbers], classes)
+        return part
+
+
+# ---- their order in training ----
+
+WINDOW = 16_384  # images: of this many that follow each other the order is random; a dozen shards of ImageNet
+
+
+class Piece(NamedTuple):
+    """Images `first` to `last` of the shuffled run of images at the positions `start` to `stop` of an epoch."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+class ShardSampler(Sampler):
+    """(epoch, number) of the images that this rank sees in an epoch: every image at most once over all ranks.
+
+    Shards, in an order that follows from (seed, epoch), are cut into one run for each process: it reads its own shards
+    from first to last, shuffled within a window that moves over them. The order in a run is the same for any number of
+    loaders, and where it goes on follows from the number of steps done. What does not fill a last global batch is left
+    out.
+    """
+
+    def __init__(self, images, batch_size, seed=0, rank=0, world_size=1):
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, first_step=0, sittings=()):
+        """Which epoch comes next, with which of its steps, and who had which share of it before.
+
+        `sittings` are (processes, images a step in each, steps) of the runs that did the steps before, in their order;
+        unless given, they were done by as many processes as there are now.
+        """
+        self.epoch = epoch
+        generator = torch.Generator().manual_seed(utils.derive_seed(self.seed, utils.ORDER, epoch))
+        self.shards = torch.randperm(len(self.images.paths), generator=generator).numpy()
+        self.ends = np.diff(self.images.starts)[self.shards].cumsum()  # of each shard among the epoch's positions
+        sittings = [
+            *(sittings or [(self.world_size, self.batch_size, first_step)]),
+            (self.world_size, self.batch_size, 0),
+        ]
+        steps = len(self.images) // (self.batch_size * self.world_size) - first_step
+        self.mine = cut(self.deal(sittings)[self.rank], 0, max(steps, 0) * self.batch_size)
+
+    def deal(self, sittings):
+        """Pieces of each process in the last of the sittings."""
+        processes, batch_size, _ = sittings[0]
+        each = len(self.images) // (processes * batch_size) * batch_size
+        pieces = [Piece(r * each, (r + 1) * each, 0, each) for r in range(processes)]
+        pieces.append(Piece(processes * each, len(self.images), 0, len(self.images) - processes * each))
+        for processes, batch_size, steps in sittings:
+            each = sum(p.last - p.first for p in pieces) // (processes * batch_size) * batch_size
+            runs = [cut(pieces, r * each, (r + 1) * each) for r in range(processes)]
+            left = cut(pieces, processes * each, len(self.images))
+            pieces = [piece for run in runs for piece in cut(run, steps * batch_size, each)] + left
+        return runs
+
+    def __len__(self):
+        return sum(piece.last - piece.first for piece in self.mine)
+
+    def __iter__(self):
+        for piece in self.mine:
+            for start in range(piece.start, piece.stop, WINDOW):
+                stop = min(start + WINDOW, piece.stop)
+                first, last = (max(edge + piece.start - start, 0) for edge in (piece.first, piece.last))
+                if first >= stop - start or last <= first:
+                    continue
+                seed = utils.derive_seed(self.seed, utils.ORDER, self.epoch, start)
+                order = torch.randperm(stop - start, generator=torch.Generator().manual_seed(seed))[first:last]
+                for position in (start + order).tolist():
+                    yield self.epoch, self.number_at(position)
+
+    def number_at(self, position):
+        """Number of the image at a position of the epoch."""
+        k = int(np.searchsorted(self.ends, position, side="right"))
+        shard = self.shards[k]
+        return int(self.images.starts[shard + 1] - self.ends[k] + position)
+
+
+def cut(pieces, first, last):
+    """Images `first` to `last` of pieces laid end to end."""
+    found = []
+    for piece in pieces:
+        length = piece.last - piece.first
+        a, b = max(first, 0), min(last, length)
+        if a < b:
+            found.append(piece._replace(first=piece.first + a, last=piece.first + b))
+        first, last = first - length, last - length
+    return found

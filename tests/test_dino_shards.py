@@ -1,0 +1,554 @@
+"""Tar shards: what is in them and must not be, their order in training, and runs that are killed and go on."""
+
+import gzip
+import io
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from conftest import SMALL_RUN, ending, run_script
+from PIL import Image
+from test_restarts import Run, assert_same
+
+import dino_data
+import dino_images
+import dino_shards
+import eval_knn
+import main_dino
+from dino_shards import Piece, ShardSampler, TarShards
+from utils import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of its own for each test."""
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
+    dino_shards.table_of.cache_clear()
+    return tmp_path / "cache"
+
+
+def picture(i, side=20):
+    rng = np.random.default_rng(i)
+    return Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8))
+
+
+def png(i):
+    file = io.BytesIO()
+    picture(i).save(file, "png")
+    return file.getvalue()
+
+
+def write_shards(root, counts, labels=True, first=0):
+    """Shards of so many images each, written by WebDataset; images are numbered over all of them."""
+    root.mkdir(parents=True, exist_ok=True)
+    for k, count in enumerate(counts):
+        with webdataset.TarWriter(str(root / f"{k:04}.tar")) as shard:
+            for i in range(first, first + count):
+                shard.write({"__key__": f"s/{i:04}", "png": picture(i)} | ({"cls": i % 3} if labels else {}))
+        first += count
+    return root
+
+
+def write_folder(root, count):
+    root.mkdir(parents=True)
+    for i in range(count):
+        (root / f"{i:04}.png").write_bytes(png(i))
+    return root
+
+
+def write_tar(path, members, kind=None, size=None, mode="w"):
+    """A tar of {name: content}; of another `kind` of member, or with another size in its header."""
+    with tarfile.open(path, mode) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content) if kind is None else 0
+            if kind is not None:
+                info.type, info.linkname = kind, "/etc/passwd"
+            if size is not None:
+                info.size = size
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+# ---- what is in them ----
+
+
+def test_shards_hold_what_webdatasets_own_reader_finds_in_them(tmp_path):
+    root = write_shards(tmp_path / "shards", [3, 5, 1])
+    theirs = list(webdataset.WebDataset(str(root / "{0000..0002}.tar"), shardshuffle=False))
+    ours = TarShards(str(root / "{0000..0002}.tar"))
+    assert len(ours) == len(theirs) == 9
+    for i, sample in enumerate(theirs):
+        assert ours.name(i) == f"{sample['__url__']}/{sample['__key__']}.png"
+        assert ours.open(i).tobytes() == Image.open(io.BytesIO(sample["png"])).tobytes()
+        assert ours.classes[ours.targets[i]] == sample["cls"].decode()
+
+
+@pytest.mark.parametrize("pattern", ["{0000..0002}.tar", "*.tar", "", "000{0,1,2}.tar", "{0000,000[12]}.tar"])
+def test_patterns_and_folders_name_the_same_shards(tmp_path, pattern):
+    root = write_shards(tmp_path / "shards", [2, 2, 2])
+    (root / "._0000.tar").write_bytes(b"")
+    images = dino_data.find_images(os.path.join(root, pattern))
+    assert [Path(path).name for path in images.paths] == ["0000.tar", "0001.tar", "0002.tar"]
+    assert len(images) == 6
+
+
+def test_a_single_shard_and_one_with_braces_in_its_name_are_taken(tmp_path):
+    write_shards(tmp_path, [4])
+    assert len(dino_data.find_images(tmp_path / "0000.tar")) == 4
+    os.rename(tmp_path / "0000.tar", tmp_path / "{a,b}.tar")
+    assert len(dino_data.find_images(tmp_path / "{a,b}.tar")) == 4
+
+
+def test_names_with_several_dots_are_no_images_nor_what_is_beside_them(tmp_path):
+    image = png(1)
+    members = {
+        "a/1.png": image,
+        "a/1.seg.png": image,
+        "a/1.json": b"{}",
+        "README": b"x",
+        ".b.png": image,
+        "2.JPG": image,
+    }
+    images = TarShards(str(write_tar(tmp_path / "x.tar", members)))
+    assert [images.name(i) for i in range(len(images))] == [f"{tmp_path}/x.tar/a/1.png", f"{tmp_path}/x.tar/2.JPG"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("{0000..0003}.tar", "no such shards; 2 of 4 are missing: .*0002.tar"),
+        ("{0..2.tar", "is no pattern of shards"),
+        ("{0..1}.tar", "no such shards; 2 of 2 are missing"),
+        ("*x.tar", "there are no such shards"),
+        ("{0000,0000}.tar", "names a shard twice"),
+        ("{000000000..999999999}.tar", "more than 1000 shards"),
+        ("https://x.org/{0..9}.tar", "read from file systems"),
+        ("pipe:touch canary; cat 0000.tar", "read from file systems"),
+    ],
+)
+def test_patterns_of_nothing_are_refused(tmp_path, monkeypatch, pattern, says):
+    monkeypatch.setattr(dino_shards, "MOST_SHARDS", 1000)
+    write_shards(tmp_path, [1, 1])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=says):
+        dino_data.find_images(pattern)
+    assert not Path("canary").exists()
+
+
+def test_labels_are_numbers_or_names_and_all_or_none(tmp_path):
+    image = png(1)
+
+    def shard(*labels):
+        members = {}
+        for i, label in enumerate(labels):
+            members[f"{i}.png"] = image
+            if label is not None:
+                members[f"{i}.cls"] = label
+        return TarShards(str(write_tar(tmp_path / "x.tar", members)))
+
+    numbers = shard(b"10", b"9\n", b"10")
+    assert (numbers.classes, numbers.targets.tolist()) == (["9", "10"], [1, 0, 1])
+    names = shard(b"bee", "äpe".encode(), b"bee")
+    assert (names.classes, names.targets.tolist()) == (["bee", "äpe"], [0, 1, 0])
+    assert shard(None, None).targets is None
+    with pytest.raises(UserError, match="a label for 1 of 2 images"):
+        shard(None, b"1").targets  # noqa: B018
+    for odd in (b"\xff", b"", b"1" * 2000):
+        with pytest.raises(UserError, match=r"x.tar has no label in 0.cls"):
+            shard(odd)
+
+
+def test_a_part_of_shards_keeps_names_labels_and_images(tmp_path):
+    whole = TarShards(str(write_shards(tmp_path / "s", [3, 3])))
+    part = whole.take([4, 1]).take([1, 0])
+    assert [part.name(i) for i in range(2)] == [whole.name(1), whole.name(4)]
+    assert part.targets.tolist() == [1, 1]
+    assert part.open(1).tobytes() == picture(4).tobytes()
+
+
+# ---- what must not be in them ----
+
+HOSTILE = {
+    "a path above": ({"../../x.jpg": b"x"}, None, "a path out of its folder"),
+    "a path from the root": ({"/tmp/canary.jpg": b"x"}, None, "a path out of its folder"),
+    "a path up again": ({"a/../../x.jpg": b"x"}, None, "a path out of its folder"),
+    "a link": ({"x.jpg": b""}, tarfile.SYMTYPE, "a link or a device"),
+    "a hard link": ({"x.jpg": b""}, tarfile.LNKTYPE, "a link or a device"),
+    "a device": ({"x.jpg": b""}, tarfile.CHRTYPE, "a link or a device"),
+    "a pipe": ({"x.jpg": b""}, tarfile.FIFOTYPE, "a link or a device"),
+    "a link among labels": ({"x.cls": b""}, tarfile.SYMTYPE, "a link or a device"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_shards_that_nobody_makes_for_training_are_refused(tmp_path, what):
+    members, kind, says = HOSTILE[what]
+    path = write_tar(tmp_path / "x.tar", members, kind)
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("good.png")
+        info.size = len(png(0))
+        tar.addfile(info, io.BytesIO(png(0)))
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match=f"the shard {path} has .*{says}"):
+        dino_shards.list_members(path)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_run_over_a_hostile_shard_ends_with_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(main_dino, "main", main_dino.train_dino, raising=False)
+    path = write_tar(tmp_path / "x.tar", {"../canary.jpg": b"x"})
+    flags = (*SMALL_RUN, "--data_path", path, "--output_dir", tmp_path / "run")
+    code, line = ending(monkeypatch, capsys, main_dino, *flags)
+    assert (code, line.count("\n")) == (2, 0)
+    assert "has ../canary.jpg in it" in line
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+    assert not (tmp_path.parent / "canary.jpg").exists()
+
+
+def test_files_with_holes_are_refused(tmp_path):
+    if not shutil.which("tar"):
+        pytest.skip("no tar program here")
+    with open(tmp_path / "x.jpg", "wb") as file:
+        file.truncate(1_000_000)
+    subprocess.run(["tar", "--sparse", "-cf", "x.tar", "x.jpg"], cwd=tmp_path, check=True)
+    with pytest.raises(UserError, match="a file with holes"):
+        dino_shards.list_members(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("size", [-512, -1024, -5000, 2**40])
+@pytest.mark.parametrize("how", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_impossible_sizes_neither_hang_nor_pass(tmp_path, size, how):
+    path = tmp_path / "x.tar"
+    info = tarfile.TarInfo("b.jpg")
+    info.size = size
+    if how == tarfile.PAX_FORMAT:
+        info.size, info.pax_headers = 0, {"size": str(size)}
+    good = tarfile.TarInfo("a.jpg")
+    good.size = 512
+    content = good.tobuf() + b"x" * 512 + info.tobuf(how) + b"\0" * 1024
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x.tar (ends within|is no tar file|is damaged)"):
+        dino_shards.list_members(path)
+
+
+def test_a_shard_cut_anywhere_is_never_taken_for_whole(tmp_path):
+    write_shards(tmp_path, [2])
+    whole = (tmp_path / "0000.tar").read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    marks = -(-end // 512) * 512  # where the end mark begins
+    for cut in [0, 1, 511, 512, 513, 1000, *range(1024, marks, 300), marks]:
+        (tmp_path / "0000.tar").write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"0000.tar "):
+            dino_shards.list_members(tmp_path / "0000.tar")
+    (tmp_path / "0000.tar").write_bytes(whole[: marks + 512])
+    assert len(dino_shards.list_members(tmp_path / "0000.tar")) == 2
+
+
+def test_a_damaged_header_does_not_end_a_shard_early(tmp_path):
+    write_shards(tmp_path, [4], labels=False)
+    path = tmp_path / "0000.tar"
+    third = dino_shards.list_members(path)[2].start - 512
+    content = bytearray(path.read_bytes())
+    content[third + 150] ^= 1  # in its checksum
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"0000.tar is (damaged at byte {third}|no tar file, or damaged: bad checksum)"):
+        dino_shards.list_members(path)
+
+
+def test_compressed_and_other_files_are_named(tmp_path):
+    write_shards(tmp_path, [1])
+    path = tmp_path / "0000.tar"
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(UserError, match=r"0000.tar is no tar file, or damaged"):
+        dino_shards.list_members(path)
+    write_tar(path, {"x.txt": b"no image"})
+    with pytest.raises(UserError, match="no images in these 1 shards"):
+        TarShards(str(path))
+
+
+# ---- lists that are kept ----
+
+
+def test_a_second_start_reads_no_shard_and_a_changed_one_is_read_again(tmp_path, monkeypatch):
+    root, real, listed = write_shards(tmp_path / "s", [2, 3]), dino_shards.list_members, []
+    monkeypatch.setattr(dino_shards, "list_members", lambda path: listed.append(Path(path).name) or real(path))
+    first = dino_images.digest_of_names(TarShards(str(root)))
+    assert listed == ["0000.tar", "0001.tar"]
+    assert dino_images.digest_of_names(TarShards(str(root))) == first
+    assert len(listed) == 2
+    write_shards(tmp_path / "other", [3], first=7)
+    shutil.copy(tmp_path / "other" / "0000.tar", root / "0001.tar")
+    assert dino_images.digest_of_names(TarShards(str(root))) != first
+    assert listed[2:] == ["0001.tar"]
+
+
+@pytest.mark.parametrize("spoil", [b"", b"{", b"[]", b'{"path": 1}', b"\x93NUMPY", None])
+@pytest.mark.parametrize("kind", [".json", ".npy"])
+def test_lists_that_were_spoiled_do_not_matter(tmp_path, cache, kind, spoil):
+    root = write_shards(tmp_path / "s", [3])
+    TarShards(str(root))
+    for path in (cache / "shards").glob(f"*{kind}"):
+        path.unlink() if spoil is None else path.write_bytes(spoil)
+    images = TarShards(str(root))
+    assert [images.open(i).tobytes() for i in range(3)] == [picture(i).tobytes() for i in range(3)]
+
+
+def test_where_nothing_can_be_kept_that_is_said(tmp_path, monkeypatch):
+    root = write_shards(tmp_path / "s", [1])
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="Set DINO_CACHE"):
+        TarShards(str(root))
+
+
+def test_an_image_that_is_damaged_in_its_shard_is_replaced_and_named(tmp_path):
+    root = write_shards(tmp_path / "s", [10, 10], labels=False)
+    bad = dino_shards.list_members(root / "0001.tar")[3]
+    with open(root / "0001.tar", "r+b") as file:
+        file.seek(bad.start)
+        file.write(b"\0" * bad.size)
+    flags = ("--data_path", root, "--output_dir", tmp_path / "run", "--max_bad_images", 0.05, "--epochs", 1)
+    run_script("main_dino.py", *SMALL_RUN, *flags, "--batch_size_per_gpu", 10, "--num_workers", 2)
+    (line,) = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+    assert line == f"{root}/0001.tar/s/0013.png\tit is no image of a known kind"
+
+
+def test_a_shard_that_changes_while_it_is_read_is_a_bad_image(tmp_path):
+    root = write_shards(tmp_path / "s", [2])
+    images = TarShards(str(root))
+    write_shards(root, [3], first=5)
+    with pytest.raises(dino_images.BadImage, match=r"0000.tar has changed"):
+        images.open(0)
+    os.remove(root / "0000.tar")
+    with pytest.raises(dino_images.BadImage, match=r"image 1: No such file"):
+        images.open(1)
+
+
+# ---- their order ----
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    return TarShards(str(write_shards(tmp_path / "s", [7, 1, 12, 30, 2, 9, 35], labels=False)))  # 96
+
+
+def all_of(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+def shares(images, world, batch, epoch=0, first=0, sittings=()):
+    found = []
+    for rank in range(world):
+        sampler = ShardSampler(images, batch, 5, rank, world)
+        sampler.set_epoch(epoch, first, sittings)
+        found.append([number for _, number in sampler])
+        assert len(sampler) == len(found[-1])
+        assert {e for e, _ in sampler} <= {epoch}
+    return found
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 1000])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_image_is_seen_once_by_one_process(uneven, monkeypatch, world, window):
+    monkeypatch.setattr(dino_shards, "WINDOW", window)
+    for epoch in range(3):
+        each = shares(uneven, world, 24 // world, epoch)
+        assert {len(numbers) for numbers in each} == {96 // world}
+        assert sorted(all_of(each)) == list(range(96))
+    assert shares(uneven, world, 24 // world, 0) != shares(uneven, world, 24 // world, 1)
+
+
+def test_what_does_not_fill_a_batch_of_all_is_left_out_and_another_each_epoch(uneven):
+    seen = [set(all_of(shares(uneven, 2, 5, epoch))) for epoch in range(30)]
+    assert {len(numbers) for numbers in seen} == {90}
+    assert set.union(*seen) == set(range(96))
+
+
+@pytest.mark.parametrize("window", [4, 1000])
+def test_processes_read_shards_of_their_own_and_share_those_at_the_borders(uneven, monkeypatch, window):
+    monkeypatch.setattr(dino_shards, "WINDOW", window)
+    shard_of = np.repeat(np.arange(7), np.diff(uneven.starts))
+    for epoch in range(5):
+        sets = [set(shard_of[numbers]) for numbers in shares(uneven, 4, 6, epoch)]
+        assert sum(map(len, sets)) <= 7 + 3
+
+
+def test_a_window_moves_over_a_run_of_shards(uneven, monkeypatch):
+    """The images of a window are a run of the shards laid end to end, in another order."""
+    monkeypatch.setattr(dino_shards, "WINDOW", 10)
+    sampler = ShardSampler(uneven, 8, 5)
+    end_to_end = np.concatenate([np.arange(uneven.starts[k], uneven.starts[k + 1]) for k in sampler.shards])
+    seen = [number for _, number in sampler]
+    for start in range(0, 96, 10):
+        window = seen[start : start + 10]
+        assert sorted(window) == sorted(end_to_end[start : start + 10])
+        assert len(window) < 8 or window != list(end_to_end[start : start + 10])
+
+
+def test_the_order_follows_from_the_seed(uneven):
+    def order(seed):
+        return [number for _, number in ShardSampler(uneven, 8, seed)]
+
+    assert order(1) == order(1) != order(2)
+
+
+@pytest.mark.parametrize("window", [3, 1000])
+@pytest.mark.parametrize("before", [(1, 24), (2, 12), (3, 8), (4, 6)])
+@pytest.mark.parametrize("after", [(1, 24), (2, 12), (3, 8), (4, 6)])
+def test_an_epoch_goes_on_with_other_numbers_of_processes_without_loss_or_repetition(
+    uneven, monkeypatch, before, after, window
+):
+    monkeypatch.setattr(dino_shards, "WINDOW", window)
+    first = shares(uneven, *before)
+    for third in ((2, 12), (4, 6)):
+        seen = all_of(numbers[: before[1]] for numbers in first)  # a step
+        second = shares(uneven, *after, first=1, sittings=[(*before, 1)])
+        seen += all_of(numbers[: 2 * after[1]] for numbers in second)  # two more
+        last = shares(uneven, *third, first=3, sittings=[(*before, 1), (*after, 2)])
+        assert sorted(seen + all_of(last)) == list(range(96))
+    if before == after:
+        assert second == [numbers[before[1] :] for numbers in first]
+        assert second == shares(uneven, *before, first=1)
+
+
+def test_with_another_batch_no_image_is_seen_twice(uneven):
+    seen = all_of(numbers[:20] for numbers in shares(uneven, 2, 10))  # 2 of 4 steps of 20
+    rest = all_of(shares(uneven, 3, 3, first=5, sittings=[(2, 10, 2)]))  # 40 images are 5 steps of 9, begun
+    assert len(rest) == 5 * 9
+    assert not set(rest) & set(seen)
+    assert len(set(rest)) == len(rest)
+
+
+def test_pieces_are_cut_like_a_list_of_their_images():
+    pieces = [Piece(0, 10, 2, 5), Piece(10, 20, 0, 10), Piece(20, 22, 1, 1), Piece(30, 40, 9, 10)]
+
+    def images(pieces):
+        return [(piece.start, i) for piece in pieces for i in range(piece.first, piece.last)]
+
+    for first in range(16):
+        for last in range(16):
+            assert images(dino_shards.cut(pieces, first, last)) == images(pieces)[first:last]
+
+
+def test_crops_of_an_image_are_those_of_the_same_image_in_a_folder(tmp_path):
+    augment = main_dino.DataAugmentationDINO((0.4, 1), (0.05, 0.4), 2, 32, 16, as_uint8=True)
+    sources = [write_folder(tmp_path / "folder", 6), write_shards(tmp_path / "shards", [4, 2])]
+    folder, shards = (dino_data.MultiCropDataset(dino_data.find_images(source), augment, 3) for source in sources)
+    for i in range(6):
+        assert all(map(torch.equal, folder[1, i][0], shards[1, i][0]))
+
+
+# ---- evaluation ----
+
+
+def test_labelled_shards_are_evaluated_like_the_folders_that_they_were_made_of(tmp_path):
+    folder = tmp_path / "folder"
+    for part, count in (("train", 12), ("val", 6)):
+        with webdataset.TarWriter(str(tmp_path / f"set-{part}-0000.tar")) as shard:
+            for i in range(count):
+                path = folder / part / str(i % 3) / f"{i:04}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture(i + 100 * (part == "val")).save(path)
+                shard.write({"__key__": f"{i:04}", "png": path.read_bytes(), "cls": i % 3})
+    flags = ["--arch", "vit_nano", "--pretrained_weights", "random", "--device", "cpu", "--image_size", "32"]
+    flags += ["--num_workers", "1", "--nb_knn", "1", "3", "--batch_size_per_gpu", "4"]
+    said = [
+        [line for line in run_script("eval_knn.py", *flags, "--data_path", path).stdout.splitlines() if "NN" in line]
+        for path in (folder, tmp_path)
+    ]
+    assert said[0] == said[1] != []
+
+
+def test_the_neighbours_of_a_run_come_from_its_labelled_shards(tmp_path):
+    root = write_shards(tmp_path / "s", [20, 20])
+    run_script("main_dino.py", *SMALL_RUN, "--data_path", root, "--output_dir", tmp_path / "run", "--knn_every", 1)
+    assert "knn" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_shards_without_labels_are_no_labelled_images(tmp_path, monkeypatch, capsys):
+    write_shards(tmp_path / "train", [3], labels=False)
+    write_shards(tmp_path / "val", [3], labels=False)
+    flags = ("--arch", "vit_nano", "--pretrained_weights", "random", "--data_path", tmp_path)
+    code, line = ending(monkeypatch, capsys, eval_knn, *flags)
+    assert code == 2
+    assert "has no labels" in line
+
+
+# ---- runs ----
+
+STEPS = 8  # an epoch: 64 images, 8 a step
+COUNTS = [13, 5, 14, 20, 12]
+
+
+def steps_of(file, world):
+    """{epoch: names of the images that were trained on} over all ranks."""
+    found = {}
+    for rank in range(world):
+        for line in Path(f"{file}{rank}").read_text().splitlines():
+            epoch, *names = line.split()
+            found.setdefault(int(epoch), []).extend(names)
+    return found
+
+
+def flags_of(data, folder, world, workers):
+    return (
+        *SMALL_RUN, "--data_path", data, "--output_dir", folder, "--num_workers", workers,
+        "--batch_size_per_gpu", 8 // world, "--saveckp_iters", 1,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_killed_runs_over_shards_and_folder_see_every_image_once_an_epoch(tmp_path, world):
+    """With 0 and 2 loaders, gone on with by as many processes and by another number."""
+    shards, folder = write_shards(tmp_path / "shards", COUNTS), write_folder(tmp_path / "folder", 64)
+    everything, ends = [f"{i:04}.png" for i in range(64)], {}
+    for data, workers, after in (
+        (shards, 0, world), (shards, 2, world), (shards, 2, 3 - min(world, 2)), (folder, 2 * (world == 2), world),
+    ):  # fmt: skip
+        name = f"{data.name}-{workers}-{after}"
+        spoil = ("note_images", tmp_path / name, "small_head", "kill_in_step", STEPS + 3)
+        killed = Run(*flags_of(data, tmp_path / f"run-{name}", world, workers), world=world, spoil=spoil)
+        killed.processes[0].join(120)
+        assert killed.processes[0].exitcode == -signal.SIGKILL, killed.said()
+        killed.kill()
+        seen = steps_of(tmp_path / name, world)
+        assert sorted(seen[0]) == everything
+        again = Run(
+            *flags_of(data, tmp_path / f"run-{name}", after, workers), world=after,
+            spoil=("note_images", tmp_path / f"{name}-again", "small_head"),
+        )  # fmt: skip
+        codes, screens = again.end(120)
+        assert not any(codes), screens
+        rest = steps_of(tmp_path / f"{name}-again", after)[1]
+        assert len(rest) == 64 - 3 * 8
+        checkpoint = torch.load(tmp_path / f"run-{name}" / "checkpoint.pth", weights_only=True)
+        ends[name] = {key: checkpoint[key] for key in ("student", "teacher", "epoch")}
+        done = first_steps(tmp_path / name, world, 3)
+        assert sorted(done + rest) == everything
+    assert_same(ends[f"shards-0-{world}"], ends[f"shards-2-{world}"])
+    if world > 2:
+        return  # in which order more than two numbers are added up is another in a first step
+    whole = Run(*flags_of(shards, tmp_path / "whole", world, 0), world=world, spoil=("small_head",))
+    codes, screens = whole.end(120)
+    assert not any(codes), screens
+    checkpoint = torch.load(tmp_path / "whole" / "checkpoint.pth", weights_only=True)
+    assert_same({key: checkpoint[key] for key in ("student", "teacher", "epoch")}, ends[f"shards-0-{world}"])
+
+
+def first_steps(file, world, count):
+    """Images of the first steps of epoch 1 over all ranks: another rank may have noted one step more, or one less."""
+    found = []
+    for rank in range(world):
+        lines = [line.split() for line in Path(f"{file}{rank}").read_text().splitlines()]
+        found += all_of([line[1:] for line in lines if line[0] == "1"][:count])
+    return found
