@@ -11,11 +11,11 @@ attention of the last block (figure 1 of the paper), patch features as colours, 
 
 import argparse
 import base64
+import contextlib
 import importlib.util
 import io
 import json
 import math
-import os
 from html import escape
 from pathlib import Path
 from string import Template
@@ -314,6 +314,16 @@ class Sample(NamedTuple):
         return dino_images.to_rgb(self.images.open(self.number))
 
 
+def images_of_runs(runs, number):
+    """At most `number` Samples of what a run was trained on, if it is to be had here; else of the embedded data set."""
+    for run in runs:
+        path = run.args.get("data_path")
+        if isinstance(path, str) and not path.startswith("torchvision:"):  # which would be downloaded
+            with contextlib.suppress(UserError):
+                return choose_images(path, number)
+    return choose_images("sample", number)
+
+
 def choose_images(data_path, number):
     """At most `number` Samples, evenly spread over the images of data_path, or of val in it. Raises UserError."""
     images = dino_data.find_images(dino_data.find_part(data_path, "val") or dino_data.find_data(data_path), "val")
@@ -524,11 +534,9 @@ def main(args):
     output = Path(args.output or runs[0].folder / "report.html")
     utils.check_output_dir(output.parent, "--output", [output.name])
     device = utils.pick_device(args.device)
-    trained_on = [path for run in runs if isinstance(path := run.args.get("data_path"), str) and os.path.isdir(path)]
-    if args.data_path or any(run.teacher for run in runs):
-        samples = choose_images(args.data_path or [*trained_on, "sample"][0], args.images)
-    else:
-        samples = []
+    samples = choose_images(args.data_path, args.images) if args.data_path else []
+    if not samples and any(run.teacher for run in runs):
+        samples = images_of_runs(runs, args.images)
     page = build_page(runs, [pictures(run, samples, args, device) for run in runs])
     utils.write_whole(output, lambda file: file.write(page.encode()))
     print(f"{output}: {len(page) / 1e6:.1f} MB")

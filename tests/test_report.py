@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
@@ -406,8 +407,14 @@ def test_images_without_classes_go_by_their_names(run_folder, images, tmp_path):
     assert sorted((images / "brick").iterdir())[0].name in page.text.split("Nearest neighbours")[-1]
 
 
-def test_the_runs_own_data_are_taken_if_they_are_still_there(tmp_path, images, sample_root):
-    for there, number in ((images, 6), (tmp_path / "gone", 20)):
+def test_the_runs_own_data_are_taken_if_they_are_still_there(tmp_path, images, sample_root, monkeypatch):
+    monkeypatch.setattr(dino_images, "PATIENCE", 0.0)
+    (tmp_path / "list.txt").write_text("\n".join(str(path) for path in sorted(images.glob("*/*"))[:5]))
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for path in sorted(images.glob("*/*"))[:4]:
+            shard.add(path.resolve(), path.name)
+    shards, lost = tmp_path / "{0..0}.tar", tmp_path / "{0..1}.tar"
+    for there, number in ((images, 6), (tmp_path / "list.txt", 5), (shards, 4), (lost, 20), (tmp_path / "gone", 20)):
         folder = make_run(tmp_path / "run", info=None, model=teacher(), args={**ARGS, "data_path": str(there)})
         assert f"The nearest of {number} images" in page_of(folder, "--images", 20).text
 
