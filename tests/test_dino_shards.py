@@ -302,6 +302,14 @@ def test_lists_that_were_spoiled_do_not_matter(tmp_path, cache, kind, spoil):
     assert [images.open(i).tobytes() for i in range(3)] == [picture(i).tobytes() for i in range(3)]
 
 
+def test_a_list_of_fewer_images_does_not_matter(tmp_path, cache):
+    root = write_shards(tmp_path / "s", [3])
+    TarShards(str(root))
+    (path,) = (cache / "shards").glob("*.npy")
+    np.save(path, np.load(path)[:2])
+    assert TarShards(str(root)).open(2).tobytes() == picture(2).tobytes()
+
+
 def test_where_nothing_can_be_kept_that_is_said(tmp_path, monkeypatch):
     root = write_shards(tmp_path / "s", [1])
     (tmp_path / "file").write_bytes(b"")
@@ -399,6 +407,11 @@ def test_the_order_follows_from_the_seed(uneven):
         return [number for _, number in ShardSampler(uneven, 8, seed)]
 
     assert order(1) == order(1) != order(2)
+
+
+def test_images_of_a_single_shard_have_another_order_in_each_epoch(tmp_path):
+    shard = TarShards(str(write_shards(tmp_path / "s", [30])))
+    assert shares(shard, 1, 5, 0) != shares(shard, 1, 5, 1)
 
 
 @pytest.mark.parametrize("window", [3, 1000])
