@@ -16,7 +16,6 @@ import functools
 import importlib.util
 import io
 import itertools
-import math
 import multiprocessing
 import os
 import re
@@ -50,6 +49,12 @@ from vision_transformer import DINOHead
 # ---- arguments ----
 
 
+LIMITS = {
+    **dict.fromkeys(("processes", "threads", "batch_size_per_gpu", "patch_size"), utils.AT_LEAST_1),
+    "rounds": (1, 99),  # each takes an epoch of the hundred whose schedules there are
+}
+
+
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser("Benchmark", add_help=False)
@@ -69,12 +74,11 @@ def get_args_parser():
         help="For `scaling`: numbers of processes; the first is what the others are held against.")
     parser.add_argument("--threads", default=1, type=int, metavar="N", help="For `scaling`: threads of each process.")
     # fmt: on
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 def check_args(args):
-    utils.check_limits(args, dict.fromkeys(("processes", "threads", "batch_size_per_gpu", "patch_size"), (1, math.inf)))
-    utils.check_limits(args, {"rounds": (1, EPOCHS - 1)})
+    utils.check_limits(args, LIMITS)
     for name in args.what:
         if name not in TABLES:
             near = utils.did_you_mean(name, TABLES) or "."

@@ -10,7 +10,6 @@ average precision of each block is printed. Published: 0.858 on strong, with whi
 """
 
 import argparse
-import math
 import os
 
 import numpy as np
@@ -25,6 +24,13 @@ import utils
 from utils import UserError, bool_flag
 
 # ---- arguments ----
+
+
+LIMITS = {
+    **dict.fromkeys(("patch_size", "imsize", "batch_size_per_gpu"), utils.AT_LEAST_1),
+    "num_workers": utils.AT_LEAST_0,
+    "local_rank": utils.LOCAL_RANK,
+}
 
 
 def get_args_parser():
@@ -43,12 +49,11 @@ def get_args_parser():
     parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
         help="Keep features on the GPU, if there is one. false: in main memory.")
     # fmt: on
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 def check_args(args):
-    at_least_1 = dict.fromkeys(("patch_size", "imsize", "batch_size_per_gpu"), (1, math.inf))
-    utils.check_limits(args, {**at_least_1, "num_workers": (0, math.inf)})
+    utils.check_limits(args, LIMITS)
     utils.check_arch(args.arch)
     if not utils.vit_factory(args.arch):
         raise UserError(f"--arch {args.arch} has no CLS and patch tokens. Take one of {', '.join(utils.vit_names())}")

@@ -27,6 +27,13 @@ from utils import UserError, bool_flag
 # ---- arguments ----
 
 
+LIMITS = {
+    **dict.fromkeys(("patch_size", "imsize"), utils.AT_LEAST_1),
+    "num_workers": utils.AT_LEAST_0,
+    "local_rank": utils.LOCAL_RANK,
+}
+
+
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
     parents = [utils.model_flags(), utils.process_flags()]
@@ -42,12 +49,11 @@ def get_args_parser():
     parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
         help="Keep features on the GPU, if there is one. false: in main memory.")
     # fmt: on
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 def check_args(args):
-    at_least_1 = dict.fromkeys(("patch_size", "imsize"), (1, math.inf))
-    utils.check_limits(args, {**at_least_1, "num_workers": (0, math.inf)})
+    utils.check_limits(args, LIMITS)
     utils.check_arch(args.arch)
 
 

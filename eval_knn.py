@@ -9,7 +9,6 @@ cent for each k.
 """
 
 import argparse
-import math
 import os
 
 import torch
@@ -21,6 +20,14 @@ from knn import knn_accuracies, knn_classifier, labelled_features  # noqa: F401 
 from utils import UserError, bool_flag
 
 # ---- arguments ----
+
+
+LIMITS = {
+    **dict.fromkeys(("nb_knn", "patch_size", "image_size", "batch_size_per_gpu"), utils.AT_LEAST_1),
+    "num_workers": utils.AT_LEAST_0,
+    "temperature": utils.ABOVE_0,
+    "local_rank": utils.LOCAL_RANK,
+}
 
 
 def get_args_parser():
@@ -44,14 +51,11 @@ def get_args_parser():
     parser.add_argument("--load_features", default=None, metavar="DIR",
         help="Classify with features that --dump_features wrote, without any network.")
     # fmt: on
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 def check_args(args):
-    at_least_1 = ("nb_knn", "patch_size", "image_size", "batch_size_per_gpu")
-    utils.check_limits(args, {**dict.fromkeys(at_least_1, (1, math.inf)), "num_workers": (0, math.inf)})
-    if not 0 < args.temperature < math.inf:
-        raise UserError(f"--temperature {args.temperature} must be above 0")
+    utils.check_limits(args, LIMITS)
     if args.load_features is not None and (args.dump_features is not None or args.baselines):
         raise UserError("--load_features needs no network: leave out --dump_features and --baselines")
     if args.image_size < args.patch_size and utils.vit_factory(args.arch):

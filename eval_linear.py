@@ -30,6 +30,16 @@ from utils import UserError, bool_flag
 # ---- arguments ----
 
 
+LIMITS = {
+    **dict.fromkeys(("patch_size", "n_last_blocks", "image_size", "epochs", "batch_size_per_gpu"), utils.AT_LEAST_1),
+    **dict.fromkeys(("val_freq", "num_labels"), utils.AT_LEAST_1),
+    "num_workers": utils.AT_LEAST_0,
+    "lr": utils.ABOVE_0,
+    "seed": (0, 2**63 - 1),
+    "local_rank": utils.LOCAL_RANK,
+}
+
+
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
     parents = [utils.model_flags(), utils.labelled_flags(), utils.process_flags()]
@@ -56,16 +66,11 @@ def get_args_parser():
     parser.add_argument("--output_dir", default=".", metavar="DIR", help="Where log.txt and checkpoint.pth.tar go.")
     parser.add_argument("--seed", default=0, type=int, metavar="N", help="For the start, the order and the crops.")
     # fmt: on
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 def check_args(args):
-    at_least_1 = ("patch_size", "n_last_blocks", "image_size", "epochs", "batch_size_per_gpu", "val_freq")
-    at_least_1 += ("num_labels",) * (args.num_labels is not None)
-    limits = {**dict.fromkeys(at_least_1, (1, math.inf)), "num_workers": (0, math.inf), "seed": (0, 2**63 - 1)}
-    utils.check_limits(args, limits)
-    if not 0 < args.lr < math.inf:
-        raise UserError(f"--lr {args.lr} must be above 0")
+    utils.check_limits(args, LIMITS)
     if args.linear_weights and not args.evaluate:
         raise UserError("--linear_weights is for --evaluate. Training goes on from what --output_dir holds")
     if args.image_size < args.patch_size and utils.vit_factory(args.arch):

@@ -33,6 +33,13 @@ from utils import UserError
 # ---- arguments ----
 
 
+LIMITS = {
+    **dict.fromkeys(("topk", "bs"), utils.AT_LEAST_1),
+    **dict.fromkeys(("n_last_frames", "size_mask_neighborhood"), utils.AT_LEAST_0),
+    "patch_size": (1, 224),
+}
+
+
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser("Video object segmentation", add_help=False, parents=[utils.model_flags()])
@@ -50,13 +57,11 @@ def get_args_parser():
     parser.add_argument("--bs", default=6, type=int, metavar="B",
         help="Frames per forward pass of the network. Lower it if memory runs out; the result stays the same.")
     # fmt: on
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 def check_args(args):
-    at_least_1 = dict.fromkeys(("topk", "bs"), (1, math.inf))
-    at_least_0 = dict.fromkeys(("n_last_frames", "size_mask_neighborhood"), (0, math.inf))
-    utils.check_limits(args, {**at_least_1, **at_least_0, "patch_size": (1, 224)})
+    utils.check_limits(args, LIMITS)
     utils.check_arch(args.arch)
     if not utils.vit_factory(args.arch):
         raise UserError(f"--arch {args.arch} gives no features of single patches. Choose a ViT, such as vit_small")

@@ -37,6 +37,9 @@ ENDINGS = {"backbone": TENSOR_FILES, "onnx": (".onnx",), "timm": TENSOR_FILES, "
 LIBRARIES = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "timm": ["timm"], "hf": ["transformers", "safetensors"]}
 
 
+LIMITS = dict.fromkeys(("patch_size", "image_size"), utils.AT_LEAST_1)
+
+
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser("Export", add_help=False, parents=[utils.model_flags()])
@@ -51,12 +54,12 @@ def get_args_parser():
         size. Without it, the size of the crops that the positions were trained on, and 224 for other networks.""")
     # fmt: on
     parser.set_defaults(device="cpu")  # where the files are opened as well: a GPU saves nothing
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 def check_args(args):
     """Raise UserError for what can't work; make --image_size, if given, two numbers."""
-    utils.check_limits(args, {"patch_size": (1, math.inf)})
+    utils.check_limits(args, LIMITS)
     utils.check_arch(args.arch)
     vit, ending, endings = utils.vit_factory(args.arch), Path(args.output).suffix, ENDINGS[args.to]
     if args.to == "hf" and not vit:
@@ -67,7 +70,6 @@ def check_args(args):
         raise UserError(f"--output {args.output} names a file, but --to hf writes a folder. Leave out {ending}")
     if args.image_size is None:
         return
-    utils.check_limits(args, {"image_size": (1, math.inf)})
     size = " ".join(map(str, args.image_size))
     if len(args.image_size) > 2:
         raise UserError(f"--image_size {size}: give height and width, or one number for a square")

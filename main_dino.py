@@ -34,6 +34,24 @@ from vision_transformer import DINOHead
 # ---- arguments ----
 
 
+# Lowest and highest value that a flag may have.
+LIMITS = {
+    **dict.fromkeys(("patch_size", "out_dim", "epochs", "batch_size_per_gpu", "grad_accum_steps"), utils.AT_LEAST_1),
+    **dict.fromkeys(("global_crops_size", "local_crops_size"), utils.AT_LEAST_1),
+    **dict.fromkeys(("local_crops_number", "warmup_epochs", "warmup_teacher_temp_epochs"), utils.AT_LEAST_0),
+    **dict.fromkeys(("freeze_last_layer", "saveckp_freq", "num_workers", "clip_grad"), utils.AT_LEAST_0),
+    **dict.fromkeys(("saveckp_iters", "save_every_minutes", "max_bad_steps", "knn_every"), utils.AT_LEAST_0),
+    **dict.fromkeys(("lr", "min_lr", "weight_decay", "weight_decay_end"), utils.AT_LEAST_0),
+    **dict.fromkeys(("teacher_temp", "warmup_teacher_temp"), (1e-6, math.inf)),
+    **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (1e-6, 1)),
+    **dict.fromkeys(("momentum_teacher", "max_bad_images"), utils.A_SHARE),
+    "drop_path_rate": (0, 0.999),
+    "blur_radius": (0, 1e4),
+    "seed": (0, 2**63 - 1),
+    "local_rank": utils.LOCAL_RANK,
+}
+
+
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`; `utils.parse_args` also reads a recipe named by --config."""
     parser = argparse.ArgumentParser("DINO", add_help=False)
@@ -174,7 +192,7 @@ def get_args_parser():
     run.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
         help="Accepted because launchers pass it; not used.")
     # fmt: on
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 class ListArchs(argparse.Action):
@@ -183,24 +201,6 @@ class ListArchs(argparse.Action):
     def __call__(self, parser, *_):
         print("\n".join(utils.list_archs()))
         parser.exit()
-
-
-# Lowest and highest value that a flag may have.
-LIMITS = {
-    **dict.fromkeys(("patch_size", "out_dim", "epochs", "batch_size_per_gpu", "grad_accum_steps"), (1, math.inf)),
-    **dict.fromkeys(("global_crops_size", "local_crops_size"), (1, math.inf)),
-    **dict.fromkeys(("local_crops_number", "warmup_epochs", "warmup_teacher_temp_epochs"), (0, math.inf)),
-    **dict.fromkeys(("freeze_last_layer", "saveckp_freq", "num_workers", "clip_grad"), (0, math.inf)),
-    **dict.fromkeys(("saveckp_iters", "save_every_minutes", "max_bad_steps", "knn_every"), (0, math.inf)),
-    **dict.fromkeys(("lr", "min_lr", "weight_decay", "weight_decay_end"), (0, math.inf)),
-    **dict.fromkeys(("teacher_temp", "warmup_teacher_temp"), (1e-6, math.inf)),
-    **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (1e-6, 1)),
-    "momentum_teacher": (0, 1),
-    "drop_path_rate": (0, 0.999),
-    "max_bad_images": (0, 1),
-    "blur_radius": (0, 1e4),
-    "seed": (0, 2**63 - 1),
-}
 
 
 def check_args(args):

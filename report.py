@@ -34,6 +34,9 @@ from utils import UserError
 # ---- arguments ----
 
 
+LIMITS = {"images": (2, math.inf), "num_workers": utils.AT_LEAST_0}
+
+
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser("Report of a run", add_help=False)
@@ -50,11 +53,11 @@ def get_args_parser():
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
         help="auto takes a GPU if there is one.")
     # fmt: on
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 def check_args(args):
-    utils.check_limits(args, {"images": (2, math.inf), "num_workers": (0, math.inf)})
+    utils.check_limits(args, LIMITS)
     if len(args.run_dir) > 2:
         raise UserError(f"{len(args.run_dir)} runs don't fit beside one another: name one or two")
 

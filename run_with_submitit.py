@@ -12,7 +12,6 @@ eight GPUs: the 69.3 % k-NN and 74.0 % linear of main_dino.py.
 import argparse
 import contextlib
 import io
-import math
 import os
 import re
 import shlex
@@ -32,6 +31,14 @@ from utils import UserError
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 # ---- arguments ----
+
+
+# Beside main_dino's.
+LIMITS = {
+    **dict.fromkeys(("nodes", "timeout", "cpus_per_task", "tasks_per_node"), utils.AT_LEAST_1),
+    **dict.fromkeys(("ngpus", "signal_delay"), utils.AT_LEAST_0),
+    "mem_gb": utils.ABOVE_0,
+}
 
 
 def get_args_parser():
@@ -74,18 +81,13 @@ def get_args_parser():
     job.add_argument("--evaluate_data", default=None, metavar="DIR",
         help="Folder with train/ and val/ for that; the one that --data_path is in unless given.")
     # fmt: on
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 def check_args(args):
-    at_least_1 = dict.fromkeys(("nodes", "timeout", "cpus_per_task"), (1, math.inf))
-    utils.check_limits(args, {**at_least_1, **dict.fromkeys(("ngpus", "signal_delay"), (0, math.inf))})
-    if args.mem_gb is not None and not 0 < args.mem_gb < math.inf:
-        raise UserError(f"--mem_gb {args.mem_gb} must be above 0")
-    if args.tasks_per_node is not None:
-        utils.check_limits(args, {"tasks_per_node": (1, math.inf)})
-        if args.ngpus:
-            raise UserError(f"--ngpus {args.ngpus} means a process for each GPU. Leave --tasks_per_node out")
+    utils.check_limits(args, LIMITS)
+    if args.tasks_per_node is not None and args.ngpus:
+        raise UserError(f"--ngpus {args.ngpus} means a process for each GPU. Leave --tasks_per_node out")
     if args.ngpus == 0 and args.device not in ("auto", "cpu"):
         raise UserError(f"--ngpus 0 leaves no GPU for --device {args.device}. Ask for GPUs, or use --device cpu")
     if args.signal_delay >= 60 * args.timeout:

@@ -72,7 +72,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind the help texts, the description as it stands."""
+    """Defaults and limits behind the help texts, the description as it stands."""
+
+    def _get_help_string(self, action):
+        text, limits = super()._get_help_string(action), getattr(action, "limits", None)
+        return text.replace("%(default)s)", f"%(default)s, {describe_limits(*limits)})") if limits else text
 
 
 def parse_args(parser, argv=None):
@@ -300,14 +304,35 @@ SHORTAGES = (
 )
 
 
+# The (lowest, highest) that numbers may be. Each script has those of its flags in a table.
+AT_LEAST_0, AT_LEAST_1, ABOVE_0, A_SHARE = (0, math.inf), (1, math.inf), (math.ulp(0.0), math.inf), (0, 1)
+LOCAL_RANK = (-1, math.inf)  # old launchers say -1 to a lone process
+
+
+def describe_limits(lowest, highest):
+    if lowest == ABOVE_0[0]:
+        return f"above 0 and at most {highest}" if math.isfinite(highest) else "above 0"
+    return f"between {lowest} and {highest}" if math.isfinite(highest) else f"at least {lowest}"
+
+
+def with_limits(parser, limits):
+    """The parser; its --help says the (lowest, highest) of the flags in the table `limits`, as `check_limits` does."""
+    for action in parser._actions:
+        if action.dest in limits:
+            action.limits = limits[action.dest]
+    return parser
+
+
 def check_limits(args, limits):
-    """Raise UserError for a flag, or one of its values, that lies outside its (lowest, highest), NaN included."""
+    """Raise UserError for a flag, or one of its values, that lies outside its (lowest, highest), NaN included.
+
+    A flag that is None is not set, and passes.
+    """
     for flag, (lowest, highest) in limits.items():
         value = getattr(args, flag)
-        for number in value if isinstance(value, list | tuple) else [value]:
+        for number in value if isinstance(value, list | tuple) else [value] * (value is not None):
             if not (lowest <= number <= highest and math.isfinite(number)):
-                between = f"between {lowest} and {highest}" if math.isfinite(highest) else f"at least {lowest}"
-                raise UserError(f"--{flag} {number} must be {between}")
+                raise UserError(f"--{flag} {number} must be {describe_limits(lowest, highest)}")
 
 
 def check_output_dir(path, flag="--output_dir", files=()):

@@ -10,7 +10,6 @@ that attention darkened; of a video frames/frame-*.jpg; and video.mp4 (or .avi),
 """  # noqa: E501 - a command stands on one line
 
 import argparse
-import math
 import os
 import re
 import sys
@@ -39,6 +38,9 @@ def share(text):
 OWN_RATE = 30.0  # frames a second where the input has no rate of its own, as folders have none
 
 
+LIMITS = {"patch_size": utils.AT_LEAST_1, "fps": (0.01, 1000), "threshold": utils.A_SHARE, "resize": utils.AT_LEAST_1}
+
+
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
     flags = utils.model_flags(patch_size=8)
@@ -58,13 +60,12 @@ def get_args_parser():
     parser.add_argument("--video_format", default="mp4", choices=["mp4", "avi"],
         help="mp4 is H.264, which browsers and slides play; avi is MPEG-4 part 2, for old players.")
     # fmt: on
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 def check_args(args):
-    utils.check_limits(args, {"patch_size": (1, math.inf), "fps": (0.01, 1000), "threshold": (0, 1)})
+    utils.check_limits(args, LIMITS)
     if args.resize is not None:
-        utils.check_limits(args, {"resize": (1, math.inf)})
         if len(args.resize) > 2:
             sizes = " ".join(map(str, args.resize))
             raise UserError(f"--resize {sizes}: give the shorter side, or height and width")

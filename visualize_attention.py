@@ -28,6 +28,12 @@ from utils import UserError
 # ---- arguments ----
 
 
+LIMITS = {
+    **dict.fromkeys(("patch_size", "image_size"), utils.AT_LEAST_1),
+    "threshold": (utils.ABOVE_0[0], 1),
+}
+
+
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
     flags = utils.model_flags(patch_size=8)
@@ -42,12 +48,12 @@ def get_args_parser():
         that hold this share of each head's attention; 0.6 shows objects well.""")
     parser.add_argument("--output_dir", default=".", metavar="DIR", help="Where the pictures go.")
     # fmt: on
-    return parser
+    return utils.with_limits(parser, LIMITS)
 
 
 def check_args(args):
     """Raise UserError for what can't work; make --image_size two numbers."""
-    utils.check_limits(args, {"patch_size": (1, math.inf), "image_size": (1, math.inf)})
+    utils.check_limits(args, LIMITS)
     utils.check_arch(args.arch)
     if not utils.vit_factory(args.arch):
         raise UserError(f"--arch {args.arch} has no CLS token that attends to patches. Take one of the vit_ networks")
@@ -58,8 +64,6 @@ def check_args(args):
     if min(args.image_size) < args.patch_size:
         size = f"{args.image_size[0]} {args.image_size[1]}"
         raise UserError(f"--image_size {size} is smaller than one patch (--patch_size {args.patch_size})")
-    if args.threshold is not None and not 0 < args.threshold <= 1:
-        raise UserError(f"--threshold {args.threshold} must be above 0 and at most 1")
 
 
 # ---- images ----
