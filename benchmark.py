@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
@@ -45,6 +45,8 @@ import main_dino
 import utils
 from utils import UserError
 from vision_transformer import DINOHead
+
+EpsImagePlugin.gs_binary = False  # the plain loader opens what Pillow does; no photograph is to start a program
 
 # ---- arguments ----
 

@@ -54,10 +54,9 @@ def open_image(path, exif=False):
 def open_content(content, name, exif=False):
     """The bytes of a file as open_image gives it."""
     try:
-        image = Image.open(io.BytesIO(content), formats=[kind for kind in KINDS if kind in known_kinds()])
+        image = Image.open(io.BytesIO(content), formats=known_kinds())
         image.filename = name
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"{image.width} × {image.height} are more than {MOST_PIXELS // 10**6} million pixels")
+        check_pixels(image)
         if exif and image.getexif().get(TURNED, 1) != 1:
             turned = ImageOps.exif_transpose(image)
             turned.filename = image.filename
@@ -71,8 +70,14 @@ def open_content(content, name, exif=False):
 
 @functools.cache
 def known_kinds():
+    """Those of KINDS that this Pillow opens."""
     Image.init()
-    return frozenset(Image.OPEN)
+    return [kind for kind in KINDS if kind in Image.OPEN]
+
+
+def check_pixels(image):
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} × {image.height} are more than {MOST_PIXELS // 10**6} million pixels")
 
 
 TURNED = 0x0112  # EXIF's number for how the camera was held
@@ -409,6 +414,7 @@ def torchvision_images(data_path, part, flag):
     """A data set such as torchvision:CIFAR10, its training or, for `val`, its test images. Downloads if it has to."""
     name = data_path.partition(":")[2]
     known = {n: getattr(datasets, n) for n in datasets.__all__ if isinstance(getattr(datasets, n), type)}
+    known = {n: kind for n, kind in known.items() if not n.startswith("LSUN")}  # which unpickles what lies about
     if name not in known:
         raise UserError(f"{flag} {data_path}: torchvision has no data set {name!r}{utils.did_you_mean(name, known)}")
     root = os.path.join(utils.cache_dir(), "torchvision")

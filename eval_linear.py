@@ -165,10 +165,12 @@ def load_head(classifier, args):
             where = f"{args.arch} at --patch_size {args.patch_size}"
             raise UserError(f"no linear head was published for {where}. Give --linear_weights")
     state = file.get("state_dict", file) if isinstance(file, dict) else {}
-    head = {str(key).removeprefix("module."): value for key, value in state.items()}
-    if not {"linear.weight", "linear.bias"} <= head.keys():
+    tensors = state.items() if isinstance(state, dict) else ()
+    head = {str(key).removeprefix("module."): value for key, value in tensors if isinstance(value, torch.Tensor)}
+    weight, bias = head.get("linear.weight"), head.get("linear.bias")
+    if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
         raise UserError(f"{source} holds no linear.weight and linear.bias. Name a checkpoint.pth.tar of this script")
-    (labels, width), (labels_here, width_here) = head["linear.weight"].shape, classifier.linear.weight.shape
+    (labels, width), (labels_here, width_here) = weight.shape, classifier.linear.weight.shape
     if (labels, width) != (labels_here, width_here):
         raise UserError(
             f"the head in {source} is for {labels} labels and {width} features, here are {labels_here} and "
@@ -188,7 +190,7 @@ SETTINGS = ("epochs", "lr", "global_batch", "image_size", "seed", "num_labels", 
 def check_settings(path, file, args, names):
     """Raise UserError if the file was written under other settings than `args`. Public files have none, and pass."""
     now = {name: getattr(args, name) for name in names}
-    before = {**now, **file.get("args", {})}
+    before = {**now, **utils.plain_args(file.get("args"))}
     changed = [name for name in names if before[name] != now[name]]
     if changed:
         was, is_now = (", ".join(f"{name} {values[name]}" for name in changed) for values in (before, now))

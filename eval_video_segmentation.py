@@ -121,7 +121,8 @@ def check_video(frames, annotations, target):
 def open_image(path, use):
     """What the function `use` makes of an image file. Raises UserError if the file is missing or damaged."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=dino_images.known_kinds()) as image:
+            dino_images.check_pixels(image)
             return use(image)
     except Exception as e:  # Pillow's decoders raise almost anything on damaged data
         reason = getattr(e, "strerror", None) or e

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 
 import numpy as np
@@ -122,12 +122,14 @@ class RecipeLoader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def flatten_mapping(self, node):
+        """Merge nothing: what is merged from what is merged can grow without end."""
+
     def construct_mapping(self, node, deep=False):
         mapping = super().construct_mapping(node, deep)
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key} stands there {keys.count(key)} times")
+        for key, times in Counter(key.value for key, _ in node.value).most_common(1):
+            if times > 1:
+                raise yaml.YAMLError(f"{key} stands there {times} times")
         return mapping
 
 
@@ -345,8 +347,19 @@ def check_output_dir(path, flag="--output_dir", files=()):
         reason = "a file is in its way" if isinstance(e, FileExistsError | NotADirectoryError) else e.strerror
         raise UserError(f"can't write to {flag} {path}: {reason}. Name a folder that you may write to") from e
     for name in files:
-        if (Path(path) / name).is_dir():
+        place = Path(path) / name
+        if place.is_dir():
             raise UserError(f"{flag} {path} has a folder named {name}, where a file is to be written. Move it away")
+        if leads_astray(place):
+            raise UserError(
+                f"{place} is a link to {os.path.realpath(place)}, a file of another name, which would be overwritten. "
+                "Remove the link"
+            )
+
+
+def leads_astray(path):
+    """Whether a file is a link to one of another name. What it is that stands there, such a link's author chose."""
+    return os.path.basename(os.path.realpath(path)) != os.path.basename(path)
 
 
 # ---- randomness ----
@@ -1060,11 +1073,14 @@ def lock_file(path, patience):
 def write_whole(path, write, previous=None):
     """Call `write(file)` such that `path` then holds all of it, or, whatever happens, what it held before.
 
-    That is kept as the file `previous`, if one is named; at no moment there is nothing at `path`.
+    That is kept as the file `previous`, if one is named; at no moment there is nothing at `path`. Behind a link, what
+    it points to is written, unless that has another name: then the link is replaced.
     """
-    path = Path(path).resolve()  # what a link points to, not the link
+    path = Path(path)
+    path = path.absolute() if leads_astray(path) else path.resolve()
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.unlink(missing_ok=True)  # a killed run's, or a link
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -1184,9 +1200,11 @@ def load_checkpoint(path, verify=False):
             from safetensors.torch import load_file
 
             return load_file(path)
-        if verify and zipfile.is_zipfile(path):
-            check_sums(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            check_archive(path, verify)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        check_tangle(state)
+        return state
     except ImportError as e:
         raise UserError(f"{path} is read by safetensors, which is not installed: pip install safetensors") from e
     except FileNotFoundError as e:
@@ -1202,12 +1220,37 @@ def load_checkpoint(path, verify=False):
         raise UserError(f"{path} can't be read as a checkpoint; is it complete? ({what})") from e
 
 
-def check_sums(path):
-    """Raise BadZipFile if the contents of a file of torch.save are not what its checksums say."""
+def check_archive(path, verify):
+    """Raise BadZipFile if a file of torch.save would fill memory; or, to `verify`, if its checksums say otherwise."""
     with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
+        size = sum(part.file_size for part in file.infolist())
+        if size > 10 * os.path.getsize(path):  # torch.save does not compress
+            raise zipfile.BadZipFile(f"it would grow to {size / 1e6:.0f} MB, more than ten times its size")
+        damaged = file.testzip() if verify else None
     if damaged:
         raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+
+
+def check_tangle(value, most=10_000_000):
+    """Raise ValueError if what was unpickled holds more than `most` values, or too deeply, as it would be printed.
+
+    A list that holds another ten times, which holds another ten times, and so on, is small until then.
+    """
+    level, number = [value], 0
+    for _ in range(50):
+        inner = []
+        for item in level:
+            item = vars(item) if isinstance(item, argparse.Namespace) else item
+            if isinstance(item, dict):
+                inner += [*item, *item.values()]
+            elif isinstance(item, list | tuple | set | frozenset):
+                inner += item
+            if number + len(inner) > most:
+                raise ValueError(f"it unfolds to more than {most} values")
+        if not inner:
+            return
+        level, number = inner, number + len(inner)
+    raise ValueError("it is nested too deeply")
 
 
 # Arguments that decide which tensors a run has: with others, a checkpoint can't be gone on from.

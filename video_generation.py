@@ -120,6 +120,10 @@ def check_frames(paths, resize_to=None):
             )
 
 
+# What FFmpeg takes for a video, and opens other files or addresses for.
+PLAYLISTS = frozenset(("concat", "concatf", "dash", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "webm_dash_manifest"))
+
+
 def extract_frames(path, folder):
     """Write each frame of a video as folder/frame-00000.jpg, ...; returns their paths, and the frames a second.
 
@@ -130,7 +134,9 @@ def extract_frames(path, folder):
     os.makedirs(folder)
     paths = []
     try:
-        with av.open(f"file:{path}") as container:  # so that no colon in a name is taken for a protocol
+        formats = ",".join(sorted(av.formats_available - PLAYLISTS))
+        options = {"format_whitelist": formats, "protocol_whitelist": "file"}
+        with av.open(f"file:{path}", options=options) as container:  # `file:`, as a colon in a name is no protocol's
             # A single image and plain text count as videos there.
             if not container.streams.video or re.search(r"image|_pipe$|^tty$", container.format.name):
                 raise UserError(f"--input_path {path} is not a video. Name one, or a folder of frames")

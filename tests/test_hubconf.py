@@ -1,12 +1,18 @@
 """hubconf.py: the entry points build the right networks and load the right files, strictly."""
 
+import hashlib
 import http.server
 import inspect
 import io
 import json
+import os
 import re
+import shutil
+import ssl
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -42,13 +48,12 @@ def published(monkeypatch):
     class Published:
         state, urls = None, []
 
-    def fetch(url, **options):
-        assert options.get("weights_only") is True
+    def download(url):
         Published.urls.append(url)
         return Published.state
 
     Published.urls = []
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    monkeypatch.setattr(hubconf, "_download", download)
     return Published
 
 
@@ -90,10 +95,14 @@ print(json.dumps(sorted(sys.modules)))
     assert not {"utils", "dino_data", "main_dino", "timm", "yaml"} & set(modules)
 
 
-def test_pretrained_is_the_default_and_loads_what_was_published(published, vits16):
+def test_pretrained_is_the_default_and_loads_what_was_published(published, vits16, tmp_path, monkeypatch):
     published.state = vits16.state_dict()
-    model = load("dino_vits16").eval()
+    hubconf.dino_vits16()
     assert published.urls == [BASE + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # torch.hub imports a hubconf of its own
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(vits16.state_dict(), tmp_path / "hub" / "checkpoints" / "dino_deitsmall16_pretrain.pth")
+    model = load("dino_vits16").eval()
     images = tensor("images", (2, 3, 48, 32))
     with torch.no_grad():
         assert torch.equal(model(images), vits16(images))
@@ -238,29 +247,52 @@ def test_without_timm_an_xcit_says_what_to_install(monkeypatch):
 # ---- downloads ----
 
 
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Key and certificate of 127.0.0.1 in one file."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl makes the server's certificate")
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(path) + ".key"]
+    name = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-out", str(path)]
+    subprocess.run(["openssl", "req", "-x509", *key, *name], check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + path.with_name(path.name + ".key").read_bytes())
+    return path
+
+
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A web server whose one file may be cut short: server(content, sent) -> its URL. The cache is a fresh folder."""
+def server(tmp_path, monkeypatch, certificate):
+    """A web server whose one file may be cut short: server(content, sent) -> its URL. The cache is a fresh folder.
+
+    With `moved_to` it says that the file is there; with `pause` it stops for so long before the last byte.
+    """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     running = []
 
-    def serve(content, sent=None):
+    def serve(content, sent=None, scheme="https", name="weights.pth", moved_to=None, pause=0):
         class Handler(http.server.BaseHTTPRequestHandler):
             asked = 0
 
             def do_GET(self):
                 Handler.asked += 1
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
+                self.send_response(302 if moved_to else 200)
+                self.send_header(*(("Location", moved_to) if moved_to else ("Content-Length", str(len(content)))))
                 self.end_headers()
-                self.wfile.write(content[:sent])
+                self.wfile.write(content[: sent or -1])
+                time.sleep(pause)
+                self.wfile.write(content[-1:] if sent is None else b"")
 
             def log_message(self, *_):
                 pass
 
         running.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        if scheme == "https":
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            running[-1].socket = context.wrap_socket(running[-1].socket, server_side=True)
         threading.Thread(target=running[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{running[-1].server_port}/weights.pth", Handler
+        return f"{scheme}://127.0.0.1:{running[-1].server_port}/{name}", Handler
 
     yield serve
     for one in running:
@@ -281,22 +313,83 @@ def test_a_download_is_kept_and_asked_for_once(server):
     assert handler.asked == 1
 
 
+def files_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("share", [0.5, 0.999])
 def test_a_download_that_was_cut_short_is_an_error_and_does_not_stay(server, tmp_path, share):
     content = saved({"a": torch.arange(5000)})
     url, _ = server(content, sent=int(share * len(content)))
-    with pytest.raises(OSError, match="did not arrive whole"):
+    with pytest.raises(OSError, match=rf"did not arrive whole \({int(share * len(content))} of {len(content)} bytes"):
         hubconf._download(url)
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not files_in(tmp_path / "cache")
 
 
-def test_download_is_read_onto_the_cpu_as_plain_tensors(monkeypatch):
-    asked = {}
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **options: asked.update(options, url=url))
-    hubconf._download("https://example.org/file.pth")
-    assert asked["url"] == "https://example.org/file.pth"
-    assert str(asked["map_location"]) == "cpu"
-    assert asked["weights_only"] is True
+def test_nothing_is_asked_for_over_http(server, tmp_path):
+    url, handler = server(saved({}), scheme="http")
+    with pytest.raises(OSError, match=f"{url} is not https"):
+        hubconf._download(url)
+    assert handler.asked == 0
+    assert not files_in(tmp_path / "cache")
+
+
+def test_a_redirection_to_http_is_not_followed_and_one_to_https_is(server, tmp_path):
+    content = saved({"a": torch.arange(3)})
+    open_url, open_handler = server(content, scheme="http")
+    url, _ = server(b"", moved_to=open_url)
+    with pytest.raises(OSError, match=f"{open_url} is not https"):
+        hubconf._download(url)
+    assert open_handler.asked == 0
+    assert not files_in(tmp_path / "cache")
+    url, _ = server(b"", moved_to=server(content)[0])
+    assert torch.equal(hubconf._download(url)["a"], torch.arange(3))
+
+
+def test_a_server_that_nobody_vouches_for_is_not_believed(server, tmp_path, monkeypatch):
+    url, handler = server(saved({}))
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(OSError, match="certificate"):
+        hubconf._download(url)
+    assert handler.asked == 0
+
+
+def test_a_name_that_carries_a_hash_is_held_against_what_arrives(server, tmp_path):
+    content = saved({"a": torch.arange(3)})
+    digest = hashlib.sha256(content).hexdigest()
+    url, _ = server(content, name=f"weights-{digest[:8]}.pth")
+    assert torch.equal(hubconf._download(url)["a"], torch.arange(3))
+    url, _ = server(content, name="weights-0123abcd.pth")
+    with pytest.raises(OSError, match=f"SHA-256 of what arrived is {digest}"):
+        hubconf._download(url)
+    assert [path.name for path in files_in(tmp_path / "cache")] == [f"weights-{digest[:8]}.pth"]
+
+
+def test_a_download_that_is_killed_leaves_nothing_that_is_taken_for_the_file(server, tmp_path):
+    content = saved({"a": torch.arange(5000)})
+    url, handler = server(content, pause=3)
+    code = f"import hubconf; hubconf._download({url!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
+    process.stderr.readline()  # what it says before the first byte
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    assert "weights.pth" not in [path.name for path in files_in(tmp_path / "cache")]
+    url, handler = server(content)
+    assert torch.equal(hubconf._download(url)["a"], torch.arange(5000))
+    assert handler.asked == 1
+
+
+def test_a_download_that_would_run_code_does_not_and_does_not_stay(server, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    url, _ = server(saved({"a": Malicious()}))
+    with pytest.raises(OSError, match="was removed"):
+        hubconf._download(url)
+    assert not (tmp_path / "canary").exists()
+    assert not files_in(tmp_path / "cache")
 
 
 def test_every_entry_point_of_the_table_is_a_documented_function_with_pretrained_first():
