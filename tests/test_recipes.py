@@ -232,12 +232,6 @@ def read(tmp_path):
     return read
 
 
-def test_a_recipe_is_data_and_never_runs_code(read, tmp_path):
-    with pytest.raises(UserError, match=r"can't read the recipe --config .*mine\.yaml: could not determine a constr"):
-        read(f"data_path: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]\n")
-    assert not (tmp_path / "made").exists()
-
-
 @pytest.mark.parametrize(
     ("line", "value"),
     [

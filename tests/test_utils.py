@@ -2,13 +2,11 @@
 
 import argparse
 import copy
-import functools
 import inspect
 import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import random
 import re
@@ -751,13 +749,6 @@ def test_numbers_out_of_their_limits_are_user_errors(value):
         utils.check_limits(argparse.Namespace(lr=value), {"lr": (0, float("inf"))})
 
 
-def test_a_checkpoint_behind_a_link_is_written_where_the_link_points(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    utils.write_whole(tmp_path / "link", lambda file: file.write(b"new"))
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "file").read_bytes() == b"new"
-
-
 # ---- schedules ----
 
 
@@ -1045,34 +1036,6 @@ def test_a_public_checkpoint_with_a_namespace_and_numpy_learning_rates_is_read(t
     assert loaded["optimizer"]["param_groups"] == groups
 
 
-class Malicious:
-    """Unpickles by calling a function."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("function", [os.system, os.mkdir, subprocess.check_call, exec, functools.partial])
-def test_a_file_that_would_run_code_is_refused_by_name_and_runs_nothing(tmp_path, function, zipped):
-    marker = tmp_path / "marker"
-    argument = {
-        os.system: f"touch {marker}",
-        os.mkdir: str(marker),
-        subprocess.check_call: ["touch", str(marker)],
-        exec: f"open({str(marker)!r}, 'w')",
-        functools.partial: print,
-    }[function]
-    state = {"teacher": {"w": torch.ones(1)}, "extra": Malicious(function, argument)}
-    torch.save(state, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=rf"c\.pth holds a \S*{function.__name__}\b.*was not loaded"):
-        utils.load_checkpoint(tmp_path / "c.pth")
-    assert not marker.exists()
-
-
 def test_safetensors_are_read_and_a_torn_file_is_named(tmp_path):
     from safetensors.torch import save_file
 
@@ -1091,14 +1054,6 @@ def test_without_safetensors_its_files_are_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match="pip install safetensors"):
         utils.load_checkpoint(tmp_path / "weights.safetensors")
-
-
-def test_a_plain_pickle_is_refused_and_runs_nothing(tmp_path):
-    with open(tmp_path / "c.pth", "wb") as file:
-        pickle.dump(Malicious(os.mkdir, str(tmp_path / "marker")), file)
-    with pytest.raises(UserError, match=r"c\.pth"):
-        utils.load_checkpoint(tmp_path / "c.pth")
-    assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
