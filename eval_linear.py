@@ -307,7 +307,8 @@ def train_classifier(model, classifier, train_set, val_set, args, device):
     states = {"state_dict": classifier, "optimizer": optimizer, "scheduler": scheduler}
     if os.path.isfile(path):
         file = utils.load_checkpoint(path)
-        if not isinstance(file, dict) or not {*progress, *states} <= file.keys():
+        ours = isinstance(file, dict) and {*progress, *states} <= file.keys()
+        if not ours or not all(type(file[name]) in (int, float) for name in progress):
             raise UserError(f"{path} is of another kind, and would be overwritten. Move it, or take another folder")
         check_settings(path, file, args, SETTINGS)
     utils.restart_from_checkpoint(path, progress, **states)

@@ -84,6 +84,121 @@ def ill_conditions(numbers):
 
 COLLAPSE = ("uniform", "dominant", "agreement", "features")
 
+# Settings that are allowed, and seldom meant: {name: what is wrong and what to do} of the arguments, the images a step
+# and the images an epoch.
+
+
+def unwise_teacher(args, batch, images):
+    found, temperature = {}, max(args.teacher_temp, args.warmup_teacher_temp)
+    if temperature > 0.07:
+        found["temperature"] = (
+            f"a teacher temperature of {temperature} is more than 0.07, up to which training is known to be "
+            "stable. Lower --teacher_temp and --warmup_teacher_temp"
+        )
+    if args.warmup_teacher_temp_epochs and args.teacher_temp < args.warmup_teacher_temp:
+        found["falling temperature"] = (
+            f"the teacher's temperature falls, from --warmup_teacher_temp {args.warmup_teacher_temp} to --teacher_temp "
+            f"{args.teacher_temp}. The warm-up is there to start lower, where training is steadier: exchange the two"
+        )
+    horizon = batch / max(1 - args.momentum_teacher, 1e-9)  # images that the teacher averages over
+    if horizon < min(64_000, args.epochs * images / 1000):
+        found["momentum"] = (
+            f"--momentum_teacher {args.momentum_teacher} is low for {batch} images a step: the teacher averages "
+            f"over only {horizon:.0f} images of the run's {args.epochs * images}. Small batches need it closer to 1, "
+            "such as 0.9995 for 256"
+        )
+    elif args.momentum_teacher < 0.9:
+        found["momentum"] = (
+            f"--momentum_teacher {args.momentum_teacher} makes the teacher all but a copy of the student, which is "
+            "known to learn nothing. Take 0.99 or more"
+        )
+    if args.momentum_teacher == 1:
+        found["still teacher"] = (
+            "--momentum_teacher 1 leaves the teacher as it is at the start, at random unless there is --init_from. "
+            "Take less, 0.996 to 0.9995"
+        )
+    if batch < 8:
+        found["batch"] = (
+            f"{batch} images a step are so few that the center, a mean over the last ten steps or so, is mostly noise. "
+            "Raise --batch_size_per_gpu, or --grad_accum_steps, to 8 or more"
+        )
+    if args.out_dim > 10 * images:
+        found["prototypes"] = (
+            f"--out_dim {args.out_dim} is more than ten prototypes for each of {images} images: most of them will "
+            "never be used, and each costs time. A few thousand images are served by 1024 to 4096"
+        )
+    return found
+
+
+def unwise_optimisation(args, batch, images):
+    found, peak_lr = {}, args.lr * batch / 256
+    if args.lr == 0:
+        found["lr"] = "with --lr 0 nothing is learnt but what the end of the schedule, --min_lr, brings"
+    elif args.min_lr > peak_lr:
+        found["lr"] = (
+            f"the learning rate rises to the end of the run: --min_lr {args.min_lr} is more than the highest, --lr "
+            f"{args.lr} × {batch} / 256 = {peak_lr:.2g}. Lower --min_lr"
+        )
+    if args.optimizer == "adamw" and args.lr > 0.005:
+        found["high lr"] = (
+            f"--lr {args.lr} is more than ten times the usual 0.0005 of adamw, which is for 256 images a step and "
+            "scaled by the batch already. Lower it"
+        )
+    if args.weight_decay_end < args.weight_decay:
+        found["weight decay"] = (
+            f"the weight decay falls, from --weight_decay {args.weight_decay} to --weight_decay_end "
+            f"{args.weight_decay_end}. It is meant to rise, 0.04 to 0.4, or to stay: give both the same value"
+        )
+    if args.warmup_epochs > args.epochs / 2:
+        found["warm-up"] = (
+            f"--warmup_epochs {args.warmup_epochs} take more than half of --epochs {args.epochs}: hardly any are left "
+            "at a full learning rate. A tenth of the run is enough"
+        )
+    if args.freeze_last_layer >= args.epochs:
+        found["frozen layer"] = (
+            f"--freeze_last_layer {args.freeze_last_layer} keeps the head's last layer at its random start for all of "
+            f"--epochs {args.epochs}. Lower it"
+        )
+    if not args.use_fp16 and args.amp_dtype != "auto":
+        found["precision"] = f"--amp_dtype {args.amp_dtype} has no effect with --use_fp16 false. Leave one of them out"
+    if args.use_fp16 and args.amp_dtype == "fp16" and args.patch_size <= 8 and utils.vit_factory(args.arch):
+        found["precision"] = (
+            f"fp16 is known to be unstable with patches of {args.patch_size}. Take --amp_dtype bf16, or --use_fp16 "
+            "false"
+        )
+    return found
+
+
+def unwise_crops(args, batch, images):
+    found, size = {}, args.global_crops_size
+    (global_min, _), (_, local_max) = args.global_crops_scale, args.local_crops_scale
+    if not args.local_crops_number and global_min > 0.25:
+        found["global scale"] = (
+            f"without local crops the two global ones, of at least {global_min} of the image, are too alike to learn "
+            "much from. Take --global_crops_scale 0.14 1"
+        )
+    if args.local_crops_number and local_max > 2 * global_min:
+        found["local scale"] = (
+            f"local crops cover up to {local_max} of an image, global ones from {global_min} on: the small ones are "
+            "often the larger part. Let --local_crops_scale end where --global_crops_scale begins"
+        )
+    if args.local_crops_number and args.local_crops_size > size:
+        found["local size"] = (
+            f"--local_crops_size {args.local_crops_size} is larger than --global_crops_size {size}: each step costs "
+            "more than with global crops alone. About 0.43 of it is usual"
+        )
+    if utils.vit_factory(args.arch) and size < 2 * args.patch_size:
+        found["patches"] = (
+            f"--global_crops_size {size} is a single patch of --patch_size {args.patch_size}: there is nothing for "
+            "attention to attend to. Take larger crops or smaller patches"
+        )
+    if size <= 64 and args.blur_radius[1] > 1:
+        found["blur"] = (
+            f"a blur of up to {args.blur_radius[1]} pixels (--blur_radius) wipes out all texture of crops of {size}. "
+            "Take --blur_radius 0.1 0.5"
+        )
+    return found
+
 
 class Doctor:
     """Looks at a run's numbers, on rank 0, and warns, once for a condition, also of a run that is stopped and goes on.
@@ -115,24 +230,10 @@ class Doctor:
 
     def look_at_settings(self):
         """What can be said before the first step."""
-        args = self.args
-        temperature = max(args.teacher_temp, args.warmup_teacher_temp)
-        if temperature > 0.07:
-            self.warn(
-                "temperature",
-                f"a teacher temperature of {temperature} is more than 0.07, up to which training is known to be "
-                "stable. Lower --teacher_temp and --warmup_teacher_temp",
-            )
-        batch = utils.global_batch(vars(args))
-        horizon = batch / max(1 - args.momentum_teacher, 1e-9)  # images that the teacher averages over
-        images = args.epochs * self.steps * batch
-        if horizon < min(64_000, images / 1000):
-            self.warn(
-                "momentum",
-                f"--momentum_teacher {args.momentum_teacher} is low for {batch} images a step: the teacher averages "
-                f"over only {horizon:.0f} images of the run's {images}. Small batches need it closer to 1, such as "
-                "0.9995 for 256",
-            )
+        batch = utils.global_batch(vars(self.args))
+        for look in (unwise_teacher, unwise_optimisation, unwise_crops):
+            for name, what in look(self.args, batch, self.steps * batch).items():
+                self.warn(name, what)
 
     def look(self, step, numbers, student, teacher):
         """At what step `step` of the run shows: a dict of numbers, as `measure` and the log have them."""

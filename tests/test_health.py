@@ -216,13 +216,94 @@ def test_unwise_settings_are_said_before_the_first_step(capsys, flags, steps, sa
     assert out.startswith(f"warning: {said}") if said else out == ""
 
 
+PUBLISHED = [
+    "--out_dim",
+    65536,
+    "--warmup_epochs",
+    10,
+    "--batch_size_per_gpu",
+    512,
+]  # 8 processes of 64; 2,500 steps an epoch are ImageNet
+
+
+@pytest.mark.parametrize(
+    ("flags", "wise", "said"),
+    [
+        (("--warmup_teacher_temp", 0.06), None, None),  # has no effect without epochs of warm-up
+        (
+            ("--warmup_teacher_temp", 0.06, "--warmup_teacher_temp_epochs", 30),
+            ("--teacher_temp", 0.07),
+            "the teacher's temperature falls, from --warmup_teacher_temp 0.06 to --teacher_temp 0.04",
+        ),
+        (("--momentum_teacher", 1), ("--momentum_teacher", 0.9999), "--momentum_teacher 1 leaves the teacher as it"),
+        (("--batch_size_per_gpu", 7, "--momentum_teacher", 0.9999), ("--batch_size_per_gpu", 8), "7 images a step are"),
+        (("--lr", 0), ("--lr", 1e-6), "with --lr 0 nothing is learnt"),
+        (("--min_lr", 0.0011), ("--min_lr", 0.0009), "the learning rate rises to the end of the run: --min_lr 0.0011"),
+        (("--lr", 0.006), ("--lr", 0.005), "--lr 0.006 is more than ten times the usual"),
+        (("--lr", 0.03, "--optimizer", "sgd"), None, None),
+        (("--weight_decay_end", 0.03), ("--weight_decay_end", 0.04), "the weight decay falls, from --weight_decay 0.0"),
+        (("--epochs", 19), ("--epochs", 20), "--warmup_epochs 10 take more than half of --epochs 19"),
+        (("--freeze_last_layer", 100), ("--freeze_last_layer", 99), "--freeze_last_layer 100 keeps the head's last"),
+        (("--use_fp16", "off", "--amp_dtype", "bf16"), ("--use_fp16", "on"), "--amp_dtype bf16 has no effect with"),
+        (
+            ("--amp_dtype", "fp16", "--patch_size", 8),
+            ("--amp_dtype", "bf16"),
+            "fp16 is known to be unstable with patch",
+        ),
+        (("--amp_dtype", "fp16", "--patch_size", 8), ("--patch_size", 16), "fp16 is known to be unstable with patches"),
+        (("--local_crops_number", 0), ("--global_crops_scale", 0.25, 1), "without local crops the two global ones"),
+        (("--local_crops_scale", 0.05, 0.81), ("--local_crops_scale", 0.05, 0.8), "local crops cover up to 0.81 of an"),
+        (("--local_crops_scale", 0.05, 1), ("--local_crops_number", 0), "local crops cover up to 1.0 of an image"),
+        (("--local_crops_size", 240), ("--local_crops_size", 224), "--local_crops_size 240 is larger than --global"),
+        (
+            ("--global_crops_size", 128, "--patch_size", 128, "--local_crops_size", 128),
+            ("--patch_size", 64),
+            "--global_crops_size 128 is a single patch of --patch_size 128",
+        ),
+        (("--global_crops_size", 64, "--local_crops_size", 32), ("--blur_radius", 0.1, 0.5), "a blur of up to 2.0 pix"),
+        (("--global_crops_size", 64, "--local_crops_size", 32), ("--global_crops_size", 80), "a blur of up to 2.0 pix"),
+    ],
+)
+def test_a_setting_that_is_seldom_meant_is_a_warning(capsys, flags, wise, said):
+    doctor(*PUBLISHED, *flags, steps=2_500).look_at_settings()
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == bool(said), out
+    if said:
+        assert f"warning: {said}" in out
+    if wise:
+        repaired = doctor(*PUBLISHED, *flags, *wise, steps=2_500)
+        repaired.look_at_settings()
+        assert not [what for what in repaired.warnings if what.startswith(said[:20])]
+
+
+def test_far_more_prototypes_than_images_are_a_warning(capsys):
+    for out_dim, warns in ((40_960, False), (40_961, True)):
+        few = doctor("--out_dim", out_dim, "--momentum_teacher", 0.9995, steps=64)  # of 64 images
+        few.look_at_settings()
+        assert ("prototypes" in few.seen) == warns
+    assert "--out_dim 40961 is more than ten prototypes for each of 4096 images" in capsys.readouterr().out
+
+
+def test_a_teacher_that_copies_the_student_is_a_warning_in_the_shortest_run_too(capsys):
+    for momentum, warns in ((0.89, True), (0.9, False)):
+        short = doctor("--momentum_teacher", momentum, "--out_dim", 64, steps=1)
+        short.look_at_settings()
+        assert ("momentum" in short.seen) == warns
+    assert "makes the teacher all but a copy of the student" in capsys.readouterr().out
+
+
+def test_the_published_run_draws_no_warning(capsys):
+    doctor(*PUBLISHED, steps=2_500).look_at_settings()
+    assert capsys.readouterr().out == ""
+
+
 # ---- sick runs, and healthy ones ----
 
 STEPS = 70
 RUN = ["--arch", "vit_nano", "--patch_size", 16, "--out_dim", 256, "--global_crops_size", 32, "--local_crops_size", 16]
 RUN += ["--local_crops_number", 2, "--batch_size_per_gpu", 32, "--epochs", 1, "--warmup_epochs", 0, "--num_workers", 0]
 RUN += ["--device", "cpu", "--saveckp_freq", 0, "--freeze_last_layer", 0, "--momentum_teacher", 0.99, "--lr", 0.004]
-RUN += ["--tensorboard", "off"]
+RUN += ["--tensorboard", "off", "--blur_radius", 0.1, 0.5]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The README's commands, and the scripts that set the project up."""
 
+import ast
 import importlib
 import os
 import re
@@ -53,6 +54,37 @@ def test_the_readme_code_that_loads_backbones_runs():
     code = "\n".join(offline).replace("path/to/this/checkout", str(ROOT))
     code += "\nassert features.shape == (1, 384) and attention.shape == (1, 6, 901, 901)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+# ---- dependencies ----
+
+DEPENDENCIES = (ROOT / "docs" / "dependencies.md").read_text()
+
+
+def test_the_list_of_dependencies_is_that_of_the_requirements():
+    needed = DEPENDENCIES.partition("Nothing below is needed")[0]
+    rows = re.findall(r"^\| ([\w-]+) \| `", needed, re.M)
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = [re.match(r"[\w-]+", line)[0] for line in lines if line and not line.startswith("#")]
+    assert sorted(rows) == sorted(required)
+
+
+def imports_of(script):
+    """Top-level names of all modules that a script imports anywhere in it."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition(".")[0]
+
+
+def test_whatever_a_script_imports_is_in_the_list_of_dependencies():
+    scripts = list(ROOT.glob("*.py"))
+    imported = {name for script in scripts for name in imports_of(script)}
+    foreign = imported - sys.stdlib_module_names - {script.stem for script in scripts}
+    assert {"torch", "yaml", "wandb", "cv2"} <= foreign
+    listed = set(re.findall(r"`(\w+)`", "".join(row.split("|")[2] for row in re.findall(r"^\|.*", DEPENDENCIES, re.M))))
+    assert foreign <= listed
 
 
 # ---- setting up ----
