@@ -584,7 +584,10 @@ def test_what_the_user_can_put_right_ends_with_one_line_and_code_2(
     assert sorted((path.name, path.read_bytes()) for path in trained.iterdir()) == before
 
 
-@pytest.mark.parametrize("content", [{"epoch": 3, "teacher": {}}, [1, 2]])
+SAVED = {"epoch": "3", "best_acc": 0.0, "state_dict": {}, "optimizer": {}, "scheduler": {}}
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3, "teacher": {}}, [1, 2], SAVED])
 def test_a_checkpoint_of_another_kind_is_not_overwritten(monkeypatch, capsys, data, tmp_path, content):
     torch.save(content, tmp_path / "checkpoint.pth.tar")
     before = (tmp_path / "checkpoint.pth.tar").read_bytes()

@@ -62,6 +62,7 @@ def test_numbers_are_those_of_the_definitions():
 
 def test_every_line_of_the_log_splits_the_loss(tiny_root, tmp_path):
     flags = ["--data_path", tiny_root / "train", "--output_dir", tmp_path, "--grad_accum_steps", 2]
+    flags += ["--blur_radius", 0.1, 0.5]  # else a warning
     said = run_script("main_dino.py", *SMALL_RUN, "--batch_size_per_gpu", 4, *flags).stdout
     lines = log_without_times(tmp_path)
     assert len(lines) == 2
