@@ -233,13 +233,13 @@ PUBLISHED = [
         (("--warmup_teacher_temp", 0.06), None, None),  # has no effect without epochs of warm-up
         (
             ("--warmup_teacher_temp", 0.06, "--warmup_teacher_temp_epochs", 30),
-            ("--teacher_temp", 0.07),
+            ("--teacher_temp", 0.06),
             "the teacher's temperature falls, from --warmup_teacher_temp 0.06 to --teacher_temp 0.04",
         ),
         (("--momentum_teacher", 1), ("--momentum_teacher", 0.9999), "--momentum_teacher 1 leaves the teacher as it"),
         (("--batch_size_per_gpu", 7, "--momentum_teacher", 0.9999), ("--batch_size_per_gpu", 8), "7 images a step are"),
         (("--lr", 0), ("--lr", 1e-6), "with --lr 0 nothing is learnt"),
-        (("--min_lr", 0.0011), ("--min_lr", 0.0009), "the learning rate rises to the end of the run: --min_lr 0.0011"),
+        (("--min_lr", 0.0011), ("--min_lr", 0.001), "the learning rate rises to the end of the run: --min_lr 0.0011"),
         (("--lr", 0.006), ("--lr", 0.005), "--lr 0.006 is more than ten times the usual"),
         (("--lr", 0.03, "--optimizer", "sgd"), None, None),
         (("--weight_decay_end", 0.03), ("--weight_decay_end", 0.04), "the weight decay falls, from --weight_decay 0.0"),
@@ -261,12 +261,13 @@ PUBLISHED = [
             ("--patch_size", 64),
             "--global_crops_size 128 is a single patch of --patch_size 128",
         ),
-        (("--global_crops_size", 64, "--local_crops_size", 32), ("--blur_radius", 0.1, 0.5), "a blur of up to 2.0 pix"),
+        (("--global_crops_size", 64, "--local_crops_size", 32), ("--blur_radius", 0.1, 1), "a blur of up to 2.0 pix"),
         (("--global_crops_size", 64, "--local_crops_size", 32), ("--global_crops_size", 80), "a blur of up to 2.0 pix"),
     ],
 )
 def test_a_setting_that_is_seldom_meant_is_a_warning(capsys, flags, wise, said):
-    doctor(*PUBLISHED, *flags, steps=2_500).look_at_settings()
+    broken = doctor(*PUBLISHED, *flags, steps=2_500)
+    broken.look_at_settings()
     out = capsys.readouterr().out
     assert out.count("warning: ") == bool(said), out
     if said:
@@ -274,7 +275,7 @@ def test_a_setting_that_is_seldom_meant_is_a_warning(capsys, flags, wise, said):
     if wise:
         repaired = doctor(*PUBLISHED, *flags, *wise, steps=2_500)
         repaired.look_at_settings()
-        assert not [what for what in repaired.warnings if what.startswith(said[:20])]
+        assert not set(broken.seen) & set(repaired.seen)
 
 
 def test_far_more_prototypes_than_images_are_a_warning(capsys):
