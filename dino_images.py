@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -419,20 +420,45 @@ def torchvision_images(data_path, part, flag):
         raise UserError(f"{flag} {data_path}: torchvision has no data set {name!r}{utils.did_you_mean(name, known)}")
     root = os.path.join(utils.cache_dir(), "torchvision")
     wants = inspect.signature(known[name]).parameters
-    options = {"download": True} if "download" in wants else {}
+    options = {}
     if "train" in wants:
         options["train"] = part != "val"
     elif "split" in wants:
         options["split"] = "test" if part == "val" else "train"
-    if "root" in wants:
-        options["root"] = root
     try:
         os.makedirs(root, exist_ok=True)
         lock, _ = utils.lock_file(os.path.join(root, ".lock"), patience=3600)  # one process downloads, the others wait
         with lock, contextlib.redirect_stdout(io.StringIO()):
-            dataset = known[name](**options)
+            dataset = load_or_download(known[name], root, wants, options)
     except Exception as e:  # by data set: no network, no such split, files that are not free to load
         raise UserError(f"{flag} {data_path} can't be had: {one_line(e)}. Its files belong into {root}") from e
     if not len(dataset) or not isinstance(dataset[0][0], Image.Image):
         raise UserError(f"{flag} {data_path} is no data set of images")
     return TorchvisionImages(dataset, data_path)
+
+
+def load_or_download(kind, root, wants, options):
+    """A data set of torchvision's from what is in the folder `root`; if that won't do, downloaded to it.
+
+    It arrives in a folder of its own, so that one that is killed on the way is not taken for whole the next time.
+    """
+    if "root" not in wants:
+        return kind(**options)
+    try:
+        return kind(root=root, **options)
+    except Exception:  # by data set
+        if "download" not in wants:
+            raise
+    arriving = os.path.join(root, ".arriving")
+    shutil.rmtree(arriving, ignore_errors=True)
+    os.makedirs(arriving)
+    try:
+        kind(root=arriving, download=True, **options)
+        for name in os.listdir(arriving):
+            place = os.path.join(root, name)
+            if os.path.exists(place):
+                os.rename(place, f"{place}.{time.time_ns()}.old")  # of no use, but not ours to delete
+            os.rename(os.path.join(arriving, name), place)
+    finally:
+        shutil.rmtree(arriving, ignore_errors=True)
+    return kind(root=root, **options)

@@ -238,6 +238,48 @@ def test_a_data_set_that_can_not_be_had_is_an_error(tmp_path, monkeypatch, name,
         dino_images.find_images(f"torchvision:{name}")
 
 
+class Arriving(datasets.VisionDataset):
+    """A data set of torchvision's kind that takes any folder `numbers` for whole, as some do."""
+
+    interrupted = False
+
+    def __init__(self, root, train=True, download=False):
+        super().__init__(root)
+        folder = Path(root) / "numbers"
+        if download:
+            folder.mkdir()
+            (folder / "0.png").write_bytes(b"half of a file")
+            if self.interrupted:
+                raise KeyboardInterrupt
+            draw(folder / "0.png", 5)
+        if not folder.is_dir():
+            raise RuntimeError("Dataset not found")
+        self.image = Image.open(folder / "0.png")
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return self.image, 0
+
+
+@pytest.mark.parametrize("in_the_way", [False, True])
+def test_a_download_that_is_interrupted_is_not_taken_for_whole(tmp_path, monkeypatch, in_the_way):
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets, "MNIST", Arriving)
+    if in_the_way:
+        (tmp_path / "torchvision" / "numbers").mkdir(parents=True)
+    monkeypatch.setattr(Arriving, "interrupted", True)
+    with pytest.raises(KeyboardInterrupt):
+        dino_images.find_images("torchvision:MNIST")
+    monkeypatch.setattr(Arriving, "interrupted", False)
+    (tmp_path / "torchvision" / ".arriving" / "numbers").mkdir(parents=True)  # of one that was killed
+    for _ in range(2):
+        assert dino_images.find_images("torchvision:MNIST").open(0).getpixel((0, 0)) == (5, 5, 5)
+    assert not (tmp_path / "torchvision" / ".arriving").exists()
+    assert len(list((tmp_path / "torchvision").glob("numbers.*.old"))) == in_the_way
+
+
 # ---- train and val ----
 
 
