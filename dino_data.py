@@ -108,15 +108,24 @@ class Solarization:
         return random.random() < self.p
 
 
-def eval_transform(image_size=224):
-    """PIL image -> uint8 [3, image_size, image_size]: the centre of the image resized to 8/7 of that (256 for 224)."""
+def eval_transform(image_size=224, inputs=utils.RGB):
+    """PIL image -> uint8 [3, image_size, image_size]: the centre of the image resized to 8/7 of that (256 for 224).
+
+    With other inputs than photographs, what dino_images.decode gives -> normalised floats of their channels.
+    """
     return transforms.Compose(
         [
             transforms.Resize(image_size * 8 // 7, interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(image_size),
-            transforms.PILToTensor(),
+            *to_levels(inputs),
         ]
     )
+
+
+def to_levels(inputs):
+    """The last steps of a transform: uint8 [3, H, W] of a photograph, normalised floats [C, H, W] of other inputs."""
+    steps = [transforms.PILToTensor() if inputs.in_chans == 3 else levels]
+    return steps if inputs == utils.RGB else [*steps, inputs.normalize]
 
 
 # ---- transforms: with PIL ----
@@ -301,16 +310,70 @@ def blur_kernel(radius):
 
     In steps of 1/256, as OpenCV computes, but with a sum of 1, so that no light is lost.
     """
-    variance = radius * radius / 3
-    whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
-    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    box = np.array([part, *[1.0] * (2 * whole + 1), part]) / (2 * (whole + part) + 1)
-    kernel = np.round(256 * np.convolve(np.convolve(box, box), box))
+    kernel = np.round(256 * exact_blur_kernel(radius))
     kernel[len(kernel) // 2] += 256 - kernel.sum()
     return kernel[kernel > 0] / 256
 
 
-RENDERERS = {"pil": render_pil, "fast": render_fast}
+def exact_blur_kernel(radius):
+    variance = radius * radius / 3
+    whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    box = np.array([part, *[1.0] * (2 * whole + 1), part]) / (2 * (whole + part) + 1)
+    return np.convolve(np.convolve(box, box), box)
+
+
+# ---- transforms: of one or many channels ----
+
+
+def render_planes(image, views):
+    """Views of an image, float32 [C, H, W] from 0 to 1, each as uint16 [C, size, size]: its `levels`.
+
+    Step for step what render_pil does, but on floats, which are cut off at 0 and 1 where levels are at 0 and 255. The
+    mean of all channels takes the place of grey; there are no hues.
+    """
+    return [render_planes_view(image, view) for view in views]
+
+
+def render_planes_view(image, view):
+    left, top, right, bottom = view.box
+    region = image[None, :, top:bottom, left:right]
+    crop = F.interpolate(region, (view.size, view.size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    if view.flip:
+        crop = crop.flip(-1)
+    for operation, factor in view.jitter:
+        if operation != "hue":
+            crop = crop.lerp(PLANES_JITTER[operation](crop), 1 - factor).clamp(0, 1)
+    if view.grey:
+        crop = crop.mean(dim=0, keepdim=True).expand_as(crop)
+    if view.blur is not None:
+        crop = blur_planes(crop, view.blur)
+    if view.solarize:
+        crop = torch.minimum(crop, 1 - crop)
+    return levels(crop)
+
+
+# What a factor of 0 would leave of a crop [C, H, W]; 1 leaves all as it is.
+PLANES_JITTER = {
+    "brightness": torch.zeros_like,
+    "contrast": lambda crop: crop.mean().expand_as(crop),
+    "saturation": lambda crop: crop.mean(dim=0, keepdim=True).expand_as(crop),
+}
+
+
+def blur_planes(crop, radius):
+    kernel = torch.from_numpy(exact_blur_kernel(radius)).to(crop)
+    reach = len(kernel) // 2
+    crop = F.pad(crop, (reach, reach, reach, reach), mode="replicate")[:, None]
+    return F.conv2d(F.conv2d(crop, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))[:, 0]
+
+
+def levels(values):
+    """Values from 0 to 1 in 65,536 levels, uint16: half the bytes of floats, and nothing lost of images of 16 bits."""
+    return values.clamp(0, 1).mul(65535).round().to(torch.uint16)
+
+
+RENDERERS = {"pil": render_pil, "fast": render_fast, "planes": render_planes}
 
 
 # ---- data sets ----
@@ -332,15 +395,15 @@ def image_files(folder, flag):
     return sorted(paths, key=lambda path: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)])
 
 
-def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path"):
+def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3):
     """The numbered images that --data_path means, of dino_images or dino_shards; `sample` are the embedded ones.
 
     Of `sample` and of torchvision's sets, `part` (train or val) is taken. Raises UserError if there are none.
     """
     path = os.fspath(find_data(data_path, part))
     if data_format == "shards" or (data_format == "auto" and dino_shards.are_shards(path)):
-        return dino_shards.TarShards(path, exif, flag)
-    return dino_images.find_images(path, part, data_format, exif, flag)
+        return dino_shards.TarShards(path, exif, flag, dino_images.extensions_of(in_chans))
+    return dino_images.find_images(path, part, data_format, exif, flag, in_chans)
 
 
 class MultiCropDataset(Dataset):
@@ -371,13 +434,13 @@ class MultiCropDataset(Dataset):
 
 
 class EvalImages(Dataset):
-    """Numbered images for evaluation: dataset[i] -> (transform(image in RGB), i).
+    """Numbered images for evaluation: dataset[i] -> (transform(image, decoded for the inputs: RGB), i).
 
     One that can't be read raises BadImage, or, with `lenient`, is a warning, and black.
     """
 
-    def __init__(self, images, transform, lenient=False):
-        self.images, self.transform, self.lenient = images, transform, lenient
+    def __init__(self, images, transform, lenient=False, inputs=utils.RGB):
+        self.images, self.transform, self.lenient, self.inputs = images, transform, lenient, inputs
 
     def __len__(self):
         return len(self.images)
@@ -389,11 +452,12 @@ class EvalImages(Dataset):
             if not self.lenient:
                 raise
             utils.say(f"warning: {e}. It is taken for a black one")
-            image = Image.new("RGB", (8, 8))
+            channels = self.inputs.in_chans
+            image = Image.new("RGB", (8, 8)) if channels == 3 else torch.zeros(channels, 8, 8)
         return self.transform(image), i
 
     def load(self, i):
-        return dino_images.to_rgb(self.images.open(i))
+        return dino_images.decode(self.images.open(i), self.inputs)
 
 
 def find_part(data_path, part):
@@ -407,41 +471,43 @@ def find_part(data_path, part):
     return found or (shards if glob.glob(shards) else None)
 
 
-def labelled_part(data_path, part, exif=False, flag="--data_path"):
+def labelled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
     """The numbered images of train or val of --data_path. Raises UserError if it is not there, or has no labels."""
     path = find_part(data_path, part)
     if path is None:
         what = f"has no {part} in it" if os.path.isdir(find_data(data_path)) else "is no folder"
         raise UserError(f"{flag} {data_path} {what}. It takes folders {part}/<class>/*, a list {part}.csv, or shards")
-    images = find_images(path, part, labelled_format(path), exif, flag)
+    images = find_images(path, part, labelled_format(path), exif, flag, in_chans)
     if images.targets is None:
         raise UserError(f"{flag} {path} has no labels. Sort the images into a folder for each class, or write a list")
     return images
 
 
-def labelled_images(data_path, transform, exif=False, flag="--data_path"):
+def labelled_images(data_path, transform, exif=False, flag="--data_path", inputs=utils.RGB):
     """(train, val, labels of train, labels of val): train and val of data_path as EvalImages, labels by one numbering.
 
     The classes are train's; val may lack some of them. Raises UserError if it has one that train has not.
     """
-    train, val = (labelled_part(data_path, part, exif, flag) for part in ("train", "val"))
+    train, val = (labelled_part(data_path, part, exif, flag, inputs.in_chans) for part in ("train", "val"))
     number = {name: i for i, name in enumerate(train.classes)}
     unknown = sorted(set(val.classes) - set(number))
     if unknown:
         some = ", ".join(unknown[:5])
         raise UserError(f"{flag} {data_path}: val has classes that train has not: {some}. Give both the same")
     renumbered = torch.tensor([number[name] for name in val.classes])
-    return EvalImages(train, transform), EvalImages(val, transform), train.targets, renumbered[val.targets]
+    sets = (EvalImages(images, transform, inputs=inputs) for images in (train, val))
+    return *sets, train.targets, renumbered[val.targets]
 
 
-def find_labelled(path, transform, exif, flag):
+def find_labelled(path, transform, exif, flag, inputs=utils.RGB):
     """(train, val, labels of train, labels of val) of train and val in a folder, or of the labelled images in it."""
     parts = [find_part(path, part) for part in ("train", "val")]
     if all(parts):
-        return labelled_images(path, transform, exif, flag)
+        return labelled_images(path, transform, exif, flag, inputs)
     if any(parts):
         raise UserError(f"{flag} {path} has only one of train and val. Name a folder that has both, or class folders")
-    return held_out(find_images(path, "", labelled_format(path), exif, flag), transform, f"{flag} {path}")
+    images = find_images(path, "", labelled_format(path), exif, flag, inputs.in_chans)
+    return held_out(images, transform, f"{flag} {path}", inputs)
 
 
 def labelled_format(path):
@@ -449,7 +515,7 @@ def labelled_format(path):
     return "folder" if os.path.isdir(path) and not dino_shards.are_shards(os.fspath(path)) else "auto"
 
 
-def held_out(images, transform, source):
+def held_out(images, transform, source, inputs=utils.RGB):
     """(train, val, labels of train, labels of val) of one set of images: every tenth of a class is in `val`.
 
     Classes of fewer than ten images give their first one, those of a single image none. Raises UserError if `source`,
@@ -470,7 +536,57 @@ def held_out(images, transform, source):
             f"{source} has one image in each class: nothing to hold out for k-NN. Name another by --knn_data"
         )
     parts = [wanted.nonzero()[:, 0] for wanted in (~is_val, is_val)]
-    return *(EvalImages(images.take(part.tolist()), transform) for part in parts), *(targets[part] for part in parts)
+    sets = (EvalImages(images.take(part.tolist()), transform, inputs=inputs) for part in parts)
+    return *sets, *(targets[part] for part in parts)
+
+
+# ---- mean and standard deviation ----
+
+MOST_MEASURED = 5000  # images
+
+
+class ImageStatistics(Dataset):
+    """Of an image its channels' means and variances, float64 [2, C]; of one that can't be read what is wrong."""
+
+    def __init__(self, images, inputs):
+        self.images, self.inputs = images, inputs
+
+    def __len__(self):
+        return min(len(self.images), MOST_MEASURED)
+
+    def __getitem__(self, i):
+        number = i * len(self.images) // len(self)  # spread evenly over all
+        try:
+            image = dino_images.decode(self.images.open(number), self.inputs)
+        except dino_images.BadImage as e:
+            return str(e)
+        if self.inputs.in_chans == 3:
+            image = transforms.functional.pil_to_tensor(image).double() / 255
+        variance, mean = torch.var_mean(image.double().flatten(1), dim=1, correction=0)
+        return torch.stack((mean, variance))
+
+
+def measure_images(images, inputs, num_workers):
+    """(mean, std) by channel of numbered images, of at most 5,000 of them, two tuples of values from 0 to 1.
+
+    Each image counts as much as any other, whatever its size, as it does in training. Raises UserError if none can be
+    read, or if a channel is constant.
+    """
+    measured = ImageStatistics(images, inputs)
+    loader = DataLoader(measured, batch_size=None, num_workers=num_workers, worker_init_fn=utils.ignore_signals)
+    found = list(utils.MetricLogger().log_every(loader, 500, "Mean and std:"))
+    good = [one for one in found if isinstance(one, torch.Tensor)]
+    if not good:
+        raise UserError(f"--compute_stats: none of {len(found)} images can be read. Of the first one: {found[0]}")
+    means, variances = torch.stack(good).unbind(1)  # [images, C] each
+    std = (variances.mean(dim=0) + means.var(dim=0, correction=0)).sqrt()
+    if not (std > 1e-9).all():
+        constant = (std <= 1e-9).nonzero()[0].item()
+        raise UserError(
+            f"--compute_stats: channel {constant} (from 0) is the same number in all {len(good)} images. Leave it out, "
+            "or name --mean and --std"
+        )
+    return tuple(means.mean(dim=0).tolist()), tuple(std.tolist())
 
 
 # ---- samplers and loaders ----

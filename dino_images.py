@@ -18,6 +18,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,13 +49,18 @@ def load_image(path, exif=False):
 
 
 def open_image(path, exif=False):
-    """The file as a PIL image, not decoded yet unless `exif` turns it. Raises BadImage, with the file's name."""
+    """The file as a PIL image, not decoded yet unless `exif` turns it, or an ArrayFile if it is one of numpy's.
+
+    Raises BadImage, with the file's name.
+    """
     return open_content(read_file(path), os.fspath(path), exif)
 
 
 def open_content(content, name, exif=False):
     """The bytes of a file as open_image gives it."""
     try:
+        if content.startswith(np.lib.format.MAGIC_PREFIX):
+            return ArrayFile(read_array(content), name)
         image = Image.open(io.BytesIO(content), formats=known_kinds())
         image.filename = name
         check_pixels(image)
@@ -87,6 +93,8 @@ TURNED = 0x0112  # EXIF's number for how the camera was held
 def to_rgb(image):
     """A PIL image, decoded if it is not yet, in RGB of 8 bits. Raises BadImage, with its name, if it is damaged."""
     try:
+        if isinstance(image, ArrayFile):
+            raise ValueError("it is an array, for --in_chans 1 or any other number but 3")
         if image.mode.startswith("I;16"):  # 16 bits, of which Pillow would cut off what is above 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode == "I":  # 16 bits, too, in what Pillow makes 32 of
@@ -152,17 +160,125 @@ def digest_of_names(images):
     return digest.hexdigest()
 
 
-def still_bad(bad_images, images):
+def still_bad(bad_images, images, inputs=utils.RGB):
     """Of {name: what is wrong}, the ones that are among numbered images and can't be read now either."""
     found = {}
     for i in range(len(images)) if bad_images else ():
         name = images.name(i)
         if name in bad_images:
             try:
-                to_rgb(images.open(i))
+                decode(images.open(i), inputs)
             except BadImage:
                 found[name] = bad_images[name]
     return found
+
+
+# ---- images of one or many channels ----
+
+
+class ArrayFile(NamedTuple):
+    """What numpy wrote to a file, and as much of a PIL image as drawing a crop of it asks for."""
+
+    array: np.ndarray
+    filename: str
+    format = None
+
+    @property
+    def size(self):
+        return self.array.shape[1::-1] if self.array.ndim > 1 else (1, 1)
+
+    width = property(lambda self: self.size[0])
+
+
+def read_array(content):
+    """The array in the bytes of a .npy file; what its header says is looked at first. Raises ValueError."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"it is of version {version} of numpy's format, for tables")
+    shape, _, dtype = readers[version](file)
+    check_shape(shape)
+    if dtype.kind not in "buif":
+        raise ValueError(f"it is an array of {dtype}, not of numbers that an image has")
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def check_shape(shape):
+    if not 0 < math.prod(shape) <= MOST_PIXELS:
+        raise ValueError(f"an array of {shape} has no numbers in it, or more than {MOST_PIXELS // 10**6} million")
+
+
+def decode(image, inputs):
+    """What was opened, decoded: a PIL image in RGB, or, of other than 3 channels, its `planes`. Raises BadImage."""
+    return to_rgb(image) if inputs.in_chans == 3 else planes(image, inputs)
+
+
+def planes(image, inputs):
+    """A PIL image or an ArrayFile as float32 [inputs.in_chans, H, W] with values from 0 to 1.
+
+    0 and 1 are the ends of inputs.value_range, beyond which values are clipped. Without one, integers are divided by
+    the largest value of their type, and floats, or negative integers, outside 0 to 1 are refused. Raises BadImage.
+    """
+    try:
+        values, largest = stored_planes(image, inputs.in_chans)
+        low, high, slack = float(values.min()), float(values.max()), TOLERANCE * (values.dtype.kind == "f")
+        if not math.isfinite(high - low):
+            raise ValueError("it holds NaN or infinite values")
+        if inputs.value_range:
+            bottom, top = inputs.value_range
+            values = ((values - np.float64(bottom)) / (top - bottom)).clip(0, 1).astype(np.float32)
+        elif low < -slack or high > largest + slack:
+            raise ValueError(
+                f"its values go from {low:g} to {high:g}, outside of 0 to {largest:g}; name the range by --value_range"
+            )
+        else:
+            values = (values.astype(np.float32) / np.float32(largest)).clip(0, 1)
+        return torch.from_numpy(values)
+    except MemoryError:
+        raise
+    except Exception as e:
+        name = getattr(image, "filename", "")
+        raise BadImage(f"can't read the image {name}: {one_line(e)}. Repair or remove it") from e
+
+
+TOLERANCE = 1e-3  # by which interpolation may have carried floats beyond 0 and 1
+
+
+def stored_planes(image, in_chans):
+    """The values in an image as they are stored, [in_chans, H, W], and what counts as 1. Raises ValueError."""
+    if isinstance(image, ArrayFile):
+        found = channels_first(image.array, in_chans)
+        return found, {"b": 1, "f": 1}.get(found.dtype.kind) or np.iinfo(found.dtype).max
+    pages, bands = getattr(image, "n_frames", 1), len(image.getbands())
+    check_shape((in_chans, *image.size))
+    if in_chans == 1:
+        found = grey_page(image)[None]
+    elif pages == in_chans:  # of a TIFF
+        found = np.stack([grey_page(image, number) for number in range(in_chans)])
+    elif pages == 1 and bands == in_chans:
+        found = np.moveaxis(np.asarray(image), -1, 0)
+    else:
+        raise ValueError(f"it has {pages} page(s) of {bands} band(s), not {in_chans} channels (--in_chans)")
+    return found, {"uint8": 255, "float32": 1}.get(found.dtype.name, 65535)  # Pillow has 16 bits in 16 or 32
+
+
+def channels_first(array, in_chans):
+    """An array [H, W], [H, W, in_chans] or [in_chans, H, W] as the last of these; the second, if both would do."""
+    if array.ndim == 2 and in_chans == 1:
+        return array[None]
+    if array.ndim == 3 and in_chans in (array.shape[2], array.shape[0]):
+        return np.moveaxis(array, -1, 0) if array.shape[2] == in_chans else array
+    raise ValueError(f"an array of {array.shape} is not height, width and {in_chans} channels (--in_chans)")
+
+
+def grey_page(image, number=0):
+    """A page of a PIL image as values [H, W]; colours as PIL's grey, all else as it is stored."""
+    if number:
+        image.seek(number)
+    check_shape(image.size)
+    kept = image.mode.startswith("I") or image.mode == "F"
+    return np.asarray(image if kept else image.convert("L"))
 
 
 # ---- where images come from ----
@@ -231,11 +347,11 @@ class TorchvisionImages:
         return part
 
 
-def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path"):
+def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3):
     """The images of a folder of class folders, of a folder without, of a list of paths, or of a set of torchvision's.
 
-    Of the last, `part` (train or val) is taken. `exif` turns images as their cameras noted. Raises UserError if there
-    are none.
+    Of the last, `part` (train or val) is taken. `exif` turns images as their cameras noted. In folders, .npy files are
+    images unless these have three channels. Raises UserError if there are none.
     """
     data_path = os.fspath(data_path)
     kind = guess_format(data_path) if data_format == "auto" else data_format
@@ -248,7 +364,12 @@ def find_images(data_path, part="", data_format="auto", exif=False, flag="--data
             f"{flag} {data_path} is no folder. Name one with images in it or in its sub-folders, a list of paths "
             "(.txt, .csv, .tsv), torchvision:NAME, or `sample`"
         )
-    return folder_images(data_path, kind if data_format != "auto" else None, exif, flag)
+    return folder_images(data_path, kind if data_format != "auto" else None, exif, flag, extensions_of(in_chans))
+
+
+def extensions_of(in_chans):
+    """What names of images end with: of arrays, too, unless they have the three channels of photographs."""
+    return EXTENSIONS if in_chans == 3 else (*EXTENSIONS, ".npy")
 
 
 def guess_format(data_path):
@@ -260,12 +381,12 @@ def guess_format(data_path):
 # ---- folders ----
 
 
-def folder_images(root, kind, exif, flag):
+def folder_images(root, kind, exif, flag, extensions=EXTENSIONS):
     """Images below a folder, in the order of torchvision's ImageFolder.
 
     Each folder in it is a class (`kind` folder), or none is (flat). Where images lie directly in it, flat is meant.
     """
-    names, folders = cached_index(root)
+    names, folders = cached_index(root, extensions)
     directly = any("/" not in name for name in names)
     if kind == "flat" or (kind is None and directly):
         images = ImageFiles([os.path.join(root, name) for name in names], exif=exif)
@@ -278,16 +399,17 @@ def folder_images(root, kind, exif, flag):
     if names and not len(images):
         raise UserError(f"{flag} {root} has images in it but no class folders. Take --data_format flat, or auto")
     if not len(images):
-        raise UserError(f"{flag} {root} has no images in it ({', '.join(EXTENSIONS)})")
+        raise UserError(f"{flag} {root} has no images in it ({', '.join(extensions)})")
     return images
 
 
-def cached_index(root):
+def cached_index(root, extensions=EXTENSIONS):
     """(images, folders) below `root`, by their names in it. Kept from one time to the next, for as long as no folder
     has changed: on network file systems a million files take minutes to list.
     """
     root = os.path.abspath(root)
-    digest = hashlib.blake2b(root.encode(errors="surrogateescape"), digest_size=12).hexdigest()
+    key = "\0".join((root, *extensions[len(EXTENSIONS) :]))
+    digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=12).hexdigest()
     path = Path(utils.cache_dir()) / f"index-{digest}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         kept = json.loads(path.read_bytes())
@@ -295,7 +417,7 @@ def cached_index(root):
         whole = kept["root"] == root and "" in folders and all(os.path.dirname(name) in folders for name in images)
         if whole and all(changes(os.path.join(root, folder)) == then for folder, then in folders.items()):
             return images, list(folders)
-    images, folders = index(root)
+    images, folders = index(root, extensions)
     now = time.time_ns()
     if len(images) >= WORTH_KEEPING and all(now - then[0] > 5e9 for then in folders.values()):  # not in the making
         text = json.dumps({"root": root, "folders": folders, "images": images})
@@ -314,7 +436,7 @@ def changes(folder):
     return [state.st_mtime_ns, state.st_ctime_ns]
 
 
-def index(root):
+def index(root, extensions=EXTENSIONS):
     """(names of all images below `root`, {folder: when it changed}), hidden ones left out, links followed."""
     found, folders, inside = [], {}, {}
 
@@ -328,7 +450,9 @@ def index(root):
         subfolders[:] = [s for s in subfolders if not s.startswith(".") and not leads_back(folder, s, inside[folder])]
         folders["" if here == "." else here] = [state.st_mtime_ns, state.st_ctime_ns]
         prefix = "" if here == "." else f"{here}/"
-        found.append((here.partition("/")[0], here, [prefix + name for name in sorted(files) if is_image(name)]))
+        found.append(
+            (here.partition("/")[0], here, [prefix + name for name in sorted(files) if is_image(name, extensions)])
+        )
     return [name for _, _, names in sorted(found) for name in names], folders
 
 
@@ -341,8 +465,8 @@ def leads_back(folder, name, above):
     return (state.st_dev, state.st_ino) in above
 
 
-def is_image(name):
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+def is_image(name, extensions=EXTENSIONS):
+    return name.lower().endswith(extensions) and not name.startswith(".")
 
 
 # ---- lists ----
@@ -393,7 +517,11 @@ def read_list(path, flag):
             rows = [[cell.strip() for cell in row[:2]] for row in table]
     except csv.Error as e:
         raise UserError(f"can't read {flag} {path}: {e}") from e
-    if rows and not is_image(os.path.basename(rows[0][0])) and not os.path.isfile(os.path.join(root, rows[0][0])):
+    if (
+        rows
+        and not is_image(os.path.basename(rows[0][0]), (*EXTENSIONS, ".npy"))
+        and not os.path.isfile(os.path.join(root, rows[0][0]))
+    ):
         rows = rows[1:]  # names of columns
     if not rows or not all(row and row[0] for row in rows):
         raise UserError(f"{flag} {path} has no paths of images in it, or a line without one. Write one in each line")
@@ -404,7 +532,11 @@ def split_lines(lines, root):
     if any("\t" in line for line in lines):
         return [line.split("\t")[:2] for line in lines]
     parts = lines[0].rsplit(None, 1) if lines else []
-    labelled = len(parts) == 2 and is_image(parts[0]) and not os.path.exists(os.path.join(root, lines[0]))
+    labelled = (
+        len(parts) == 2
+        and is_image(parts[0], (*EXTENSIONS, ".npy"))
+        and not os.path.exists(os.path.join(root, lines[0]))
+    )
     return [line.rsplit(None, 1) if labelled else [line] for line in lines]
 
 

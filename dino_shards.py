@@ -87,7 +87,7 @@ class Member(NamedTuple):
     label: str | None
 
 
-def list_members(path):
+def list_members(path, extensions=dino_images.EXTENSIONS):
     """The images in a shard, as Members in their order. Raises UserError if it is damaged, or made for other ends."""
     found, labels = [], {}
     try:
@@ -98,7 +98,7 @@ def list_members(path):
                 if not member.isreg():
                     continue
                 key, extension = split_name(member.name)
-                if f".{extension}" in dino_images.EXTENSIONS:
+                if f".{extension}" in extensions:
                     found.append((key, member))
                 elif extension == "cls":
                     labels[key] = read_label(tar, member, path)
@@ -162,26 +162,28 @@ def state_of(path):
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
-def table_path(path):
-    digest = hashlib.blake2b(os.path.abspath(path).encode(errors="surrogateescape"), digest_size=12).hexdigest()
+def table_path(path, extensions=dino_images.EXTENSIONS):
+    named = os.path.abspath(path) + "\0.npy" * (".npy" in extensions)
+    digest = hashlib.blake2b(named.encode(errors="surrogateescape"), digest_size=12).hexdigest()
     return Path(utils.cache_dir()) / "shards" / f"{digest}.npy"
 
 
-def read_head(path, state):
+def read_head(path, state, extensions):
     """(number of images, digest of their names) of a shard's table of contents; None if there is none of its state."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        head = json.loads(table_path(path).with_suffix(".json").read_bytes())
-        if head["path"] == os.path.abspath(path) and head["state"] == state and table_path(path).is_file():
+        table = table_path(path, extensions)
+        head = json.loads(table.with_suffix(".json").read_bytes())
+        if head["path"] == os.path.abspath(path) and head["state"] == state and table.is_file():
             return int(head["images"]), str(head["digest"])
     return None
 
 
-def make_table(path, state):
+def make_table(path, state, extensions):
     """Write a shard's table of contents: a row for each image, and then what tells whose it is."""
-    table = as_table(list_members(path))
+    table = as_table(list_members(path, extensions))
     digest = hashlib.blake2b(b"\n".join(table["name"].tolist()), digest_size=6).hexdigest()
     head = {"path": os.path.abspath(path), "state": state, "images": len(table), "digest": digest}
-    target = table_path(path)
+    target = table_path(path, extensions)
     utils.write_whole(target, lambda file: np.save(file, table, allow_pickle=False))
     utils.write_whole(target.with_suffix(".json"), lambda file: file.write(json.dumps(head).encode()))
 
@@ -194,21 +196,21 @@ def as_table(members):
 
 
 @functools.lru_cache(maxsize=1024)
-def table_of(path, state):
+def table_of(path, state, extensions):
     """The table of contents of a shard whose state is that still. It stays on the disk; what is looked up is read."""
     if state_of(path) != list(state):
         raise dino_images.BadImage(f"can't read the image: the shard {path} has changed since the start")
-    head = read_head(path, list(state))
+    head = read_head(path, list(state), extensions)
     with contextlib.suppress(OSError, ValueError, EOFError):
-        table = np.load(table_path(path), mmap_mode="r", allow_pickle=False)
+        table = np.load(table_path(path, extensions), mmap_mode="r", allow_pickle=False)
         if head and table.shape == head[:1] and table.dtype.names == ("name", "start", "size", "label"):
             return table
-    return as_table(list_members(path))  # the list that was kept is gone
+    return as_table(list_members(path, extensions))  # the list that was kept is gone
 
 
-def contents_of(paths):
+def contents_of(paths, extensions):
     """[(number of images, digest of their names)] of shards. Of the processes of a machine one lists what is new."""
-    shards = [(path, state_of(path)) for path in paths]
+    shards = [(path, state_of(path), extensions) for path in paths]
     heads = [read_head(*shard) for shard in shards]
     if None in heads:
         folder = table_path("").parent
@@ -236,10 +238,11 @@ def contents_of(paths):
 class TarShards:
     """Images in shards, in the way of dino_images.ImageFiles: numbered shard by shard, in the order of their names."""
 
-    def __init__(self, pattern, exif=False, flag="--data_path"):
+    def __init__(self, pattern, exif=False, flag="--data_path", extensions=dino_images.EXTENSIONS):
+        self.extensions = extensions
         self.paths, self.exif, self.flag, self.pattern = shard_files(pattern, flag), exif, flag, pattern
         self.states = [tuple(state_of(path)) for path in self.paths]
-        counts, self.digests = zip(*contents_of(self.paths), strict=True)
+        counts, self.digests = zip(*contents_of(self.paths, extensions), strict=True)
         self.starts = np.cumsum([0, *counts])  # number of each shard's first image, and of all
         self.numbers = range(int(self.starts[-1]))
         if not self.numbers:
@@ -255,7 +258,7 @@ class TarShards:
         """(path of the shard, name in it, first byte, number of bytes) of image i."""
         number = self.numbers[i]
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        row = table_of(self.paths[shard], self.states[shard])[number - int(self.starts[shard])]
+        row = table_of(self.paths[shard], self.states[shard], self.extensions)[number - int(self.starts[shard])]
         return self.paths[shard], row["name"].decode(errors="surrogateescape"), int(row["start"]), int(row["size"])
 
     def name(self, i):
@@ -279,7 +282,8 @@ class TarShards:
     @functools.cached_property
     def labels(self):
         """(class number of each image [N] or None, names of the classes)."""
-        tables = [table_of(*shard)["label"] for shard in zip(self.paths, self.states, strict=True)]
+        shards = zip(self.paths, self.states, strict=True)
+        tables = [table_of(*shard, self.extensions)["label"] for shard in shards]
         found = [label.decode() for label in np.concatenate(tables)[list(self.numbers)].tolist()]
         return dino_images.number_labels([label for label in found if label], len(found), self.pattern)
 

@@ -65,9 +65,9 @@ def check_args(args):
 # ---- features ----
 
 
-def build_model(args, device, weights):
+def build_model(args, device, weights, in_chans=3):
     """The network with these weights, and what to call it."""
-    model, _ = utils.build_backbone(args.arch, args.patch_size, args.image_size)
+    model, _ = utils.build_backbone(args.arch, args.patch_size, args.image_size, in_chans=in_chans)
     matched, _ = utils.load_weights(model, weights, args.checkpoint_key, args.arch, args.patch_size)
     utils.use_fused_attention(model, device)
     return model.to(device).eval(), f"trained {args.checkpoint_key}" if matched else "untrained network"
@@ -114,13 +114,15 @@ def main(args):
     if args.load_features is not None:
         print_accuracies(load_features(args.load_features, device if args.use_cuda else "cpu"), args)
         return
-    sets = dino_data.labelled_images(args.data_path, dino_data.eval_transform(args.image_size), args.exif)
+    inputs = utils.trained_inputs(args.pretrained_weights)
+    transform = dino_data.eval_transform(args.image_size, inputs)
+    sets = dino_data.labelled_images(args.data_path, transform, args.exif, inputs=inputs)
     utils.log(f"{len(sets[0])} training and {len(sets[1])} validation images in {len(sets[0].images.classes)} classes")
     utils.fix_random_seeds(0)  # what is called untrained is the same network each time
-    model, name = build_model(args, device, args.pretrained_weights)
+    model, name = build_model(args, device, args.pretrained_weights, inputs.in_chans)
     rows = {name: model}
     if args.baselines:
-        untrained, _ = build_model(args, device, "random")
+        untrained, _ = build_model(args, device, "random", inputs.in_chans)
         rows = {"raw pixels": raw_pixels(), "untrained network": untrained, **rows}
     how = (args.batch_size_per_gpu, args.num_workers, device, args.use_cuda)
     features = {row: labelled_features(network, sets, *how) for row, network in rows.items()}

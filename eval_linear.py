@@ -10,6 +10,7 @@ command again goes on from there, bit for bit as if it had never stopped.
 """
 
 import argparse
+import functools
 import hashlib
 import math
 import os
@@ -84,17 +85,21 @@ def check_args(args):
 def load_data(args):
     """(train, val, train labels [N], val labels [M], class names), labels being numbers of train's class folders.
 
-    `train[epoch, index]` -> (random crop, index, ""), `val[index]` -> (image, index), images as uint8. --evaluate can
-    do without train: then it is None and the classes are val's.
+    `train[epoch, index]` -> (random crop, index, ""), `val[index]` -> (image, index), images as uint8, or, where the
+    network takes others than photographs, as normalised floats. --evaluate can do without train: then it is None and
+    the classes are val's.
     """
-    transform = dino_data.eval_transform(args.image_size)
+    inputs = utils.trained_inputs(args.pretrained_weights)
+    transform = dino_data.eval_transform(args.image_size, inputs)
     if args.evaluate and dino_data.find_part(args.data_path, "train") is None:
-        val = dino_data.labelled_part(args.data_path, "val", args.exif)
-        return None, dino_data.EvalImages(val, transform), None, val.targets, val.classes
-    train, val, train_labels, val_labels = dino_data.labelled_images(args.data_path, transform, args.exif)
+        val = dino_data.labelled_part(args.data_path, "val", args.exif, in_chans=inputs.in_chans)
+        return None, dino_data.EvalImages(val, transform, inputs=inputs), None, val.targets, val.classes
+    sets = dino_data.labelled_images(args.data_path, transform, args.exif, inputs=inputs)
+    train, val, train_labels, val_labels = sets
     # The crops of training depend on the epoch: MultiCropDataset makes them.
     crop, flip = transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip()
-    augment = transforms.Compose([dino_images.to_rgb, crop, flip, transforms.PILToTensor()])
+    decode, finish = functools.partial(dino_images.decode, inputs=inputs), dino_data.to_levels(inputs)
+    augment = transforms.Compose([decode, crop, flip, *finish])
     crops = dino_data.MultiCropDataset(train.images, augment, args.seed, strict=True)
     return crops, val, train_labels, val_labels, train.images.classes
 
@@ -118,7 +123,8 @@ def build_model(args, device):
     elif args.avgpool_patchtokens:
         raise UserError(f"--arch {args.arch} gives no patch tokens to pool. Leave out --avgpool_patchtokens")
     # Stays in evaluation mode for good: no dropout, batch norms keep their statistics.
-    model, width = utils.frozen_backbone(args, device, args.image_size)
+    inputs = utils.trained_inputs(args.pretrained_weights)
+    model, width = utils.frozen_backbone(args, device, args.image_size, inputs=inputs)
     return model, width * (args.n_last_blocks + args.avgpool_patchtokens if utils.is_vit(model) else 1)
 
 

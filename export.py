@@ -104,11 +104,11 @@ def check_output(args):
 # ---- the network and its tensors ----
 
 
-def trained_backbone(args):
+def trained_backbone(args, in_chans=3):
     """The network to export, on the CPU, in eval mode, its attention written out. Raises UserError."""
     utils.fix_random_seeds(0)
     side = args.image_size[0] if args.image_size and not utils.vit_factory(args.arch) else 224
-    model, _ = utils.build_backbone(args.arch, args.patch_size, side)
+    model, _ = utils.build_backbone(args.arch, args.patch_size, side, in_chans=in_chans)
     matched, _ = utils.load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
     if not matched and args.pretrained_weights != "random":
         raise UserError(f"there is nothing to export of --arch {args.arch}. Give a checkpoint as --pretrained_weights")
@@ -159,20 +159,22 @@ def read_tensors(path):
 
 
 # ---- kinds of export ----
-# Each writes `path` and opens it again. It returns the opened network, a function [B, 3, H, W] -> [B, width], the
+# Each writes `path` and opens it again. It returns the opened network, a function [B, C, H, W] -> [B, width], the
 # software that opened it, and how a user does.
 
 
-def export_backbone(model, path, size, args):
+def export_backbone(model, path, size, args, inputs=utils.RGB):
     write_tensors(plain_state(model), path)
-    opened, _ = utils.build_backbone(args.arch, args.patch_size, size[0])
+    channels = {} if inputs.in_chans == 3 else {"in_chans": inputs.in_chans}
+    opened, _ = utils.build_backbone(args.arch, args.patch_size, size[0], **channels)
     state, expression = read_tensors(path)
     opened.load_state_dict(state, strict=True)
-    network = f'utils.build_backbone("{args.arch}", {args.patch_size}, img_size={size[0]})[0]'
+    words = "".join(f", {key}={value}" for key, value in {"img_size": size[0], **channels}.items())
+    network = f'utils.build_backbone("{args.arch}", {args.patch_size}{words})[0]'
     return opened.eval(), f"torch {torch.__version__}", f"model = {network}; model.load_state_dict({expression})"
 
 
-def export_onnx(model, path, size, args):
+def export_onnx(model, path, size, args, inputs=utils.RGB):
     import onnx
     import onnxruntime
 
@@ -183,9 +185,9 @@ def export_onnx(model, path, size, args):
         file = os.path.join(folder, "graph.onnx")
         options = {"input_names": ["images"], "output_names": ["features"], "verbose": False}
         options["dynamic_axes"] = {name: {0: "batch"} for name in ("images", "features")}
-        torch.onnx.export(with_fixed_size(model, size), (torch.zeros(2, 3, *size),), file, **options)
+        torch.onnx.export(with_fixed_size(model, size), (torch.zeros(2, inputs.in_chans, *size),), file, **options)
         graph = onnx.load(file)  # with its weights, which newer versions of torch put beside it
-    facts = {"mean": utils.IMAGENET_MEAN, "std": utils.IMAGENET_STD, "image_size": size}
+    facts = {"mean": inputs.mean, "std": inputs.std, "image_size": size}
     facts = {name: json.dumps(value) for name, value in facts.items()}
     onnx.helper.set_model_props(graph, {"arch": args.arch, **facts})
     utils.write_whole(path, lambda file: file.write(graph.SerializeToString()))
@@ -195,15 +197,16 @@ def export_onnx(model, path, size, args):
     def opened(images):
         return torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
-    shape = f"float32 [any number, 3, {size[0]}, {size[1]}]"
+    shape = f"float32 [any number, {inputs.in_chans}, {size[0]}, {size[1]}]"
     version = f"onnxruntime {onnxruntime.__version__}"
     return opened, version, f'session.run(["features"], {{"images": images}}) with images {shape}'
 
 
-def export_timm(model, path, size, args):
+def export_timm(model, path, size, args, inputs=utils.RGB):
     import timm
 
     name, keywords = timm_network(model, size, args)
+    keywords |= {} if inputs.in_chans == 3 else {"in_chans": inputs.in_chans}
     write_tensors(plain_state(with_fixed_size(model, size)), path)
     try:
         opened = timm.create_model(name, checkpoint_path=str(path), **keywords)
@@ -261,20 +264,19 @@ def hf_state(state):
     return renamed
 
 
-def export_hf(model, path, size, args):
+def export_hf(model, path, size, args, inputs=utils.RGB):
     import transformers
 
     path.mkdir()
     attention, mlp = model.blocks[0].attn, model.blocks[0].mlp
     image = {"image_size": size[0] if size[0] == size[1] else list(size), "patch_size": args.patch_size}
+    image["num_channels"] = inputs.in_chans
     depth = {"num_hidden_layers": len(model.blocks), "num_attention_heads": attention.num_heads}
     width = {"hidden_size": model.embed_dim, "intermediate_size": mlp.fc1.out_features}
     same = {"qkv_bias": True, "layer_norm_eps": model.norm.eps, "architectures": ["ViTModel"]}
     transformers.ViTConfig(**image, **depth, **width, **same).save_pretrained(path)
-    # Bit's preprocessing crops, as our evaluations do; that called ViT's squeezes the whole image to a square.
-    sides = {"size": {"shortest_edge": max(size) * 8 // 7}, "crop_size": {"height": size[0], "width": size[1]}}
-    statistics = {"image_mean": list(utils.IMAGENET_MEAN), "image_std": list(utils.IMAGENET_STD)}
-    transformers.BitImageProcessor(**sides, **statistics, resample=3).save_pretrained(path)  # 3: bicubic
+    if inputs.in_chans == 3:
+        write_hf_processor(path, size, inputs)
     write_tensors(hf_state(plain_state(with_fixed_size(model, size))), path / "model.safetensors")
     options = {"add_pooling_layer": False, "local_files_only": True}
     opened, found = transformers.ViTModel.from_pretrained(path, output_loading_info=True, **options)
@@ -282,6 +284,16 @@ def export_hf(model, path, size, args):
         raise RuntimeError(f"not all tensors match: {found}")  # which it only warns of
     usage = f'transformers.ViTModel.from_pretrained("{path.name}", add_pooling_layer=False); last_hidden_state[:, 0]'
     return lambda images: opened(images).last_hidden_state[:, 0], f"transformers {transformers.__version__}", usage
+
+
+def write_hf_processor(path, size, inputs):
+    """How transformers prepares photographs for the network; it has no way for other images."""
+    import transformers
+
+    # Bit's preprocessing crops, as our evaluations do; that called ViT's squeezes the whole image to a square.
+    sides = {"size": {"shortest_edge": max(size) * 8 // 7}, "crop_size": {"height": size[0], "width": size[1]}}
+    statistics = {"image_mean": list(inputs.mean), "image_std": list(inputs.std)}
+    transformers.BitImageProcessor(**sides, **statistics, resample=3).save_pretrained(path)  # 3: bicubic
 
 
 EXPORTS = {"backbone": export_backbone, "onnx": export_onnx, "timm": export_timm, "hf": export_hf}
@@ -292,10 +304,10 @@ TOLERANCE = 1e-4  # float32 in another order of operations stays below 1e-5
 
 
 @torch.no_grad()
-def reference(model, size, args):
-    """Random images [3, 3, H, W] and the network's features [3, width] of them, on the CPU. Raises UserError."""
+def reference(model, size, args, in_chans=3):
+    """Random images [3, in_chans, H, W] and the network's features [3, width] of them, on the CPU. Raises UserError."""
     device = utils.pick_device(args.device)
-    images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(3, in_chans, *size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # which would cost three digits
             features = utils.first_output(model.to(device), images.to(device)).cpu()
@@ -322,14 +334,14 @@ def largest_deviation(opened, images, features):
     return max(deviations)
 
 
-def write_and_check(model, path, size, args):
+def write_and_check(model, path, size, args, inputs=utils.RGB):
     """Export to `path`: the software that opened it, how to use it, and the largest deviation.
 
     Raises UserError, with exit code 2 for what the user can put right and 4 for an export that is not the network.
     """
-    images, features = reference(model, size, args)
+    images, features = reference(model, size, args, inputs.in_chans)
     try:
-        opened, software, usage = EXPORTS[args.to](model, path, size, args)
+        opened, software, usage = EXPORTS[args.to](model, path, size, args, inputs)
         deviation = largest_deviation(opened, images, features)
     except UserError:
         raise
@@ -351,11 +363,12 @@ def main(args):
     check_args(args)
     check_libraries(args)
     output = check_output(args)
-    model = trained_backbone(args)
+    inputs = utils.trained_inputs(args.pretrained_weights)
+    model = trained_backbone(args, inputs.in_chans)
     size = tuple(args.image_size or native_size(model))
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
         path = Path(folder, output.name)
-        software, usage, deviation = write_and_check(model, path, size, args)
+        software, usage, deviation = write_and_check(model, path, size, args, inputs)
         if output.is_dir():
             output.rmdir()  # empty, as `check_output` saw
         os.replace(path, output)
@@ -364,7 +377,10 @@ def main(args):
     print(f"{args.output}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB")
     print(f"checked on {where}: {software} gives the features to {deviation:.1e} of the largest")
     print(f"to use it: {usage}")
-    print(f"images are pixels / 255, less the mean {utils.IMAGENET_MEAN}, over the std {utils.IMAGENET_STD}")
+    pixels = "pixels / 255" if inputs.in_chans == 3 else f"{inputs.in_chans} channels of values from 0 to 1"
+    if inputs.value_range:
+        pixels += f", which are {inputs.value_range[0]} and {inputs.value_range[1]} in the files"
+    print(f"images are {pixels}, less the mean {inputs.mean}, over the std {inputs.std}")
 
 
 if __name__ == "__main__":

@@ -98,11 +98,12 @@ class OnlineKnn:
 
     def __init__(self, args, images, device):
         self.args, self.device = args, device
-        transform = dino_data.eval_transform(args.global_crops_size)
+        inputs = utils.inputs_of(args)
+        transform = dino_data.eval_transform(args.global_crops_size, inputs)
         if args.knn_data is None:
-            self.sets = dino_data.held_out(images, transform, f"--data_path {args.data_path}")
+            self.sets = dino_data.held_out(images, transform, f"--data_path {args.data_path}", inputs)
         else:
-            self.sets = dino_data.find_labelled(args.knn_data, transform, args.exif, "--knn_data")
+            self.sets = dino_data.find_labelled(args.knn_data, transform, args.exif, "--knn_data", inputs)
         for dataset in self.sets[:2]:
             dataset.lenient = True  # what was trained for a week does not end here
 

@@ -136,6 +136,22 @@ def get_args_parser():
         the pixels of the paper's; fast (with OpenCV) the same crops to within a level or two, several times as fast:
         take it if the loaders can't keep up with the GPUs.""")
 
+    images = parser.add_argument_group("what an image is")
+    images.add_argument("--in_chans", default=3, type=int, metavar="N", help="""Channels of an image. 3: photographs, in
+        RGB. 1: grey. Others: pages of a TIFF, bands of a picture, or numpy arrays (.npy) [H, W, N] or [N, H, W]. With
+        other than 3, images keep the 16 bits or floats that they have, the crops are made on floats, grey is the mean
+        of all channels, and hues, which such images have not, stay as they are.""")
+    images.add_argument("--mean", default=None, type=float, nargs="+", metavar="M", help="""Mean of the training images
+        by channel, as a share of the largest value; unless given, ImageNet's (for 3 channels).""")
+    images.add_argument("--std", default=None, type=float, nargs="+", metavar="S", help="""Standard deviation of the
+        training images by channel, in the same unit.""")
+    images.add_argument("--compute_stats", default=False, type=bool_flag, metavar="BOOL", help=f"""Measure mean and std
+        before training, once, on all images, or on {dino_data.MOST_MEASURED} that are spread evenly over them. The
+        checkpoint keeps them.""")
+    images.add_argument("--value_range", default=None, type=float, nargs=2, metavar=("MIN", "MAX"), help="""What counts
+        as black and as white in the files, if there are not 3 channels: 0 4095 for 12 bits, -1000 400 for a window of a
+        CT. Unless given, 0 and the largest value of a type of integers; floats lie between 0 and 1.""")
+
     run = parser.add_argument_group("data, output and machine")
     run.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines (see recipes/).
         Flags on the command line win over it.""")
@@ -221,6 +237,7 @@ def check_args(args):
             raise UserError(f"--{flag} {low} {high}: the smaller number comes first")
     if args.knn_data is not None and not args.knn_every:
         raise UserError(f"--knn_data {args.knn_data} is for --knn_every. Say every how many epochs, or leave it out")
+    check_inputs(args)
     if args.augmentation == "fast":
         dino_data.opencv()
     if utils.vit_factory(args.arch):
@@ -228,6 +245,32 @@ def check_args(args):
             check_whole_patches(flag, getattr(args, flag), args.patch_size)
     utils.check_arch(args.arch)
     utils.print_config(args)
+
+
+def check_inputs(args):
+    """Raise UserError if what the flags say of an image's channels and values does not make sense."""
+    channels = f"--in_chans {args.in_chans}"
+    if args.in_chans != 3 and args.augmentation == "fast":
+        raise UserError(f"--augmentation fast is for 3 channels. With {channels} there is one way to make crops: pil")
+    if args.in_chans == 3 and args.value_range:
+        raise UserError(
+            "--value_range is for grey images and arrays, --in_chans 1 or another number but 3. Leave it out"
+        )
+    if args.value_range and not (np.isfinite(args.value_range).all() and args.value_range[0] < args.value_range[1]):
+        low, high = args.value_range
+        raise UserError(f"--value_range {low} {high}: give two numbers, the smaller one first")
+    given = [flag for flag in ("mean", "std") if getattr(args, flag)]
+    if given and args.compute_stats:
+        raise UserError(f"--{given[0]} is given, and --compute_stats would measure it. Leave out one of them")
+    if len(given) == 1:
+        raise UserError(f"--{given[0]} is given without --{'std' if given == ['mean'] else 'mean'}. Give both, or none")
+    if not given and args.in_chans != 3 and not args.compute_stats:
+        raise UserError(f"{channels} needs --mean and --std, {args.in_chans} numbers each, or --compute_stats true")
+    for flag, lowest in (("mean", 0), ("std", 1e-9)) if given else ():
+        numbers = getattr(args, flag)
+        if len(numbers) != args.in_chans:
+            raise UserError(f"--{flag} has {len(numbers)} numbers, {channels} needs {args.in_chans}: one each")
+        utils.check_limits(args, {flag: (lowest, 1)})
 
 
 def check_whole_patches(flag, size, patch_size):
@@ -244,7 +287,8 @@ class DataAugmentationDINO:
     """PIL image -> 2 global crops and `local_crops_number` local ones, each augmented on its own (section 3.1).
 
     Returns a list of tensors [3, size, size]: floats with ImageNet's mean and standard deviation, or, `as_uint8`, the
-    levels themselves, a quarter of the bytes, which `utils.normalize` turns into the same floats on any device.
+    levels themselves, a quarter of the bytes, which `utils.normalize` turns into the same floats on any device. With
+    `inputs` (a utils.Inputs) of other than 3 channels an image may be an ArrayFile, and levels are uint16.
     """
 
     def __init__(
@@ -257,8 +301,10 @@ class DataAugmentationDINO:
         blur_radius=(0.1, 2.0),
         as_uint8=False,
         augmentation="pil",
+        inputs=utils.RGB,
     ):
-        self.local_crops_number, self.as_uint8 = local_crops_number, as_uint8
+        self.local_crops_number, self.as_uint8, self.inputs = local_crops_number, as_uint8, inputs
+        augmentation = augmentation if inputs.in_chans == 3 else "planes"
         self.render = dino_data.RENDERERS[augmentation]
 
         def crop(size, scale, blur_p, solarization=None):
@@ -271,9 +317,11 @@ class DataAugmentationDINO:
         self.local_transfo = crop(local_crops_size, local_crops_scale, 0.5)
 
     def __call__(self, image):
+        if self.inputs.in_chans != 3:
+            image = dino_images.planes(image, self.inputs)  # photographs are decoded when it is known how large
         drawn = [self.global_transfo1, self.global_transfo2] + [self.local_transfo] * self.local_crops_number
         crops = self.render(image, [view.draw(image) for view in drawn])
-        return crops if self.as_uint8 else [utils.normalize(crop) for crop in crops]
+        return crops if self.as_uint8 else [self.inputs.normalize(crop) for crop in crops]
 
 
 # ---- loss ----
@@ -440,11 +488,11 @@ def compute_gradients(student, teacher, dino_loss, crops, optimizer, step, epoch
     [passes, K], and, on its way to the host, what all processes agree on: whether the loss is not finite somewhere, a
     signal to stop, whether to save, whether the run has collapsed.
     """
-    device, passes = dino_loss.center.device, args.grad_accum_steps
+    device, passes, inputs = dino_loss.center.device, args.grad_accum_steps, utils.inputs_of(args)
     optimizer.zero_grad(set_to_none=True)
     losses, entropies, terms, teacher_means = [], [], [], []
     for i, views in enumerate(zip(*(crop.chunk(passes) for crop in crops), strict=True)):
-        views = [utils.normalize(view.to(device, non_blocking=True)) for view in views]
+        views = [inputs.normalize(view.to(device, non_blocking=True)) for view in views]
         # For drop path.
         utils.fix_random_seeds(utils.derive_seed(args.seed, utils.STEP, step * passes + i, utils.get_rank()))
         last = i == passes - 1
@@ -509,7 +557,8 @@ def build_student_and_teacher(args, device, amp_dtype):
     """Two networks of one shape and one start; the student has drop path, the teacher no gradients."""
     networks = []
     for drop_path_rate in (args.drop_path_rate, 0.0):
-        backbone, width = utils.build_backbone(args.arch, args.patch_size, args.global_crops_size, drop_path_rate)
+        shape = (args.arch, args.patch_size, args.global_crops_size, drop_path_rate, args.in_chans)
+        backbone, width = utils.build_backbone(*shape)
         utils.use_fused_attention(backbone, device, amp_dtype)
         if utils.vit_factory(args.arch):
             backbone.set_cls_only(True)
@@ -517,7 +566,7 @@ def build_student_and_teacher(args, device, amp_dtype):
         head = DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
         networks.append(utils.MultiCropWrapper(backbone, head))
     if args.local_crops_number:  # the global crops were tried when it was built
-        utils.features_width(backbone, args.local_crops_size, args.arch)
+        utils.features_width(backbone, args.local_crops_size, args.arch, args.in_chans)
     student, teacher = networks
     if args.grad_checkpointing:
         utils.checkpoint_activations(student.backbone, args.arch)
@@ -535,6 +584,7 @@ def start_from_weights(student, teacher, args):
     state, source = utils.initial_weights(args.init_from, args.arch, args.patch_size)
     backbone = utils.backbone_state(state)
     utils.resample_positional_grid(student.backbone, backbone)
+    utils.fit_first_layer(student.backbone, backbone, source)
     utils.fill_backbone(student.backbone, backbone, source, args.arch)
     wanted = student.head.state_dict()
     head = {name: state.get(f"head.{name}") for name in wanted}
@@ -735,17 +785,46 @@ class RunKeeper:
 
 
 def build_data(args, device):
-    """Loader of this process's crops, and the number of images."""
-    sizes = (args.global_crops_size, args.local_crops_size)
-    scales = (args.global_crops_scale, args.local_crops_scale, args.local_crops_number)
-    augment = DataAugmentationDINO(*scales, *sizes, args.blur_radius, True, args.augmentation)
-    images = dino_data.find_images(args.data_path, "train", args.data_format, args.exif)
+    """Loader of this process's crops, and the number of images. With --compute_stats, sets args.mean and args.std."""
+    images = dino_data.find_images(args.data_path, "train", args.data_format, args.exif, in_chans=args.in_chans)
     if os.path.isdir(os.path.join(args.data_path, "train")) and images.classes == ["train", "val"]:
         raise UserError(f"--data_path {args.data_path} holds train and val. Training takes {args.data_path}/train")
-    dataset = dino_data.MultiCropDataset(images, augment, args.seed, args.strict_images)
+    if args.compute_stats:
+        args.mean, args.std = measured_before(args) or measure(images, args)
+    sizes = (args.global_crops_size, args.local_crops_size)
+    scales = (args.global_crops_scale, args.local_crops_scale, args.local_crops_number)
+    how = (args.blur_radius, True, args.augmentation, utils.inputs_of(args))
+    dataset = dino_data.MultiCropDataset(
+        images, DataAugmentationDINO(*scales, *sizes, *how), args.seed, args.strict_images
+    )
     images_a_step = args.batch_size_per_gpu * args.grad_accum_steps
     loader = dino_data.train_loader(dataset, images_a_step, args.seed, args.num_workers, device)
     return loader, len(dataset)
+
+
+def measured_before(args):
+    """(mean, std) that the run in --output_dir has measured, as rank 0 reads them; None if there is none."""
+    checkpoint, _ = utils.load_newest(os.path.join(args.output_dir, "checkpoint.pth"))
+    before = utils.plain_args(checkpoint.get("args")) if isinstance(checkpoint, dict) else {}
+    same = before.get("compute_stats") and before.get("in_chans") == args.in_chans
+    return utils.gather_objects((before.get("mean"), before.get("std")) if same else None)[0]
+
+
+def measure(images, args):
+    """(mean, std) of the images, two lists, measured by rank 0. Raises UserError on all of them."""
+    found = None
+    if utils.is_main_process():
+        try:
+            inputs = utils.RGB._replace(in_chans=args.in_chans, value_range=args.value_range)
+            found = [list(numbers) for numbers in dino_data.measure_images(images, inputs, args.num_workers)]
+        except UserError as e:
+            found = str(e)
+    found = utils.gather_objects(found)[0]
+    if isinstance(found, str):
+        raise UserError(found)
+    for name, numbers in zip(("mean", "std"), found, strict=True):
+        utils.log(f"measured: --{name} {' '.join(f'{number:.6g}' for number in numbers)}")
+    return found
 
 
 def build_schedules(args, steps):
@@ -807,7 +886,7 @@ def train_dino(args):
     start = time.time()
     curves = health.Curves(args)
     doctor = health.Doctor(args, len(data_loader), curves, progress["health"])
-    doctor.bad_images = dino_images.still_bad(doctor.bad_images, data_loader.dataset.images)
+    doctor.bad_images = dino_images.still_bad(doctor.bad_images, data_loader.dataset.images, utils.inputs_of(args))
     if utils.plain_args(progress["args"]).get("image_names") != args.image_names:
         progress["sittings"] = []  # of other images
     if utils.plain_args(progress["args"]).get("knn_data") != args.knn_data:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_pil_image
 
 import dino_data
 import dino_images
@@ -298,10 +299,11 @@ SHOWN, NEIGHBOURS, TILE = 8, 6, 112  # rows of pictures, neighbours in a row, pi
 
 
 class Sample(NamedTuple):
-    """One of a set of numbered images."""
+    """One of a set of numbered images, of which networks see the `inputs`."""
 
     images: object
     number: int
+    inputs: utils.Inputs = utils.RGB
 
     @property
     def name(self):
@@ -314,23 +316,37 @@ class Sample(NamedTuple):
         return None if targets is None else self.images.classes[targets[self.number]]
 
     def load(self):
-        return dino_images.to_rgb(self.images.open(self.number))
+        return dino_images.decode(self.images.open(self.number), self.inputs)
+
+    def photo(self, size):
+        """What a person sees of it, uint8 [3, size, size]: of an array the first channel, or the first three."""
+        image = self.load()
+        if isinstance(image, torch.Tensor):
+            shown = image[: 3 if len(image) > 2 else 1]
+            image = to_pil_image((255 * shown).round().byte()).convert("RGB")
+        return dino_data.eval_transform(size)(image)
 
 
-def images_of_runs(runs, number):
-    """At most `number` Samples of what a run was trained on, if it is to be had here; else of the embedded data set."""
+def images_of_runs(runs, number, inputs):
+    """At most `number` Samples of what a run was trained on, if it is to be had here; else of the embedded data set.
+
+    Raises UserError if that has not the channels of the run's images.
+    """
     for run in runs:
         path = run.args.get("data_path")
         if isinstance(path, str) and not path.startswith("torchvision:"):  # which would be downloaded
             with contextlib.suppress(UserError):
-                return choose_images(path, number)
-    return choose_images("sample", number)
+                return choose_images(path, number, inputs)
+    if inputs.in_chans not in (1, 3):
+        raise UserError("the images of the run are not to be found here. Name some by --data_path")
+    return choose_images("sample", number, inputs)
 
 
-def choose_images(data_path, number):
+def choose_images(data_path, number, inputs=utils.RGB):
     """At most `number` Samples, evenly spread over the images of data_path, or of val in it. Raises UserError."""
-    images = dino_data.find_images(dino_data.find_part(data_path, "val") or dino_data.find_data(data_path), "val")
-    return evenly([Sample(images, i) for i in range(len(images))], number)
+    path = dino_data.find_part(data_path, "val") or dino_data.find_data(data_path)
+    images = dino_data.find_images(path, "val", in_chans=inputs.in_chans)
+    return evenly([Sample(images, i, inputs) for i in range(len(images))], number)
 
 
 def evenly(items, number):
@@ -357,7 +373,7 @@ def build_teacher(run, device):
     if not isinstance(arch, str):
         raise UserError(f"{run.source} does not say which network it is")
     patch_size, size = patch_size or 16, size or 224
-    model, _ = utils.build_backbone(arch, patch_size, size)
+    model, _ = utils.build_backbone(arch, patch_size, size, in_chans=utils.inputs_of(run.args).in_chans)
     state = utils.backbone_state(run.teacher)
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"{run.source} has weights that are not finite: the run has diverged")
@@ -373,7 +389,8 @@ def attention_section(model, samples, size, device):
 
     patch_size = model.patch_embed.patch_size
     size = max(2 * size // patch_size, 1) * patch_size  # finer maps than in training
-    images = [dino_data.eval_transform(size)(sample.load()) for sample in samples]
+    transform = dino_data.eval_transform(size, samples[0].inputs)
+    images = [transform(sample.load()) for sample in samples]
     maps, tokens = [], []
     for image in images:  # one by one: large ones have many tokens
         batch = utils.normalize(image[None].to(device))
@@ -382,12 +399,17 @@ def attention_section(model, samples, size, device):
     utils.check_finite_features(*maps, *tokens)
     colours = main_components(torch.stack(tokens)).unflatten(1, maps[0].shape[1:]).mul(255).byte()  # [N, h, w, 3]
     header, rows = ["image", "patches", "mean", *(f"head {i}" for i in range(len(maps[0])))], []
-    for sample, image, colour, heads in zip(samples, images, colours, maps, strict=True):
+    for sample, colour, heads in zip(samples, colours, maps, strict=True):
         masses = [(mass - mass.min()).numpy() for mass in (heads.mean(0), *heads)]
         heat = [colormaps["viridis"](mass / max(mass.max(), 1e-12), bytes=True)[..., :3] for mass in masses]
         of = f" of {'/'.join(Path(sample.name).parts[-2:])}"
         tiles = zip(header[1:], (colour.numpy(), *heat), strict=True)
-        rows.append([photo(image, of), *(embed(Image.fromarray(pixels), what + of, "PNG") for what, pixels in tiles)])
+        rows.append(
+            [
+                photo(sample.photo(size), of),
+                *(embed(Image.fromarray(pixels), what + of, "PNG") for what, pixels in tiles),
+            ]
+        )
     note = (
         f"Images of {size} pixels, twice those of training. Patches: the first three principal components of the last "
         "block's patch tokens, of all these images together, as red, green and blue: like colours are like features. "
@@ -409,9 +431,8 @@ def main_components(tokens):
 
 def neighbours_section(model, samples, size, args):
     """A row a query: the images with the most similar features, the best first."""
-    images = dino_data.EvalImages(
-        samples[0].images.take([sample.number for sample in samples]), dino_data.eval_transform(size)
-    )
+    inputs, chosen = samples[0].inputs, samples[0].images.take([sample.number for sample in samples])
+    images = dino_data.EvalImages(chosen, dino_data.eval_transform(size, inputs), inputs=inputs)
     loader = DataLoader(images, batch_size=64, num_workers=args.num_workers)
     features = F.normalize(utils.extract_features(model, loader, use_cuda=False), dim=1)
     utils.check_finite_features(features)
@@ -432,7 +453,7 @@ def neighbours_section(model, samples, size, args):
 
 def tile(sample, similarity=None, wanted=None):
     """A small image above its class or file, its similarity, and a mark if its class is not the wanted one."""
-    image = dino_data.eval_transform(TILE)(sample.load())
+    image = sample.photo(TILE)
     name = escape(sample.label or Path(sample.name).name)
     if similarity is None:
         return f"{photo(image, name)}<small>{name}</small>"
@@ -537,9 +558,14 @@ def main(args):
     output = Path(args.output or runs[0].folder / "report.html")
     utils.check_output_dir(output.parent, "--output", [output.name])
     device = utils.pick_device(args.device)
-    samples = choose_images(args.data_path, args.images) if args.data_path else []
-    if not samples and any(run.teacher for run in runs):
-        samples = images_of_runs(runs, args.images)
+    samples = []
+    if args.data_path or any(run.teacher for run in runs):
+        inputs = [utils.inputs_of(run.args) for run in runs]
+        if inputs[0] != inputs[-1]:
+            kinds = "; ".join(one.describe() for one in inputs)
+            raise UserError(f"the two runs are of different kinds of images ({kinds}). Make a page of each")
+        named = args.data_path and choose_images(args.data_path, args.images, inputs[0])
+        samples = named or images_of_runs(runs, args.images, inputs[0])
     page = build_page(runs, [pictures(run, samples, args, device) for run in runs])
     utils.write_whole(output, lambda file: file.write(page.encode()))
     print(f"{output}: {len(page) / 1e6:.1f} MB")

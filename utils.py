@@ -26,6 +26,7 @@ import time
 import zipfile
 from collections import Counter, defaultdict, deque
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -1220,6 +1221,18 @@ def load_checkpoint(path, verify=False):
         raise UserError(f"{path} can't be read as a checkpoint; is it complete? ({what})") from e
 
 
+def load_args(path):
+    """The arguments in a checkpoint file, {} if it has none; of a large file of torch's little else is read."""
+    _allow_public_checkpoints()
+    try:
+        if zipfile.is_zipfile(path):
+            check_archive(path, False)
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # of an old layout, or damaged: that says what it is
+        file = load_checkpoint(path)
+    return plain_args(file.get("args")) if isinstance(file, dict) else {}
+
+
 def check_archive(path, verify):
     """Raise BadZipFile if a file of torch.save would fill memory; or, to `verify`, if its checksums say otherwise."""
     with zipfile.ZipFile(path) as file:
@@ -1257,6 +1270,7 @@ def check_tangle(value, most=10_000_000):
 SHAPING_ARGS = (
     "arch",
     "patch_size",
+    "in_chans",
     "out_dim",
     "norm_last_layer",
     "use_bn_in_head",
@@ -1281,6 +1295,7 @@ FREE_ARGS = (
         "gpu",
     ),
     *("grad_checkpointing", "compile", "stop_on_collapse", "tensorboard", "wandb", "knn_every", "knn_data"),
+    "compute_stats",  # what came of it, mean and std, is looked at
     *("saveckp_freq", "saveckp_iters", "save_every_minutes", "max_bad_steps", "allow_changed_args"),
     *("world_size", "batch_size_per_gpu", "grad_accum_steps", "device"),
 )
@@ -1455,8 +1470,8 @@ def list_archs():
     return [*vit_names(), *xcits, *convnet_names(), *(f"timm:{name}" for name in timm.list_models())]
 
 
-def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0):
-    """A network [B, 3, H, W] -> [B, width] by its name (`list_archs` has them), and its width.
+def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0, in_chans=3):
+    """A network [B, in_chans, H, W] -> [B, width] by its name (`list_archs` has them), and its width.
 
     One of our ViTs (deit_tiny and deit_small are other names of two of them), an XCiT, a torchvision classification
     network without its last layer, or `timm:<name>`. `patch_size` and `img_size` (of the positional grid) apply to our
@@ -1465,29 +1480,60 @@ def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0):
     """
     vit = vit_factory(arch)
     if vit:
-        model = vit(patch_size=patch_size, img_size=[img_size], drop_path_rate=drop_path_rate, num_classes=0)
+        sizes = {"patch_size": patch_size, "img_size": [img_size], "in_chans": in_chans}
+        model = vit(**sizes, drop_path_rate=drop_path_rate, num_classes=0)
         return model, model.embed_dim
     check_arch(arch)
-    model = build_timm(arch, drop_path_rate) if timm_name(arch) else build_convnet(arch)
-    return model, features_width(model, img_size, arch)
+    build = build_timm if timm_name(arch) else build_convnet
+    model = build(arch, drop_path_rate=drop_path_rate, in_chans=in_chans)
+    return model, features_width(model, img_size, arch, in_chans)
 
 
-def build_convnet(arch):
+def build_convnet(arch, drop_path_rate=0.0, in_chans=3):
+    """torchvision's network without its classifier; none of them has an argument for the rate of drop path."""
     from torchvision import models
 
     # Auxiliary classifiers take no part: their parameters would never get a gradient.
     no_extras = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
-    return take_off_classifier(models.get_model(arch, weights=None, **no_extras), arch)
+    model = take_off_classifier(models.get_model(arch, weights=None, **no_extras), arch)
+    if in_chans != 3:
+        take_channels(model, in_chans)
+    return model
 
 
-def build_timm(arch, drop_path_rate=0.0, pretrained=False):
-    """timm's network for `arch` without its classifier; images of any size where timm provides for that."""
+def take_channels(model, in_chans):
+    """Put a new first convolution into a network, for so many channels: normal weights as spread as the old ones."""
+    name, old = first_convolution(model)
+    shape = (old.kernel_size, old.stride, old.padding, old.dilation)
+    new = nn.Conv2d(in_chans, old.out_channels, *shape, bias=old.bias is not None)
+    nn.init.normal_(new.weight, std=old.weight.std().item())
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
+
+
+def first_convolution(model):
+    """(name, module) of the convolution that sees the image; (None, None) if there is none."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return next(found, (None, None))
+
+
+def build_timm(arch, drop_path_rate=0.0, pretrained=False, in_chans=3):
+    """timm's network for `arch` without its classifier; images of any size where timm provides for that.
+
+    Raises UserError if it can't be had for so many channels.
+    """
+    channels = {} if in_chans == 3 else {"in_chans": in_chans}
     # What a network has no argument for is left out, one by one: timm says which.
     wishes = {"dynamic_img_size": True, "strict_img_size": False, "drop_path_rate": drop_path_rate}
     while True:
         try:
-            return import_timm(arch).create_model(timm_name(arch), pretrained=pretrained, num_classes=0, **wishes)
+            options = {"pretrained": pretrained, "num_classes": 0, **channels, **wishes}
+            return import_timm(arch).create_model(timm_name(arch), **options)
         except TypeError as e:
+            if channels and "in_chans" in str(e):
+                raise UserError(f"--arch {arch} takes images of 3 channels only, not --in_chans {in_chans}") from e
             unknown = [name for name in wishes if name in str(e)]
             if not unknown:
                 raise
@@ -1527,7 +1573,7 @@ def take_off_classifier(model, arch):
 CLASSIFIERS = (nn.Linear, nn.Conv2d)
 
 
-def features_width(model, img_size, arch):
+def features_width(model, img_size, arch, in_chans=3):
     """Width of a network's features, found by running it on an empty image.
 
     Raises UserError if it can't digest images of img_size × img_size, or gives anything but one vector an image.
@@ -1536,7 +1582,7 @@ def features_width(model, img_size, arch):
     weight = next(model.parameters(), torch.empty(0))
     try:
         with torch.no_grad():
-            features = first_output(model.eval(), torch.zeros(2, 3, img_size, img_size, device=weight.device))
+            features = first_output(model.eval(), torch.zeros(2, in_chans, img_size, img_size, device=weight.device))
     except (RuntimeError, ValueError, AssertionError) as e:
         problem = " ".join(str(e).split())[:200] or type(e).__name__
         raise UserError(f"--arch {arch} does not take images of {img_size} pixels: {problem}") from e
@@ -1674,12 +1720,21 @@ def some_of(names):
 load_pretrained_weights = load_weights  # the public name
 
 
-def frozen_backbone(args, device, image_size=224, part="backbone"):
+def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
     """The trained network that `args` (see `model_flags`) name, for evaluation on the device; its width.
 
-    `image_size` is the side of the positional grid of a network that stays untrained. Raises UserError.
+    `image_size` is the side of the positional grid of a network that stays untrained. `inputs` are the network's, as
+    `trained_inputs` has them, of a caller that goes by them; without, only a network for photographs will do. Raises
+    UserError.
     """
-    model, width = build_backbone(args.arch, args.patch_size, image_size)
+    if inputs is None:
+        inputs = trained_inputs(args.pretrained_weights)
+        if inputs != RGB:
+            raise UserError(
+                f"--pretrained_weights {args.pretrained_weights} takes images of its own kind ({inputs.describe()}); "
+                "here they are photographs with ImageNet's mean and std. eval_knn.py and eval_linear.py go by the kind"
+            )
+    model, width = build_backbone(args.arch, args.patch_size, image_size, in_chans=inputs.in_chans)
     load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, part)
     use_fused_attention(model, device)
     return model.to(device).eval().requires_grad_(False), width
@@ -1758,6 +1813,26 @@ def initial_weights(init_from, arch, patch_size):
     return pick_state_dict(file, networks[0] if len(networks) == 1 else "teacher", source)
 
 
+def fit_first_layer(model, state, source):
+    """Make the first convolution in a state dict fit a model for images of another number of channels.
+
+    For grey images the weights of three channels are added up, which is what three equal channels would give; for any
+    other number the layer starts afresh.
+    """
+    name, layer = first_convolution(model)
+    learned = state.get(f"{name}.weight")
+    if learned is None or learned.ndim != 4 or learned.shape[1] == layer.weight.shape[1]:
+        return
+    if (learned.shape[1], layer.weight.shape[1]) == (3, 1):
+        state[f"{name}.weight"] = learned.sum(dim=1, keepdim=True)
+        log(f"{name} is for grey images: its weights for three channels in {source} are added up")
+    else:
+        channels = f"it is for {learned.shape[1]} channels in {source}, for {layer.weight.shape[1]} here"
+        for part, tensor in layer.state_dict().items():
+            state[f"{name}.{part}"] = tensor
+        log(f"{name} starts afresh: {channels}")
+
+
 def timm_weights(arch, patch_size):
     factory = vit_factory(arch)
     name = f"timm:{factory.__name__}_patch{patch_size}_224" if factory else arch if timm_name(arch) else f"timm:{arch}"
@@ -1790,17 +1865,69 @@ def resample_positional_grid(model, state):
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def normalize(images):
-    """uint8 images [..., 3, H, W] -> float32 with ImageNet's mean and standard deviation; floats are left alone."""
-    if images.dtype != torch.uint8:
+class Inputs(NamedTuple):
+    """What a network sees: images [in_chans, H, W] of values from 0 to 1, less the mean, over the std, by channel.
+
+    `value_range` is what counts as 0 and as 1 in the files; None: 0 and the largest value of their type.
+    """
+
+    in_chans: int = 3
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
+    value_range: tuple | None = None
+
+    def normalize(self, images):
+        return normalize(images, self.mean, self.std)
+
+    def describe(self):
+        values = f", values from {self.value_range[0]} to {self.value_range[1]}" if self.value_range else ""
+        numbers = (" ".join(f"{number:.4g}" for number in numbers[:4]) for numbers in (self.mean, self.std))
+        more = " …" * (self.in_chans > 4)
+        return f"channels: {self.in_chans}, mean {next(numbers)}{more}, std {next(numbers)}{more}{values}"
+
+
+RGB = Inputs()
+
+
+def inputs_of(args):
+    """The Inputs that the arguments of a run say, in whatever form; RGB of what they don't. Raises UserError."""
+    args = plain_args(args)
+    given = {name: args[name] for name in Inputs._fields if args.get(name) is not None}
+    try:
+        numbers = {name: tuple(map(float, given[name])) for name in given if name != "in_chans"}
+        inputs = Inputs(given.get("in_chans", 3), **numbers)
+        fits = isinstance(inputs.in_chans, int) and inputs.in_chans == len(inputs.mean) == len(inputs.std)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(f"in_chans, mean and std of a run don't fit each other: {given}. Is its checkpoint damaged?")
+    return inputs
+
+
+def trained_inputs(path):
+    """The Inputs of the training checkpoint in a file; RGB where none are said, as in the published files."""
+    if not path or path == "random" or str(path).endswith(".safetensors"):
+        return RGB
+    return inputs_of(load_args(path))
+
+
+def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Levels [..., C, H, W], uint8 or uint16, -> float32 with that mean and std by channel; floats are left alone.
+
+    `mean` and `std` are tuples of C numbers, of values from 0 to 1.
+    """
+    if images.dtype not in LARGEST:
         return images
-    mean, std = imagenet_statistics(images.device)
-    return images.float().div_(255).sub_(mean).div_(std)
+    mean, std = statistics_on(images.device, mean, std)
+    return images.float().div_(LARGEST[images.dtype]).sub_(mean).div_(std)
+
+
+LARGEST = {torch.uint8: 255, torch.uint16: 65535}
 
 
 @functools.cache  # sending them to a GPU again with every batch would make the host wait for it
-def imagenet_statistics(device):
-    return [torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)]
+def statistics_on(device, mean, std):
+    return [torch.tensor(values, device=device)[:, None, None] for values in (mean, std)]
 
 
 def first_output(model, images):
@@ -1892,7 +2019,7 @@ class Stopped(Exception):
 def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=None):
     """Features of a whole data set, in its order: [N, D] float32 on rank 0, None on the other ranks.
 
-    `data_loader` yields (images, indices into the data set), images as uint8 or normalised floats; in a distributed
+    `data_loader` yields (images, indices into the data set), images as uint8 RGB or normalised floats; in a distributed
     run each rank's loader covers its share, all shares of one length. `use_cuda` leaves the features on the model's
     GPU, if it has one, instead of in main memory. What the ranks found is gathered once, at the end. Now and then all
     look whether `stop`, a StopRequest, has a signal on one of them, and raise Stopped.

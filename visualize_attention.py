@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, resize
 from torchvision.utils import save_image
 
 import dino_data
@@ -120,6 +120,17 @@ def prepare(image, image_size, patch_size):
     return resized[:, : height - height % patch_size, : width - width % patch_size]
 
 
+def load(path, args, inputs):
+    """An image file as what to show, uint8 [3, H, W], and what the network sees, normalised floats [C, H, W]."""
+    if inputs.in_chans == 3:
+        shown = prepare(dino_images.load_image(path), args.image_size, args.patch_size)
+        return shown, inputs.normalize(shown)
+    height, width = (side - side % args.patch_size for side in args.image_size)
+    values = dino_images.planes(dino_images.open_image(path), inputs)
+    values = resize(values, args.image_size, antialias=True)[:, :height, :width]
+    return (255 * values).round().byte().expand(3, -1, -1), inputs.normalize(dino_data.levels(values))
+
+
 # ---- pictures ----
 
 
@@ -194,17 +205,23 @@ def main(args):
     """Write the pictures that `args` (see get_args_parser) ask for. Raises UserError."""
     check_args(args)
     paths = find_images(args.image_path)
+    inputs = utils.trained_inputs(args.pretrained_weights)
+    if inputs.in_chans not in (1, 3):
+        raise UserError(
+            f"--pretrained_weights {args.pretrained_weights} takes images of {inputs.in_chans} channels, and pictures "
+            "have 1 or 3. report.py shows the attention on those"
+        )
     for path in paths:  # a damaged one is named before any work
-        dino_images.load_image(path)
+        dino_images.decode(dino_images.open_image(path), inputs)
     utils.check_output_dir(args.output_dir)
     device = utils.pick_device(args.device)
     utils.fix_random_seeds(0)  # an untrained network is the same each time
-    model, _ = utils.frozen_backbone(args, device, part="attention")
+    model, _ = utils.frozen_backbone(args, device, part="attention", inputs=inputs)
     folders = output_folders(paths, args.output_dir)
     check_folders(folders, picture_names(model.blocks[-1].attn.num_heads, args.threshold), paths)
     for path, folder in zip(paths, folders, strict=True):
-        image = prepare(dino_images.load_image(path), args.image_size, args.patch_size)  # [3, H, W]
-        attention = utils.cls_attention(model, utils.normalize(image[None].to(device)))[0].float().cpu()
+        image, seen = load(path, args, inputs)
+        attention = utils.cls_attention(model, seen[None].to(device))[0].float().cpu()
         if not attention.isfinite().all():
             raise UserError(
                 f"the attention on {path} is not finite: the network has diverged, or its weights are damaged"
