@@ -573,7 +573,9 @@ def measure_images(images, inputs, num_workers):
     read, or if a channel is constant.
     """
     measured = ImageStatistics(images, inputs)
-    loader = DataLoader(measured, batch_size=None, num_workers=num_workers, worker_init_fn=utils.ignore_signals)
+    how = {"num_workers": num_workers, "worker_init_fn": utils.ignore_signals}
+    own = torch.Generator()  # else it would take a number from those that the networks are made of
+    loader = DataLoader(measured, batch_size=None, generator=own, **how)
     found = list(utils.MetricLogger().log_every(loader, 500, "Mean and std:"))
     good = [one for one in found if isinstance(one, torch.Tensor)]
     if not good:

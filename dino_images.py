@@ -2,6 +2,7 @@
 
 A folder of class folders, a folder without, a list of paths, or one of torchvision's data sets: each becomes numbered
 images. A file that can't be read is a BadImage, with its name; one that can't be read right now is asked for again.
+What is no photograph, but grey, or of many channels, becomes an array of floats.
 """
 
 import contextlib

@@ -1690,9 +1690,13 @@ def fill_backbone(model, state, source, arch=None, trained_size=None):
     for key in matched:
         if state[key].shape != wanted[key].shape:
             theirs, ours = list(state[key].shape), list(wanted[key].shape)
-            raise UserError(
-                f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. Check --arch and --patch_size"
+            alike = len(theirs) == len(ours) == 4 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
+            hint = (
+                "Name the training checkpoint, which says how many channels"
+                if alike
+                else "Check --arch and --patch_size"
             )
+            raise UserError(f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. {hint}")
     model.load_state_dict({key: state[key] for key in matched}, strict=False)
     trained_at = f", trained at {trained_size} pixels" if trained_size else ""
     log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}{trained_at}")
