@@ -45,8 +45,7 @@ class BadImage(UserError):
 
 def load_image(path, exif=False):
     """The file as a PIL image in RGB, turned as its EXIF data say if `exif`. Raises BadImage, with the file's name."""
-    with open_image(path, exif) as image:
-        return to_rgb(image)
+    return to_rgb(open_image(path, exif))
 
 
 def open_image(path, exif=False):
@@ -178,17 +177,10 @@ def still_bad(bad_images, images, inputs=utils.RGB):
 
 
 class ArrayFile(NamedTuple):
-    """What numpy wrote to a file, and as much of a PIL image as drawing a crop of it asks for."""
+    """What numpy wrote to a file: an opened image of which `planes` can be made, but no photograph."""
 
     array: np.ndarray
     filename: str
-    format = None
-
-    @property
-    def size(self):
-        return self.array.shape[1::-1] if self.array.ndim > 1 else (1, 1)
-
-    width = property(lambda self: self.size[0])
 
 
 def read_array(content):

@@ -317,8 +317,8 @@ class DataAugmentationDINO:
         self.local_transfo = crop(local_crops_size, local_crops_scale, 0.5)
 
     def __call__(self, image):
-        if self.inputs.in_chans != 3:
-            image = dino_images.planes(image, self.inputs)  # photographs are decoded when it is known how large
+        if self.inputs.in_chans != 3 or isinstance(image, dino_images.ArrayFile):
+            image = dino_images.decode(image, self.inputs)  # a photograph not until it is known how large
         drawn = [self.global_transfo1, self.global_transfo2] + [self.local_transfo] * self.local_crops_number
         crops = self.render(image, [view.draw(image) for view in drawn])
         return crops if self.as_uint8 else [self.inputs.normalize(crop) for crop in crops]

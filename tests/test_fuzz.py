@@ -11,6 +11,7 @@ import tarfile
 import time
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN
@@ -223,6 +224,23 @@ def test_patterns_of_shards(tmp_path, monkeypatch):
     text = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=3)
     pattern = st.lists(part | text, max_size=10).map("".join)
     fuzz(pattern, lambda text: answers(dino_shards.shard_files, text + ".tar", "--data_path"))
+
+
+def test_arrays(tmp_path):
+    path, wholes = tmp_path / "x.npy", []
+    for array in (np.ones((4, 6, 5), np.float32), np.zeros((5, 6, 4), np.int16), np.ones((7, 8), bool)):
+        file = io.BytesIO()
+        np.save(file, array)
+        wholes.append(file.getvalue())
+
+    def read(content):
+        path.write_bytes(content)
+        image = answers(dino_images.open_image, path)
+        for in_chans in (1, 3, 4):
+            if image is not None:
+                answers(dino_images.decode, image, utils.RGB._replace(in_chans=in_chans))
+
+    fuzz(damaged(wholes), read)
 
 
 def test_recipes(tmp_path, capsys):

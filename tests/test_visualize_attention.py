@@ -137,7 +137,7 @@ def test_without_weights_the_published_ones_for_attention_are_taken(monkeypatch,
     monkeypatch.setattr(utils, "frozen_backbone", stop)
     with pytest.raises(utils.UserError, match="enough"):
         run("--output_dir", tmp_path)
-    assert asked == [("", {"part": "attention"})]
+    assert asked == [("", {"part": "attention", "inputs": utils.RGB})]
 
 
 # ---- the maps ----
