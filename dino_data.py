@@ -362,10 +362,12 @@ PLANES_JITTER = {
 
 
 def blur_planes(crop, radius):
-    kernel = torch.from_numpy(exact_blur_kernel(radius)).to(crop)
-    reach = len(kernel) // 2
-    crop = F.pad(crop, (reach, reach, reach, reach), mode="replicate")[:, None]
-    return F.conv2d(F.conv2d(crop, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))[:, 0]
+    kernel = torch.from_numpy(exact_blur_kernel(radius)).to(crop).expand(len(crop), 1, 1, -1)  # [C, 1, 1, length]
+    reach = kernel.shape[-1] // 2
+    crop = F.pad(crop, (reach, reach, reach, reach), mode="replicate")[None]
+    for one_way in (kernel, kernel.transpose(2, 3)):
+        crop = F.conv2d(crop, one_way, groups=len(kernel))  # each channel by itself
+    return crop[0]
 
 
 def levels(values):

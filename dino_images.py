@@ -220,13 +220,13 @@ def planes(image, inputs):
             raise ValueError("it holds NaN or infinite values")
         if inputs.value_range:
             bottom, top = inputs.value_range
-            values = ((values - np.float64(bottom)) / (top - bottom)).clip(0, 1).astype(np.float32)
+            values = ((values - np.float64(bottom)) / (top - bottom)).clip(0, 1).astype(np.float32, order="C")
         elif low < -slack or high > largest + slack:
             raise ValueError(
                 f"its values go from {low:g} to {high:g}, outside of 0 to {largest:g}; name the range by --value_range"
             )
         else:
-            values = (values.astype(np.float32) / np.float32(largest)).clip(0, 1)
+            values = (values.astype(np.float32, order="C") / np.float32(largest)).clip(0, 1)
         return torch.from_numpy(values)
     except MemoryError:
         raise
