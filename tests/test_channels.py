@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -152,11 +153,14 @@ def test_pages_of_a_tiff_and_bands_of_a_picture_are_channels(tmp_path):
 def test_arrays_are_images_of_a_folder_unless_these_have_three_channels(tmp_path, monkeypatch):
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dino_images, "WORTH_KEEPING", 1)
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    array_file(tmp_path / "b.npy", ONES)
+    root = tmp_path / "images"
+    array_file(root / "b.npy", ONES)
+    Image.new("RGB", (8, 8)).save(root / "a.png")
+    os.utime(root, (1e9, 1e9))  # what has just changed is listed anew each time
     for _ in range(2):
-        assert len(dino_images.find_images(tmp_path)) == 1
-        assert len(dino_images.find_images(tmp_path, in_chans=4)) == 2
+        assert len(dino_images.find_images(root)) == 1
+        assert len(dino_images.find_images(root, in_chans=4)) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 @pytest.mark.parametrize("augmentation", ["pil", "fast"])

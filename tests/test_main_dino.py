@@ -696,9 +696,9 @@ def test_the_run_does_not_depend_on_the_number_of_workers(finished, tiny_root, t
 def test_the_run_does_not_depend_on_the_random_state_of_the_caller(finished, tiny_root, tmp_path, monkeypatch):
     normalize = utils.normalize
 
-    def disturb(images):
+    def disturb(images, *statistics):
         torch.rand(3), random.random(), np.random.rand()
-        return normalize(images)
+        return normalize(images, *statistics)
 
     monkeypatch.setattr(utils, "normalize", disturb)
     assert_same_run(train(tiny_root, tmp_path), finished[0])
