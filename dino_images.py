@@ -248,7 +248,8 @@ def stored_planes(image, in_chans):
     if in_chans == 1:
         found = grey_page(image)[None]
     elif pages == in_chans:  # of a TIFF
-        found = np.stack([grey_page(image, number) for number in range(in_chans)])
+        pages = [grey_page(image, number) for number in range(in_chans)]
+        found = np.stack(pages, casting="no")  # of 8 and 16 bits, one would have to be told from the other
     elif pages == 1 and bands == in_chans:
         found = np.moveaxis(np.asarray(image), -1, 0)
     else:

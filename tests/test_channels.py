@@ -16,9 +16,12 @@ from PIL import Image
 import dino_data
 import dino_images
 import eval_copy_detection
+import eval_linear
 import main_dino
 import utils
+import vision_transformer
 from dino_data import View
+from knn import OnlineKnn
 from utils import Inputs, UserError
 
 RANDOM = np.random.default_rng(0)
@@ -148,6 +151,14 @@ def test_pages_of_a_tiff_and_bands_of_a_picture_are_channels(tmp_path):
     np.testing.assert_allclose(planes(tmp_path / "bands.png", 4).permute(1, 2, 0).numpy(), bands / 255, rtol=1e-6)
     with pytest.raises(dino_images.BadImage, match=r"pages\.tif: it has 5 page\(s\) of 1 band\(s\), not 4 channels"):
         planes(tmp_path / "pages.tif", 4)
+
+
+def test_pages_of_several_sizes_or_types_are_refused(tmp_path):
+    grey = Image.new("L", (8, 8))
+    for other in (Image.new("L", (8, 9)), Image.new("I;16", (8, 8))):
+        grey.save(tmp_path / "a.tif", save_all=True, append_images=[other])
+        with pytest.raises(dino_images.BadImage, match=r"a\.tif: (all input arrays must have the same|Cannot cast)"):
+            planes(tmp_path / "a.tif", 2)
 
 
 def test_arrays_are_images_of_a_folder_unless_these_have_three_channels(tmp_path, monkeypatch):
@@ -480,6 +491,41 @@ def test_a_run_on_arrays_is_the_same_for_any_workers_and_with_its_numbers_as_fla
     assert_same(weights(run), weights(tmp_path))
 
 
+def given(bands, folder):
+    """Arguments of a run with numbers of its own for each channel."""
+    numbers = ["--mean", 0.45, 0.15, 0.3, 0.5, "--std", 0.4, 0.1, 0.2, 0.3]
+    return arguments_of(
+        main_dino, *ON_BANDS, "--epochs", 1, *numbers, "--data_path", bands / "train", "--output_dir", folder
+    )
+
+
+def test_the_network_sees_crops_less_the_mean_over_the_std(bands, tmp_path, monkeypatch):
+    args, seen = given(bands, tmp_path), []
+    loader, _ = main_dino.build_data(args, torch.device("cpu"))
+    crops, *_ = next(iter(loader))
+    embed = vision_transformer.PatchEmbed.forward
+
+    def watch(self, images):
+        seen.append(images)
+        return embed(self, images)
+
+    monkeypatch.setattr(vision_transformer.PatchEmbed, "forward", watch)
+    main_dino.train_dino(args)
+    mean, std = (np.array(numbers)[:, None, None] for numbers in (args.mean, args.std))
+    want = (torch.cat(crops[:2]).numpy() / 65535 - mean) / std
+    (first, *_) = [images for images in seen if images.any()]  # the teacher's, behind some to try the network with
+    np.testing.assert_allclose(first.numpy(), want, atol=1e-5)
+
+
+def test_neighbours_are_looked_for_among_images_less_the_mean_over_the_std(bands, tmp_path):
+    args = given(bands, tmp_path)
+    args.knn_every, args.knn_data = 1, str(bands)
+    train = OnlineKnn(args, None, torch.device("cpu")).sets[0]
+    mean, std = (np.array(numbers)[:, None, None] for numbers in (args.mean, args.std))
+    values = np.load(train.images.name(3))[:, 2:34, 4:36]  # of 36 × 40 pixels, which is 8/7 of 32 already
+    np.testing.assert_allclose(train[3][0].numpy(), (values - mean) / std, atol=1e-3)
+
+
 def test_a_resumed_run_takes_mean_and_std_from_its_checkpoint(run, bands, tmp_path):
     shutil.copy(run / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
     flags = ["--compute_stats", "true", "--data_path", bands / "train", "--output_dir", tmp_path]
@@ -505,6 +551,18 @@ def test_evaluations_take_channels_and_numbers_from_the_checkpoint(run, bands, t
     assert re.search(r"raw pixels +\d", done.stdout)
     done = run_script("eval_linear.py", *flags, *trained, "--epochs", 1, "--output_dir", tmp_path)
     assert "The linear classifier is trained" in done.stdout
+
+
+def test_linear_evaluation_normalises_its_random_crops_and_its_validation_images(bands, monkeypatch):
+    args, found = arguments_of(eval_linear, *EVALUATED, "--image_size", 32, "--data_path", bands), []
+    for mean, std in ((0.0, 1.0), (0.25, 0.5)):
+        kind = Inputs(4, (mean,) * 4, (std,) * 4)
+        monkeypatch.setattr(utils, "trained_inputs", lambda _, kind=kind: kind)
+        train, val, *_ = eval_linear.load_data(args)
+        found.append((train[0, 5][0], val[5][0]))
+    for plain, normalised in zip(*found, strict=True):
+        assert plain.shape == (4, 32, 32)
+        torch.testing.assert_close(normalised, (plain - 0.25) / 0.5, atol=1e-5, rtol=0)
 
 
 def test_an_export_of_many_channels_is_opened_again(run, tmp_path):
