@@ -46,6 +46,10 @@ LIMITS = {
     **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (1e-6, 1)),
     **dict.fromkeys(("momentum_teacher", "max_bad_images"), utils.A_SHARE),
     "drop_path_rate": (0, 0.999),
+    "in_chans": (1, 1000),
+    "mean": utils.A_SHARE,
+    "std": (utils.ABOVE_0[0], 1),
+    "value_range": (-(10**10), 10**10),
     "blur_radius": (0, 1e4),
     "seed": (0, 2**63 - 1),
     "local_rank": utils.LOCAL_RANK,
@@ -256,7 +260,7 @@ def check_inputs(args):
         raise UserError(
             "--value_range is for grey images and arrays, --in_chans 1 or another number but 3. Leave it out"
         )
-    if args.value_range and not (np.isfinite(args.value_range).all() and args.value_range[0] < args.value_range[1]):
+    if args.value_range and not args.value_range[0] < args.value_range[1]:
         low, high = args.value_range
         raise UserError(f"--value_range {low} {high}: give two numbers, the smaller one first")
     given = [flag for flag in ("mean", "std") if getattr(args, flag)]
@@ -266,11 +270,10 @@ def check_inputs(args):
         raise UserError(f"--{given[0]} is given without --{'std' if given == ['mean'] else 'mean'}. Give both, or none")
     if not given and args.in_chans != 3 and not args.compute_stats:
         raise UserError(f"{channels} needs --mean and --std, {args.in_chans} numbers each, or --compute_stats true")
-    for flag, lowest in (("mean", 0), ("std", 1e-9)) if given else ():
-        numbers = getattr(args, flag)
-        if len(numbers) != args.in_chans:
-            raise UserError(f"--{flag} has {len(numbers)} numbers, {channels} needs {args.in_chans}: one each")
-        utils.check_limits(args, {flag: (lowest, 1)})
+    for flag in given:
+        number = len(getattr(args, flag))
+        if number != args.in_chans:
+            raise UserError(f"--{flag} has {number} numbers, {channels} needs {args.in_chans}: one each")
 
 
 def check_whole_patches(flag, size, patch_size):

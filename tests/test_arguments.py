@@ -64,7 +64,7 @@ def outside(flag):
     lowest, highest = flag.limits
     if flag.type is int:
         return [str(number) for number in (lowest - 1, highest + 1) if math.isfinite(number)]
-    just_below = 0.0 if lowest == utils.ABOVE_0[0] else 0.999 * lowest if lowest > 0 else -0.001
+    just_below = 0.0 if lowest == utils.ABOVE_0[0] else lowest - 0.001 * (abs(lowest) or 1)
     just_above = [str(1.001 * highest)] if math.isfinite(highest) else []
     return [str(just_below), *just_above, "nan", "inf"]
 

@@ -392,7 +392,7 @@ MISTAKES = {
     "--augmentation fast is for 3 channels": (*FOUR, "--compute_stats", "true", "--augmentation", "fast"),
     "--value_range is for": ("--value_range", 0, 1),
     "--value_range 1.0 0.0: give two": (*FOUR, "--compute_stats", "true", "--value_range", 1, 0),
-    "--value_range nan 0.0: give two": (*FOUR, "--compute_stats", "true", "--value_range", "nan", 0),
+    "--value_range nan must be between": (*FOUR, "--compute_stats", "true", "--value_range", "nan", 0),
     "--in_chans 0 must be": ("--in_chans", 0),
 }
 

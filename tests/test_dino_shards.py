@@ -175,6 +175,17 @@ def test_a_part_of_shards_keeps_names_labels_and_images(tmp_path):
     assert part.open(1).tobytes() == picture(4).tobytes()
 
 
+def test_arrays_in_shards_are_images_where_images_have_other_channels_than_three(tmp_path):
+    file = io.BytesIO()
+    np.save(file, np.full((5, 6, 4), 40000, np.uint16))
+    path = write_tar(tmp_path / "x.tar", {"1.npy": file.getvalue(), "1.cls": b"7", "2.png": png(1)})
+    photographs, arrays = (dino_data.find_images(path, in_chans=n) for n in (3, 4))
+    assert [photographs.name(i) for i in range(len(photographs))] == [f"{path}/2.png"]
+    assert [arrays.name(i) for i in range(len(arrays))] == [f"{path}/1.npy", f"{path}/2.png"]
+    decoded = dino_images.decode(arrays.open(0), utils.RGB._replace(in_chans=4))
+    assert torch.equal(decoded, torch.full((4, 5, 6), 40000 / 65535))
+
+
 # ---- what must not be in them ----
 
 HOSTILE = {
@@ -280,7 +291,9 @@ def test_compressed_and_other_files_are_named(tmp_path):
 
 def test_a_second_start_reads_no_shard_and_a_changed_one_is_read_again(tmp_path, monkeypatch):
     root, real, listed = write_shards(tmp_path / "s", [2, 3]), dino_shards.list_members, []
-    monkeypatch.setattr(dino_shards, "list_members", lambda path: listed.append(Path(path).name) or real(path))
+    monkeypatch.setattr(
+        dino_shards, "list_members", lambda path, *rest: listed.append(Path(path).name) or real(path, *rest)
+    )
     first = dino_images.digest_of_names(TarShards(str(root)))
     assert listed == ["0000.tar", "0001.tar"]
     assert dino_images.digest_of_names(TarShards(str(root))) == first
