@@ -23,6 +23,7 @@ import dino_images
 import dino_shards
 import eval_knn
 import main_dino
+import utils
 from dino_shards import Piece, ShardSampler, TarShards
 from utils import UserError
 
