@@ -327,7 +327,7 @@ def exact_blur_kernel(radius):
 
 
 def render_planes(image, views):
-    """Views of an image, float32 [C, H, W] from 0 to 1, each as uint16 [C, size, size]: its `levels`.
+    """Views of an image, float32 [C, H, W] from 0 to 1, each as int16 [C, size, size]: its `levels`.
 
     Step for step what render_pil does, but on floats, which are cut off at 0 and 1 where levels are at 0 and 255. The
     mean of all channels takes the place of grey; there are no hues.
@@ -371,8 +371,11 @@ def blur_planes(crop, radius):
 
 
 def levels(values):
-    """Values from 0 to 1 in 65,536 levels, uint16: half the bytes of floats, and nothing lost of images of 16 bits."""
-    return values.clamp(0, 1).mul(65535).round().to(torch.uint16)
+    """Values from 0 to 1 in 65,536 levels: half the bytes of floats, and nothing lost of images of 16 bits.
+
+    They are counted from -32,768 on, int16, because torch can do little with uint16, and the older the less.
+    """
+    return values.clamp(0, 1).mul(65535).round().sub(32768).to(torch.int16)
 
 
 RENDERERS = {"pil": render_pil, "fast": render_fast, "planes": render_planes}

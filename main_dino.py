@@ -291,7 +291,7 @@ class DataAugmentationDINO:
 
     Returns a list of tensors [3, size, size]: floats with ImageNet's mean and standard deviation, or, `as_uint8`, the
     levels themselves, a quarter of the bytes, which `utils.normalize` turns into the same floats on any device. With
-    `inputs` (a utils.Inputs) of other than 3 channels an image may be an ArrayFile, and levels are uint16.
+    `inputs` (a utils.Inputs) of other than 3 channels an image may be an ArrayFile, and levels are int16.
     """
 
     def __init__(

@@ -1916,17 +1916,16 @@ def trained_inputs(path):
 
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Levels [..., C, H, W], uint8 or uint16, -> float32 with that mean and std by channel; floats are left alone.
+    """Levels [..., C, H, W], uint8 or int16, -> float32 with that mean and std by channel; floats are left alone.
 
     `mean` and `std` are tuples of C numbers, of values from 0 to 1.
     """
-    if images.dtype not in LARGEST:
+    if images.dtype.is_floating_point:
         return images
     mean, std = statistics_on(images.device, mean, std)
-    return images.float().div_(LARGEST[images.dtype]).sub_(mean).div_(std)
-
-
-LARGEST = {torch.uint8: 255, torch.uint16: 65535}
+    deep = images.dtype == torch.int16  # dino_data.levels
+    values = images.float().add_(32768).div_(65535) if deep else images.float().div_(255)
+    return values.sub_(mean).div_(std)
 
 
 @functools.cache  # sending them to a GPU again with every batch would make the host wait for it

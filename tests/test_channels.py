@@ -261,8 +261,8 @@ def test_a_crop_is_that_of_the_slow_obvious_way(in_chans, change):
     image = RANDOM.random((in_chans, 30, 40))
     view = PLAIN._replace(**CHANGES[change])
     (got,) = dino_data.render_planes(torch.from_numpy(image).float(), [view])
-    assert got.dtype == torch.uint16
-    np.testing.assert_allclose(got.numpy() / 65535, slow_view(image, view), atol=2e-5)
+    assert got.dtype == torch.int16
+    np.testing.assert_allclose((got.numpy() + 32768.0) / 65535, slow_view(image, view), atol=2e-5)
 
 
 @pytest.mark.parametrize("radius", [0.1, 0.5, 1.0, 2.0, 7.0])
@@ -282,7 +282,7 @@ def test_crops_of_a_grey_image_are_pils_to_a_level():
         utils.fix_random_seeds(seed)
         drawn = view.draw(photograph)
         (slow,), (got,) = dino_data.render_pil(photograph, [drawn]), dino_data.render_planes(values, [drawn])
-        off.append((slow[0].float() - got[0].float() / 257).abs())
+        off.append((slow[0].float() - (got[0].float() + 32768) / 257).abs())
     off = torch.stack(off)
     assert off.mean() < 1  # PIL rounds, or cuts off, a level in each of its steps
     assert off[:, 6:-6, 6:-6].max() < 6
@@ -310,7 +310,7 @@ def test_crops_are_levels_or_normalised_floats(tmp_path):
         crops.append(augment(image))
     assert [tuple(crop.shape) for crop in crops[0]] == [(2, 32, 32)] * 2 + [(2, 16, 16)] * 2
     for counted, floats in zip(*crops, strict=True):
-        values = counted.numpy() / 65535
+        values = (counted.numpy() + 32768.0) / 65535
         want = np.stack([(values[0] - 0.25) / 0.5, (values[1] - 0.5) / 2.0])
         np.testing.assert_allclose(floats.numpy(), want, atol=1e-6)
 
@@ -512,7 +512,7 @@ def test_the_network_sees_crops_less_the_mean_over_the_std(bands, tmp_path, monk
     monkeypatch.setattr(vision_transformer.PatchEmbed, "forward", watch)
     main_dino.train_dino(args)
     mean, std = (np.array(numbers)[:, None, None] for numbers in (args.mean, args.std))
-    want = (torch.cat(crops[:2]).numpy() / 65535 - mean) / std
+    want = ((torch.cat(crops[:2]).numpy() + 32768.0) / 65535 - mean) / std
     (first, *_) = [images for images in seen if images.any()]  # the teacher's, behind some to try the network with
     np.testing.assert_allclose(first.numpy(), want, atol=1e-5)
 
