@@ -35,7 +35,7 @@ def fuzz(strategy, check):
     """Give `check` examples until time, from the first one on, is up."""
     until, tried = [], []
 
-    class TimeIsUpError(Exception):
+    class TimeIsUpError(BaseException):  # which hypothesis lets pass, as it does Ctrl-C
         pass
 
     @FOR_A_WHILE

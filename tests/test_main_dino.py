@@ -658,7 +658,7 @@ def finished(tiny_root, tmp_path_factory):
 def test_checkpoint_has_the_published_form_in_plain_types(finished):
     checkpoint, _ = finished
     public = {"student", "teacher", "optimizer", "epoch", "args", "dino_loss"}
-    assert set(checkpoint) == public | {"step", "meters", "health"}
+    assert set(checkpoint) == public | {"step", "meters", "sittings", "health"}
     assert checkpoint["epoch"] == 2
     student, teacher = checkpoint["student"], checkpoint["teacher"]
     assert set(student) == {f"module.{key}" for key in teacher}
