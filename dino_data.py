@@ -6,7 +6,6 @@ its crops are follows from (seed, epoch, number) alone, whichever process makes 
 
 import contextlib
 import functools
-import glob
 import importlib.util
 import math
 import operator
@@ -472,8 +471,14 @@ def find_part(data_path, part):
         return root
     names = [part, *(part + suffix for suffix in dino_images.LISTS)]
     found = next((path for path in (os.path.join(root, name) for name in names) if os.path.exists(path)), None)
-    shards = os.path.join(glob.escape(root), f"*{part}*.tar")
-    return found or (shards if glob.glob(shards) else None)
+    return found or dino_shards.shards_of_part(root, part)
+
+
+def holds_both_parts(data_path, images):
+    """Whether training would take the images of val as well, of class folders or of shards."""
+    if isinstance(images, dino_shards.TarShards):
+        return all(dino_shards.shards_of_part(os.fspath(data_path), part) for part in ("train", "val"))
+    return images.classes == ["train", "val"]
 
 
 def labelled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
@@ -494,6 +499,9 @@ def labelled_images(data_path, transform, exif=False, flag="--data_path", inputs
     The classes are train's; val may lack some of them. Raises UserError if it has one that train has not.
     """
     train, val = (labelled_part(data_path, part, exif, flag, inputs.in_chans) for part in ("train", "val"))
+    both = isinstance(train, dino_shards.TarShards) and set(train.paths) & set(getattr(val, "paths", ()))
+    if both:
+        raise UserError(f"{flag} {data_path}: {utils.some_of(sorted(both))} would be of train and of val. Rename them")
     number = {name: i for i, name in enumerate(train.classes)}
     unknown = sorted(set(val.classes) - set(number))
     if unknown:
@@ -509,7 +517,7 @@ def find_labelled(path, transform, exif, flag, inputs=utils.RGB):
     parts = [find_part(path, part) for part in ("train", "val")]
     if all(parts):
         return labelled_images(path, transform, exif, flag, inputs)
-    if any(parts):
+    if any(parts) and not dino_shards.are_shards(os.fspath(path)):
         raise UserError(f"{flag} {path} has only one of train and val. Name a folder that has both, or class folders")
     images = find_images(path, "", labelled_format(path), exif, flag, inputs.in_chans)
     return held_out(images, transform, f"{flag} {path}", inputs)

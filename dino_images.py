@@ -125,18 +125,27 @@ PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOST
 
 
 def read_file(path, start=0, size=-1, name=None):
-    """The bytes of a file, or `size` of them; if its file system does not answer, or is not there, asked for a minute.
+    """The bytes of a file, or `size` of them; `name` is what they are called if they can't be read, see `patiently`."""
+
+    def read():
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    return patiently(read, path, name or path)
+
+
+def patiently(act, path, name):
+    """What `act` makes of a file; if its file system does not answer, or is not there, asked again for a minute.
 
     When the minute is over, the files that follow are asked for once, until one can be read. Raises BadImage, or
     UserError if the process has too many open files.
     """
     global waited
-    pause, name = 0.5, name or path
+    pause = 0.5
     while True:
         try:
-            with open(path, "rb") as file:
-                file.seek(start)
-                content = file.read(size)
+            result = act()
         except (OSError, ValueError) as e:  # ValueError: a name with a zero byte in it
             number = getattr(e, "errno", None)
             if number in (errno.EMFILE, errno.ENFILE):
@@ -147,7 +156,7 @@ def read_file(path, start=0, size=-1, name=None):
                 raise BadImage(f"can't read the image {name}: {reason}. Repair or remove it") from e
         else:
             waited = 0.0
-            return content
+            return result
         time.sleep(pause)
         waited, pause = waited + pause, 2 * pause
 
@@ -580,11 +589,17 @@ def load_or_download(kind, root, wants, options):
     os.makedirs(arriving)
     try:
         kind(root=arriving, download=True, **options)
-        for name in os.listdir(arriving):
-            place = os.path.join(root, name)
-            if os.path.exists(place):
-                os.rename(place, f"{place}.{time.time_ns()}.old")  # of no use, but not ours to delete
-            os.rename(os.path.join(arriving, name), place)
+        move_into(arriving, root)
     finally:
         shutil.rmtree(arriving, ignore_errors=True)
     return kind(root=root, **options)
+
+
+def move_into(source, target):
+    """Move what a folder holds into another, beside what that has of other names: other parts of a data set."""
+    for name in os.listdir(source):
+        new, place = os.path.join(source, name), os.path.join(target, name)
+        if os.path.isdir(new) and os.path.isdir(place):
+            move_into(new, place)
+        else:
+            os.replace(new, place)

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import tarfile
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,15 +34,16 @@ MOST_SHARDS = 1_000_000
 
 
 def are_shards(data_path):
-    """Whether a path means tar files: a pattern of them, one, or a folder that has some, and no images, in it."""
-    if data_path.endswith(".tar"):
-        return True
+    """Whether a path means tar files: a pattern of them, one, or a folder with some and no images, also not below."""
     if not os.path.isdir(data_path):
-        return False
+        return data_path.endswith(".tar")
+    found = False
     with contextlib.suppress(OSError), os.scandir(data_path) as entries:
-        names = [entry.name for entry in itertools.islice(entries, 1000)]  # of a million it takes a while
-        return any(map(is_shard, names)) and not any(map(dino_images.is_image, names))
-    return False
+        for entry in entries:
+            if dino_images.is_image(entry.name):  # of a million the first one will do
+                return False
+            found = found or is_shard(entry.name)
+    return found and not any(dino_images.is_image(name) for _, _, files in os.walk(data_path) for name in files)
 
 
 def is_shard(name):
@@ -57,7 +59,7 @@ def shard_files(pattern, flag):
     else:
         if re.match(r"(\w+://|pipe:)", pattern):
             raise UserError(f"{flag} {pattern}: shards are read from file systems. Mount or copy them")
-        ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+        ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", pattern)
         if math.prod(abs(int(b) - int(a)) + 1 for a, b in ranges) > MOST_SHARDS:  # which would be made, all of them
             raise UserError(f"{flag} {pattern} names more than {MOST_SHARDS} shards. Make them larger, and fewer")
         try:
@@ -65,7 +67,7 @@ def shard_files(pattern, flag):
             each = list(itertools.islice(each, MOST_SHARDS + 1))
         except (UnbalancedBracesError, ValueError, MemoryError, RecursionError) as e:
             raise UserError(f"{flag} {pattern} is no pattern of shards, such as {{0000..0999}}.tar ({e})") from e
-        paths = [path for name in each for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+        paths = [path for name in each for path in those_of(name)]
     missing = [path for path in paths[:MOST_SHARDS] if not os.path.isfile(path)]
     if not paths or missing:
         what = f"; {len(missing)} of {len(paths)} are missing: {utils.some_of(missing)}" if missing else ""
@@ -73,6 +75,23 @@ def shard_files(pattern, flag):
     if len(paths) > MOST_SHARDS or len(set(paths)) < len(paths):
         raise UserError(f"{flag} {pattern} names a shard twice, or more than {MOST_SHARDS}. Name each once")
     return paths
+
+
+def those_of(name):
+    """Paths that a name stands for: itself, or what `*`, `?` and `[...]` in it match, by the alphabet."""
+    if os.path.exists(name) or not glob.has_magic(name):
+        return [name]
+    folder, last = os.path.split(name)
+    return sorted(glob.glob(name) or glob.glob(os.path.join(glob.escape(folder), last)))
+
+
+def shards_of_part(folder, part):
+    """A pattern of the shards of a folder with `part` (train or val) as a word in their names; None if none has."""
+    word, no_letter = f"[{part[0]}]{part[1:]}", "[!a-zA-Z]"
+    names = (word, f"{word}{no_letter}*", f"*{no_letter}{word}", f"*{no_letter}{word}{no_letter}*")
+    found = [name for name in names if those_of(os.path.join(glob.escape(folder), f"{name}.tar"))]
+    either = f"{{{','.join(found)}}}" if len(found) > 1 else "".join(found)
+    return os.path.join(glob.escape(folder), f"{either}.tar") if found else None
 
 
 # ---- what is in a shard ----
@@ -89,20 +108,23 @@ class Member(NamedTuple):
 
 def list_members(path, extensions=dino_images.EXTENSIONS):
     """The images in a shard, as Members in their order. Raises UserError if it is damaged, or made for other ends."""
-    found, labels = [], {}
+    found, labels, dotted = [], {}, {}
     try:
         with tarfile.open(path, "r:") as tar:
             size = os.path.getsize(path)
             while (member := tar.next()) is not None:
                 check_member(member, path, size)
-                if not member.isreg():
+                if not member.isreg() or os.path.basename(member.name).startswith("."):  # ._a.jpg is none
                     continue
                 key, extension = split_name(member.name)
                 if f".{extension}" in extensions:
                     found.append((key, member))
                 elif extension == "cls":
                     labels[key] = read_label(tar, member, path)
+                elif extension.endswith(extensions):
+                    dotted.setdefault(key, member.name)
             check_end(tar, path)
+            check_keys(found, dotted, path)
     except UserError:
         raise
     except OSError as e:
@@ -122,7 +144,9 @@ def split_name(name):
 
 def check_member(member, path, size):
     """Raise UserError for what no shard has that was made for training. Nothing is ever unpacked, even so."""
-    where = f"the shard {path} has {utils.shown(member.name)} in it"
+    where = f"the shard {path} has {utils.shown(member.name[:200])} in it"
+    if len(member.name) > 1000:
+        raise UserError(f"{where}, a name of {len(member.name)} letters. Make it anew, with names of up to 1000")
     if member.name.startswith("/") or ".." in member.name.split("/"):
         raise UserError(f"{where}, a path out of its folder. Make it anew, of names below one folder")
     if not (member.isreg() or member.isdir()):
@@ -151,6 +175,19 @@ def check_end(tar, path):
     if block != tarfile.NUL * tarfile.BLOCKSIZE:
         what = "is damaged at" if block else "ends, without a mark that it is whole, at"
         raise UserError(f"the shard {path} {what} byte {tar.offset}. Copy it, or make it, anew")
+    while block := tar.fileobj.read(2**20):
+        if block.strip(tarfile.NUL):
+            raise UserError(f"the shard {path} goes on behind its end mark: are there several in it? Keep them apart")
+
+
+def check_keys(found, dotted, path):
+    """Raise UserError if there are images that WebDataset's convention makes parts of others, which are not there."""
+    lost = sorted(dotted.keys() - {key for key, _ in found})
+    if lost:
+        raise UserError(
+            f"the shard {path} has {utils.shown(dotted[lost[0]])} in it: names of images have one dot, key.jpg. Rename "
+            f"it, and {len(lost) - 1} more"
+        )
 
 
 # ---- tables of contents ----
@@ -162,8 +199,9 @@ def state_of(path):
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
-def table_path(path, extensions=dino_images.EXTENSIONS):
-    named = os.path.abspath(path) + "\0.npy" * (".npy" in extensions)
+def table_path(path, state, extensions):
+    """Where the table of a shard in this state is kept: of another machine's file at the same path there is another."""
+    named = f"{os.path.abspath(path)}\0{state}\0{'.npy' in extensions}"
     digest = hashlib.blake2b(named.encode(errors="surrogateescape"), digest_size=12).hexdigest()
     return Path(utils.cache_dir()) / "shards" / f"{digest}.npy"
 
@@ -171,21 +209,30 @@ def table_path(path, extensions=dino_images.EXTENSIONS):
 def read_head(path, state, extensions):
     """(number of images, digest of their names) of a shard's table of contents; None if there is none of its state."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        table = table_path(path, extensions)
+        table = table_path(path, state, extensions)
         head = json.loads(table.with_suffix(".json").read_bytes())
-        if head["path"] == os.path.abspath(path) and head["state"] == state and table.is_file():
+        if head["state"] == state and table.is_file():
             return int(head["images"]), str(head["digest"])
     return None
 
 
 def make_table(path, state, extensions):
-    """Write a shard's table of contents: a row for each image, and then what tells whose it is."""
+    """Write a shard's table of contents: a row for each image; then its head, by which it counts as written."""
     table = as_table(list_members(path, extensions))
-    digest = hashlib.blake2b(b"\n".join(table["name"].tolist()), digest_size=6).hexdigest()
-    head = {"path": os.path.abspath(path), "state": state, "images": len(table), "digest": digest}
-    target = table_path(path, extensions)
-    utils.write_whole(target, lambda file: np.save(file, table, allow_pickle=False))
-    utils.write_whole(target.with_suffix(".json"), lambda file: file.write(json.dumps(head).encode()))
+    images, digest = head_of(table)
+    head = json.dumps({"path": os.path.abspath(path), "state": state, "images": images, "digest": digest})
+    target = table_path(path, state, extensions)
+    arriving = target.with_name(f".{uuid.uuid4().hex}")  # another process may be at it, where files can't be locked
+    with open(arriving, "wb") as file:
+        np.save(file, table, allow_pickle=False)
+    os.replace(arriving, target)
+    arriving.write_text(head)
+    os.replace(arriving, target.with_suffix(".json"))
+
+
+def head_of(table):
+    """(number of images, digest of their names)."""
+    return len(table), hashlib.blake2b(b"\n".join(table["name"].tolist()), digest_size=6).hexdigest()
 
 
 def as_table(members):
@@ -198,11 +245,12 @@ def as_table(members):
 @functools.lru_cache(maxsize=1024)
 def table_of(path, state, extensions):
     """The table of contents of a shard whose state is that still. It stays on the disk; what is looked up is read."""
-    if state_of(path) != list(state):
+    now = dino_images.patiently(lambda: state_of(path), path, path)
+    if now[:2] != list(state)[:2]:  # a new owner, name or mode is no change
         raise dino_images.BadImage(f"can't read the image: the shard {path} has changed since the start")
     head = read_head(path, list(state), extensions)
     with contextlib.suppress(OSError, ValueError, EOFError):
-        table = np.load(table_path(path, extensions), mmap_mode="r", allow_pickle=False)
+        table = np.load(table_path(path, list(state), extensions), mmap_mode="r", allow_pickle=False)
         if head and table.shape == head[:1] and table.dtype.names == ("name", "start", "size", "label"):
             return table
     return as_table(list_members(path, extensions))  # the list that was kept is gone
@@ -211,9 +259,8 @@ def table_of(path, state, extensions):
 def contents_of(paths, extensions):
     """[(number of images, digest of their names)] of shards. Of the processes of a machine one lists what is new."""
     shards = [(path, state_of(path), extensions) for path in paths]
-    heads = [read_head(*shard) for shard in shards]
-    if None in heads:
-        folder = table_path("").parent
+    if None in (read_head(*shard) for shard in shards):
+        folder = Path(utils.cache_dir()) / "shards"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock, _ = utils.lock_file(folder / ".lock", patience=3600)
@@ -224,12 +271,11 @@ def contents_of(paths, extensions):
                 for shard in new:
                     make_table(*shard)
         except OSError as e:
-            raise UserError(
-                f"can't keep lists of the images in shards in {folder}: {e.strerror}. Set DINO_CACHE to a folder that "
-                "you may write to"
-            ) from e
-        heads = [read_head(*shard) for shard in shards]
-    return heads
+            utils.log(
+                f"warning: lists of the images in shards can't be kept in {folder} ({e.strerror}): each start makes "
+                "them anew. Set DINO_CACHE to a folder that you may write to"
+            )
+    return [read_head(*shard) or head_of(table_of(shard[0], tuple(shard[1]), extensions)) for shard in shards]
 
 
 # ---- images ----
@@ -245,7 +291,7 @@ class TarShards:
         counts, self.digests = zip(*contents_of(self.paths, extensions), strict=True)
         self.starts = np.cumsum([0, *counts])  # number of each shard's first image, and of all
         self.numbers = range(int(self.starts[-1]))
-        if not self.numbers:
+        if not len(self.numbers):
             raise UserError(
                 f"{flag} {pattern}: there are no images in these {len(self.paths)} shards. Files in them are named "
                 "key.jpg (key.png, ...), the key without a dot"
@@ -256,7 +302,7 @@ class TarShards:
 
     def find(self, i):
         """(path of the shard, name in it, first byte, number of bytes) of image i."""
-        number = self.numbers[i]
+        number = int(self.numbers[i])
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         row = table_of(self.paths[shard], self.states[shard], self.extensions)[number - int(self.starts[shard])]
         return self.paths[shard], row["name"].decode(errors="surrogateescape"), int(row["start"]), int(row["size"])
@@ -284,7 +330,7 @@ class TarShards:
         """(class number of each image [N] or None, names of the classes)."""
         shards = zip(self.paths, self.states, strict=True)
         tables = [table_of(*shard, self.extensions)["label"] for shard in shards]
-        found = [label.decode() for label in np.concatenate(tables)[list(self.numbers)].tolist()]
+        found = [label.decode() for label in np.concatenate(tables)[np.asarray(self.numbers)].tolist()]
         return dino_images.number_labels([label for label in found if label], len(found), self.pattern)
 
     @property
@@ -298,7 +344,7 @@ class TarShards:
     def take(self, numbers):
         """These alone, of the same classes."""
         part = copy.copy(self)
-        part.numbers = [self.numbers[i] for i in numbers]
+        part.numbers = np.asarray(self.numbers)[numbers]
         targets, classes = self.labels
         part.labels = (None if targets is None else targets[numbers], classes)
         return part

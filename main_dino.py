@@ -790,8 +790,8 @@ class RunKeeper:
 def build_data(args, device):
     """Loader of this process's crops, and the number of images. With --compute_stats, sets args.mean and args.std."""
     images = dino_data.find_images(args.data_path, "train", args.data_format, args.exif, in_chans=args.in_chans)
-    if os.path.isdir(os.path.join(args.data_path, "train")) and images.classes == ["train", "val"]:
-        raise UserError(f"--data_path {args.data_path} holds train and val. Training takes {args.data_path}/train")
+    if dino_data.holds_both_parts(args.data_path, images):
+        raise UserError(f"--data_path {args.data_path} holds train and val. Training takes the images of train alone")
     if args.compute_stats:
         args.mean, args.std = measured_before(args) or measure(images, args)
     sizes = (args.global_crops_size, args.local_crops_size)
@@ -809,7 +809,8 @@ def measured_before(args):
     """(mean, std) that the run in --output_dir has measured, as rank 0 reads them; None if there is none."""
     checkpoint, _ = utils.load_newest(os.path.join(args.output_dir, "checkpoint.pth"))
     before = utils.plain_args(checkpoint.get("args")) if isinstance(checkpoint, dict) else {}
-    same = before.get("compute_stats") and before.get("in_chans") == args.in_chans
+    now = utils.plain_args(args)
+    same = before.get("compute_stats") and all(before.get(name) == now[name] for name in ("in_chans", "value_range"))
     return utils.gather_objects((before.get("mean"), before.get("std")) if same else None)[0]
 
 

@@ -1258,6 +1258,8 @@ def check_tangle(value, most=10_000_000):
                 inner += [*item, *item.values()]
             elif isinstance(item, list | tuple | set | frozenset):
                 inner += item
+            elif isinstance(item, torch.Tensor) and item.nbytes > max(1e8, 10 * item.untyped_storage().nbytes()):
+                raise ValueError(f"a tensor of {item.nbytes / 1e6:.0f} MB repeats a few numbers")
             if number + len(inner) > most:
                 raise ValueError(f"it unfolds to more than {most} values")
         if not inner:
@@ -1324,6 +1326,8 @@ def check_resumable(path, checkpoint, args):
     if None not in batches:
         before["images a step"], now["images a step"] = batches
     for values in (before, now):
+        if values and values.get("mean") is None:
+            values |= {"in_chans": values.get("in_chans", 3), "mean": [*IMAGENET_MEAN], "std": [*IMAGENET_STD]}
         for name, said in (("images", "training images"), ("image_names", "names of the training images")):
             if name in values:
                 values[said] = values.pop(name)

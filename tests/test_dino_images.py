@@ -278,7 +278,25 @@ def test_a_download_that_is_interrupted_is_not_taken_for_whole(tmp_path, monkeyp
     for _ in range(2):
         assert dino_images.find_images("torchvision:MNIST").open(0).getpixel((0, 0)) == (5, 5, 5)
     assert not (tmp_path / "torchvision" / ".arriving").exists()
-    assert len(list((tmp_path / "torchvision").glob("numbers.*.old"))) == in_the_way
+
+
+def test_parts_of_a_data_set_that_come_one_by_one_stay_beside_each_other(tmp_path, monkeypatch):
+    class ByPart(Arriving):
+        def __init__(self, root, train=True, download=False):
+            datasets.VisionDataset.__init__(self, root)
+            self.path = Path(root) / "numbers" / f"{train}.png"
+            if download:
+                draw(self.path, 7 if train else 8)
+            if not self.path.exists():
+                raise RuntimeError("Dataset not found")
+
+        def __getitem__(self, i):
+            return Image.open(self.path), 0
+
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets, "MNIST", ByPart)
+    train, val = (dino_images.find_images("torchvision:MNIST", part) for part in ("train", "val"))
+    assert (train.open(0).getpixel((0, 0))[0], val.open(0).getpixel((0, 0))[0]) == (7, 8)
 
 
 # ---- train and val ----

@@ -1,12 +1,16 @@
 """Tar shards: what is in them and must not be, their order in training, and runs that are killed and go on."""
 
+import contextlib
+import errno
 import gzip
 import io
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -93,6 +97,31 @@ def test_shards_hold_what_webdatasets_own_reader_finds_in_them(tmp_path):
         assert ours.classes[ours.targets[i]] == sample["cls"].decode()
 
 
+@pytest.mark.parametrize("beside", ["a/1.png", "1.png"])
+def test_a_folder_with_images_or_folders_in_it_means_these_whatever_tars_lie_beside(tmp_path, beside):
+    write_shards(tmp_path, [2])
+    (tmp_path / beside).parent.mkdir(exist_ok=True)
+    (tmp_path / beside).write_bytes(png(1))
+    images = dino_data.find_images(tmp_path)
+    assert [images.name(i) for i in range(len(images))] == [str(tmp_path / beside)]
+    assert len(dino_data.find_images(tmp_path, data_format="shards")) == 2
+
+
+def test_a_folder_may_be_named_like_a_shard_and_hold_much_beside_shards(tmp_path):
+    root = write_shards(tmp_path / "photos.tar", [2])
+    for i in range(1500):
+        (root / f"{i}.json").touch()
+    assert len(dino_data.find_images(root)) == 2
+    write_folder(tmp_path / "images.tar", 3)
+    assert len(dino_data.find_images(tmp_path / "images.tar")) == 3
+
+
+def test_brackets_and_braces_in_the_names_of_folders_do_no_harm(tmp_path):
+    root = write_shards(tmp_path / "a[1]", [2, 2])
+    for pattern in ("{0000..0001}.tar", "*.tar", "0001.tar"):
+        assert len(TarShards(str(root / pattern))) == (2 if pattern == "0001.tar" else 4)
+
+
 @pytest.mark.parametrize("pattern", ["{0000..0002}.tar", "*.tar", "", "000{0,1,2}.tar", "{0000,000[12]}.tar"])
 def test_patterns_and_folders_name_the_same_shards(tmp_path, pattern):
     root = write_shards(tmp_path / "shards", [2, 2, 2])
@@ -109,9 +138,24 @@ def test_a_single_shard_and_one_with_braces_in_its_name_are_taken(tmp_path):
     assert len(dino_data.find_images(tmp_path / "{a,b}.tar")) == 4
 
 
-def test_names_with_several_dots_are_no_images_nor_what_is_beside_them(tmp_path):
+def test_images_with_a_dot_in_their_key_are_not_lost_in_silence(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"a.1.png": png(1), "b.png": png(2), "a.2.png": png(3)})
+    with pytest.raises(UserError, match=r"x.tar has a.1.png in it: names of images have one dot"):
+        dino_shards.list_members(path)
+
+
+def test_two_shards_in_one_file_are_not_taken_for_one(tmp_path):
+    write_shards(tmp_path, [2, 2])
+    first, second = ((tmp_path / name).read_bytes() for name in ("0000.tar", "0001.tar"))
+    (tmp_path / "0000.tar").write_bytes(first + second)
+    with pytest.raises(UserError, match=r"0000.tar goes on behind its end mark"):
+        dino_shards.list_members(tmp_path / "0000.tar")
+
+
+def test_parts_of_an_image_and_hidden_files_are_no_images(tmp_path):
     image = png(1)
     members = {
+        "a/._1.png": b"x",
         "a/1.png": image,
         "a/1.seg.png": image,
         "a/1.json": b"{}",
@@ -226,6 +270,12 @@ def test_a_run_over_a_hostile_shard_ends_with_one_line_and_leaves_nothing(tmp_pa
     assert not (tmp_path.parent / "canary.jpg").exists()
 
 
+def test_names_without_end_are_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"a" * 2000 + ".jpg": b"x"})
+    with pytest.raises(UserError, match="a name of 2004 letters"):
+        dino_shards.list_members(path)
+
+
 def test_files_with_holes_are_refused(tmp_path):
     if not shutil.which("tar"):
         pytest.skip("no tar program here")
@@ -324,12 +374,55 @@ def test_a_list_of_fewer_images_does_not_matter(tmp_path, cache):
     assert TarShards(str(root)).open(2).tobytes() == picture(2).tobytes()
 
 
-def test_where_nothing_can_be_kept_that_is_said(tmp_path, monkeypatch):
-    root = write_shards(tmp_path / "s", [1])
+def test_where_nothing_can_be_kept_that_is_said_and_the_shards_are_read_even_so(tmp_path, monkeypatch, capsys):
+    root = write_shards(tmp_path / "s", [1, 2])
+    kept = dino_images.digest_of_names(TarShards(str(root)))
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="Set DINO_CACHE"):
-        TarShards(str(root))
+    dino_shards.table_of.cache_clear()
+    images = TarShards(str(root))
+    assert "Set DINO_CACHE" in capsys.readouterr().out
+    assert dino_images.digest_of_names(images) == kept
+    assert images.open(2).tobytes() == picture(2).tobytes()
+
+
+def list_in_a_process(root):
+    dino_shards.utils.lock_file = lambda *_, **__: (contextlib.nullcontext(), True)  # a file system without locks
+    dino_shards.utils.log = lambda text: sys.exit(text)
+    assert len(TarShards(str(root))) == 200
+
+
+def test_several_processes_may_list_shards_at_once_where_files_can_not_be_locked(tmp_path):
+    root = write_shards(tmp_path / "s", [5] * 40)
+    processes = [multiprocessing.get_context("fork").Process(target=list_in_a_process, args=(root,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+
+
+def test_a_file_system_that_comes_back_is_waited_for(tmp_path, monkeypatch):
+    images = TarShards(str(write_shards(tmp_path / "s", [2])))
+    stat, tries, slept = os.stat, [], []
+
+    def stale_at_first(path, **options):
+        tries.append(path)
+        if len(tries) < 3:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return stat(path, **options)
+
+    monkeypatch.setattr(dino_shards.os, "stat", stale_at_first)
+    monkeypatch.setattr(dino_images.time, "sleep", slept.append)
+    assert images.open(0).size == (20, 20)
+    assert slept == [0.5, 1.0]
+
+
+def test_a_new_mode_is_no_change_of_a_shard(tmp_path):
+    root = write_shards(tmp_path / "s", [2])
+    images = TarShards(str(root))
+    os.chmod(root / "0000.tar", 0o600)
+    assert images.open(0).size == (20, 20)
 
 
 def test_an_image_that_is_damaged_in_its_shard_is_replaced_and_named(tmp_path):
@@ -351,7 +444,7 @@ def test_a_shard_that_changes_while_it_is_read_is_a_bad_image(tmp_path):
     with pytest.raises(dino_images.BadImage, match=r"0000.tar has changed"):
         images.open(0)
     os.remove(root / "0000.tar")
-    with pytest.raises(dino_images.BadImage, match=r"image 1: No such file"):
+    with pytest.raises(dino_images.BadImage, match=r"0000.tar: No such file"):
         images.open(1)
 
 
@@ -499,6 +592,30 @@ def test_the_neighbours_of_a_run_come_from_its_labelled_shards(tmp_path):
     root = write_shards(tmp_path / "s", [20, 20])
     run_script("main_dino.py", *SMALL_RUN, "--data_path", root, "--output_dir", tmp_path / "run", "--knn_every", 1)
     assert "knn" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_shards_named_after_both_parts_are_refused(tmp_path):
+    write_shards(tmp_path, [3, 3])
+    os.rename(tmp_path / "0000.tar", tmp_path / "train-val.tar")
+    os.rename(tmp_path / "0001.tar", tmp_path / "trainval.tar")
+    with pytest.raises(UserError, match=r"train-val.tar would be of train and of val"):
+        dino_data.labelled_images(tmp_path, None)
+    os.rename(tmp_path / "train-val.tar", tmp_path / "interval-strain.tar")
+    assert dino_data.find_part(tmp_path, "val") is dino_data.find_part(tmp_path, "train") is None
+    for name in ("val", "x_val", "val.1", "x.val-2"):
+        shutil.copy(tmp_path / "trainval.tar", tmp_path / f"{name}.tar")
+        assert [Path(p).stem for p in dino_data.find_images(dino_data.find_part(tmp_path, "val")).paths] == [name]
+        os.remove(tmp_path / f"{name}.tar")
+
+
+def test_training_takes_no_shards_of_val(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(main_dino, "main", main_dino.train_dino, raising=False)
+    write_shards(tmp_path, [8, 8])
+    os.rename(tmp_path / "0000.tar", tmp_path / "train-0.tar")
+    os.rename(tmp_path / "0001.tar", tmp_path / "val-0.tar")
+    flags = (*SMALL_RUN, "--data_path", tmp_path, "--output_dir", tmp_path / "run")
+    code, line = ending(monkeypatch, capsys, main_dino, *flags)
+    assert (code, "holds train and val" in line) == (2, True)
 
 
 def test_shards_without_labels_are_no_labelled_images(tmp_path, monkeypatch, capsys):
