@@ -486,10 +486,16 @@ def labelled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
     path = find_part(data_path, part)
     if path is None:
         what = f"has no {part} in it" if os.path.isdir(find_data(data_path)) else "is no folder"
-        raise UserError(f"{flag} {data_path} {what}. It takes folders {part}/<class>/*, a list {part}.csv, or shards")
+        raise UserError(
+            f"{flag} {data_path} {what}. It takes folders {part}/<class>/*, a list {part}.csv, or, in that folder, "
+            f"shards {part}-*.tar"
+        )
     images = find_images(path, part, labelled_format(path), exif, flag, in_chans)
     if images.targets is None:
-        raise UserError(f"{flag} {path} has no labels. Sort the images into a folder for each class, or write a list")
+        raise UserError(
+            f"{flag} {path} has no labels. Sort the images into a folder for each class, or write a list; in shards, "
+            "give each a key.cls"
+        )
     return images
 
 

@@ -365,7 +365,7 @@ def find_images(data_path, part="", data_format="auto", exif=False, flag="--data
     if not os.path.isdir(data_path):
         raise UserError(
             f"{flag} {data_path} is no folder. Name one with images in it or in its sub-folders, a list of paths "
-            "(.txt, .csv, .tsv), torchvision:NAME, or `sample`"
+            "(.txt, .csv, .tsv), shards ('{0000..0999}.tar', not gzipped), torchvision:NAME, or `sample`"
         )
     return folder_images(data_path, kind if data_format != "auto" else None, exif, flag, extensions_of(in_chans))
 
@@ -402,8 +402,20 @@ def folder_images(root, kind, exif, flag, extensions=EXTENSIONS):
     if names and not len(images):
         raise UserError(f"{flag} {root} has images in it but no class folders. Take --data_format flat, or auto")
     if not len(images):
-        raise UserError(f"{flag} {root} has no images in it ({', '.join(extensions)})")
+        raise UserError(f"{flag} {root} has no images in it ({', '.join(extensions)}){what_else(root)}")
     return images
+
+
+def what_else(root):
+    """What a folder without images may have been meant for, as the end of a message."""
+    names = [name for _, _, files in os.walk(root) for name in files]
+    hints = {
+        ".npy": ", but arrays (.npy). Say how many channels they have by --in_chans",
+        ".tar": ", but tar shards in its folders. Name one of these, such as train",
+        ".gz": ", but what is compressed. Unpack it: gunzip makes tar shards of .tar.gz",
+        ".tgz": ", but what is compressed. Unpack it: gunzip makes tar shards of .tgz",
+    }
+    return next((hint for end, hint in hints.items() if any(name.lower().endswith(end) for name in names)), "")
 
 
 def cached_index(root, extensions=EXTENSIONS):

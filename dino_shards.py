@@ -71,7 +71,9 @@ def shard_files(pattern, flag):
     missing = [path for path in paths[:MOST_SHARDS] if not os.path.isfile(path)]
     if not paths or missing:
         what = f"; {len(missing)} of {len(paths)} are missing: {utils.some_of(missing)}" if missing else ""
-        raise UserError(f"{flag} {pattern}: there are no such shards{what}. Name those that there are")
+        raise UserError(
+            f"{flag} {pattern}: there are no such shards{what}. Name those that there are, as in {{0000..0999}}.tar"
+        )
     if len(paths) > MOST_SHARDS or len(set(paths)) < len(paths):
         raise UserError(f"{flag} {pattern} names a shard twice, or more than {MOST_SHARDS}. Name each once")
     return paths
@@ -110,6 +112,9 @@ def list_members(path, extensions=dino_images.EXTENSIONS):
     """The images in a shard, as Members in their order. Raises UserError if it is damaged, or made for other ends."""
     found, labels, dotted = [], {}, {}
     try:
+        with open(path, "rb") as file:
+            if file.read(2) == b"\x1f\x8b":
+                raise UserError(f"the shard {path} is compressed. Unpack it: gunzip")
         with tarfile.open(path, "r:") as tar:
             size = os.path.getsize(path)
             while (member := tar.next()) is not None:

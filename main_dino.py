@@ -146,15 +146,15 @@ def get_args_parser():
         other than 3, images keep the 16 bits or floats that they have, the crops are made on floats, grey is the mean
         of all channels, and hues, which such images have not, stay as they are.""")
     images.add_argument("--mean", default=None, type=float, nargs="+", metavar="M", help="""Mean of the training images
-        by channel, as a share of the largest value; unless given, ImageNet's (for 3 channels).""")
+        by channel, where 0 is black and 1 white; unless given, ImageNet's (for 3 channels).""")
     images.add_argument("--std", default=None, type=float, nargs="+", metavar="S", help="""Standard deviation of the
         training images by channel, in the same unit.""")
     images.add_argument("--compute_stats", default=False, type=bool_flag, metavar="BOOL", help=f"""Measure mean and std
         before training, once, on all images, or on {dino_data.MOST_MEASURED} that are spread evenly over them. The
         checkpoint keeps them.""")
     images.add_argument("--value_range", default=None, type=float, nargs=2, metavar=("MIN", "MAX"), help="""What counts
-        as black and as white in the files, if there are not 3 channels: 0 4095 for 12 bits, -1000 400 for a window of a
-        CT. Unless given, 0 and the largest value of a type of integers; floats lie between 0 and 1.""")
+        as black and, above it, as white in the files, if there are not 3 channels: 0 4095 for 12 bits, -1000 400 for a
+        window of a CT. Unless given, 0 and the largest value of a type of integers; floats lie between 0 and 1.""")
 
     run = parser.add_argument_group("data, output and machine")
     run.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines (see recipes/).
@@ -828,6 +828,12 @@ def measure(images, args):
         raise UserError(found)
     for name, numbers in zip(("mean", "std"), found, strict=True):
         utils.log(f"measured: --{name} {' '.join(f'{number:.6g}' for number in numbers)}")
+    mean, std = map(np.asarray, found)
+    if args.in_chans != 3 and ((mean + 2 * std < 0.1).all() or (mean - 2 * std > 0.9).all()):
+        utils.log(
+            "warning: nearly all values lie in a tenth of the range: the images are all but black or white. Say what "
+            "counts as 0 and as 1 by --value_range, such as 0 4095 for 12 bits"
+        )
     return found
 
 

@@ -339,6 +339,7 @@ def images_of_runs(runs, number, inputs):
                 return choose_images(path, number, inputs)
     if inputs.in_chans not in (1, 3):
         raise UserError("the images of the run are not to be found here. Name some by --data_path")
+    print("note: the images of the run are not to be found here; the page shows those of --data_path sample")
     return choose_images("sample", number, inputs)
 
 

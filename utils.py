@@ -69,6 +69,8 @@ class OneLineParser(argparse.ArgumentParser):
     source = ""  # where the arguments being parsed stand, if not on the command line
 
     def error(self, message):
+        if message.startswith("unrecognized arguments: ") and message.endswith(".tar"):
+            message = "several shards are named. Put their pattern in quotes: 'shards/{0000..0999}.tar'"
         self.exit(2, f"error: {self.source}{message} (--help lists the flags)\n")
 
 

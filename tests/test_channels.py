@@ -535,6 +535,42 @@ def test_a_resumed_run_takes_mean_and_std_from_its_checkpoint(run, bands, tmp_pa
     assert_same(weights(run), weights(tmp_path))
 
 
+def test_with_another_range_of_values_they_are_measured_anew(run, bands, tmp_path):
+    shutil.copy(run / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
+    args = arguments_of(main_dino, *ON_BANDS, "--compute_stats", "true", "--output_dir", tmp_path)
+    assert main_dino.measured_before(args)
+    args.value_range = [args.value_range[0], 2 * args.value_range[1]] if args.value_range else [0.0, 2.0]
+    assert main_dino.measured_before(args) is None
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_a_run_of_photographs_goes_on_with_imagenets_statistics_alone(said):
+    imagenet = ["--mean", *utils.IMAGENET_MEAN, "--std", *utils.IMAGENET_STD]
+    before = utils.plain_args(arguments_of(main_dino))
+    if not said:  # a version before there were any
+        before = {name: value for name, value in before.items() if name not in ("in_chans", "mean", "std")}
+    networks = {name: {"norm.weight": torch.zeros(1)} for name in ("student", "teacher")}
+    checkpoint = {**networks, "epoch": 1, "args": before}
+    for flags in ([], imagenet):
+        utils.check_resumable("x.pth", checkpoint, arguments_of(main_dino, *flags))
+    others = ["--mean", 0.1, 0.1, 0.1, "--std", *utils.IMAGENET_STD]
+    with pytest.raises(UserError, match=r"made with --mean \[0.485, .*this run has --mean \[0.1, .*result"):
+        utils.check_resumable("x.pth", checkpoint, arguments_of(main_dino, *others))
+    grey = arguments_of(main_dino, "--in_chans", 1, "--mean", 0.5, "--std", 0.2)
+    with pytest.raises(UserError, match=r"made with --in_chans 3, this run has --in_chans 1"):
+        utils.check_resumable("x.pth", checkpoint, grey)
+
+
+@pytest.mark.parametrize(("largest", "warns"), [(4095, True), (65535, False)])
+def test_images_that_fill_a_small_part_of_their_range_are_a_warning(tmp_path, capsys, largest, warns):
+    for i in range(3):
+        deep = np.random.default_rng(i).integers(0, largest, (20, 20), dtype=np.uint16)
+        Image.fromarray(deep).save(tmp_path / f"{i}.png")
+    args = arguments_of(main_dino, "--in_chans", 1, "--compute_stats", "true", "--num_workers", 0)
+    main_dino.measure(dino_data.find_images(tmp_path, in_chans=1), args)
+    assert ("by --value_range, such as 0 4095" in capsys.readouterr().out) == warns
+
+
 def test_a_run_tells_its_mean_and_std(run):
     found = json.loads((run / "run.json").read_text())["changed"]
     assert len(found["mean"]) == len(found["std"]) == found["in_chans"] == 4

@@ -330,7 +330,7 @@ def test_compressed_and_other_files_are_named(tmp_path):
     write_shards(tmp_path, [1])
     path = tmp_path / "0000.tar"
     path.write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(UserError, match=r"0000.tar is no tar file, or damaged"):
+    with pytest.raises(UserError, match=r"0000.tar is compressed. Unpack it"):
         dino_shards.list_members(path)
     write_tar(path, {"x.txt": b"no image"})
     with pytest.raises(UserError, match="no images in these 1 shards"):
@@ -618,6 +618,24 @@ def test_training_takes_no_shards_of_val(tmp_path, monkeypatch, capsys):
     assert (code, "holds train and val" in line) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("train/0.tar", "Name one of these"), ("0.tar.gz", "gunzip"), ("0.tgz", "gunzip"), ("a/0.npy", "by --in_chans")],
+)
+def test_a_folder_without_images_is_told_by_what_it_has(tmp_path, name, says):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"has no images in it .*{says}"):
+        dino_data.find_images(tmp_path)
+
+
+def test_a_pattern_without_quotes_is_told_in_one_line(tmp_path):
+    flags = [word for i in range(300) for word in ([] if i else ["--data_path"]) + [f"shards/{i:04}.tar"]]
+    done = run_script("main_dino.py", *flags, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: several shards are named. Put their pattern in quotes")
+
+
 def test_shards_without_labels_are_no_labelled_images(tmp_path, monkeypatch, capsys):
     write_shards(tmp_path / "train", [3], labels=False)
     write_shards(tmp_path / "val", [3], labels=False)
@@ -667,13 +685,22 @@ def test_killed_runs_over_shards_and_folder_see_every_image_once_an_epoch(tmp_pa
         killed.kill()
         seen = steps_of(tmp_path / name, world)
         assert sorted(seen[0]) == everything
+        rest = []
+        if after != world:  # and killed there once more
+            spoil = ("note_images", tmp_path / f"{name}-second", "small_head", "kill_in_step", STEPS + 5)
+            second = Run(*flags_of(data, tmp_path / f"run-{name}", after, workers), world=after, spoil=spoil)
+            second.processes[0].join(120)
+            assert second.processes[0].exitcode == -signal.SIGKILL, second.said()
+            second.kill()
+            rest = first_steps(tmp_path / f"{name}-second", after, 2)
+            after = world
         again = Run(
             *flags_of(data, tmp_path / f"run-{name}", after, workers), world=after,
             spoil=("note_images", tmp_path / f"{name}-again", "small_head"),
         )  # fmt: skip
         codes, screens = again.end(120)
         assert not any(codes), screens
-        rest = steps_of(tmp_path / f"{name}-again", after)[1]
+        rest += steps_of(tmp_path / f"{name}-again", after)[1]
         assert len(rest) == 64 - 3 * 8
         checkpoint = torch.load(tmp_path / f"run-{name}" / "checkpoint.pth", weights_only=True)
         ends[name] = {key: checkpoint[key] for key in ("student", "teacher", "epoch")}

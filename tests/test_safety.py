@@ -169,6 +169,13 @@ def test_a_plain_pickle_and_an_array_of_objects_are_refused_and_run_nothing(tmp_
             utils.load_checkpoint(tmp_path / name)
 
 
+def test_a_tensor_that_repeats_a_number_to_fill_memory_is_refused(tmp_path):
+    torch.save({"a.weight": torch.zeros(1).expand(100_000, 1000)}, tmp_path / "c.pth")
+    assert (tmp_path / "c.pth").stat().st_size < 3000
+    with pytest.raises(UserError, match=r"c\.pth can't be read .*a tensor of 400 MB repeats a few numbers"):
+        utils.load_checkpoint(tmp_path / "c.pth")
+
+
 def test_a_checkpoint_that_would_fill_memory_is_not_opened(tmp_path):
     torch.save({"a.weight": torch.zeros(5_000_000)}, tmp_path / "c.pth")
     with zipfile.ZipFile(tmp_path / "c.pth") as plain, zipfile.ZipFile(tmp_path / "b.pth", "w", 8) as bomb:
