@@ -1,6 +1,6 @@
 """How fast this is on this machine: against DINO written out plainly, against others, and against the machine's limits.
 
-    python benchmark.py                              # every table: some thirteen minutes on two cores
+    python benchmark.py                              # every table: some ten minutes on two cores
     python benchmark.py crops step --data_path imagenet/train
     python benchmark.py scaling --processes 1 2 4 --threads 4 --arch vit_small --batch_size_per_gpu 16
 
