@@ -24,7 +24,7 @@ import main_dino
 import utils
 from utils import UserError
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", 3))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", 2))
 FOR_A_WHILE = settings(
     max_examples=10**9, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.reuse, Phase.generate],
     derandomize="FUZZ_SECONDS" not in os.environ,
