@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import time
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -599,12 +600,20 @@ def load_or_download(kind, root, wants, options):
     arriving = os.path.join(root, ".arriving")
     shutil.rmtree(arriving, ignore_errors=True)
     os.makedirs(arriving)
+    urllib.request.install_opener(urllib.request.build_opener(NoHttp))  # torchvision goes back to http if https fails
     try:
         kind(root=arriving, download=True, **options)
         move_into(arriving, root)
     finally:
         shutil.rmtree(arriving, ignore_errors=True)
     return kind(root=root, **options)
+
+
+class NoHttp(urllib.request.HTTPHandler):
+    """Of what urllib opens, http is refused: anybody on the way could change what arrives."""
+
+    def http_open(self, req):
+        raise OSError(f"{req.full_url} is not https, and nothing else is downloaded. Bring it by other means")
 
 
 def move_into(source, target):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import gzip
+import http.server
 import io
 import json
 import os
@@ -14,7 +15,9 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +281,31 @@ def test_a_download_that_is_interrupted_is_not_taken_for_whole(tmp_path, monkeyp
     for _ in range(2):
         assert dino_images.find_images("torchvision:MNIST").open(0).getpixel((0, 0)) == (5, 5, 5)
     assert not (tmp_path / "torchvision" / ".arriving").exists()
+
+
+def test_a_data_set_is_not_downloaded_over_http(tmp_path, monkeypatch):
+    asked = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+    class OverHttp(Arriving):
+        def __init__(self, root, download=False):
+            if download:
+                datasets.utils.download_url(f"http://localhost:{server.server_port}/x.png", root)
+            raise RuntimeError("Dataset not found")
+
+    server = http.server.HTTPServer(("localhost", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets, "MNIST", OverHttp)
+    with pytest.raises(UserError, match="is not https, and nothing else is downloaded"):
+        dino_images.find_images("torchvision:MNIST")
+    server.shutdown()
+    assert not asked
 
 
 def test_parts_of_a_data_set_that_come_one_by_one_stay_beside_each_other(tmp_path, monkeypatch):
