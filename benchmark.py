@@ -123,9 +123,12 @@ class Contender:
             raise UserError(answer)
         return answer
 
-    def run(self):
-        """(seconds of a piece of work, MB of memory at the peak so far above what there was before the first)."""
-        self.pipe.send("go")
+    def run(self, warm_up=0):
+        """(seconds of a piece of work, MB of memory at the peak so far above what there was before the first).
+
+        Some that do not count come before.
+        """
+        self.pipe.send(warm_up)
         return self.receive()
 
     def end(self):
@@ -138,7 +141,9 @@ def contend(pipe, prepare, args):
         work = prepare(*args)
         before = peak_mb()
         pipe.send(None)
-        while pipe.recv():
+        while True:
+            for _ in range(pipe.recv()):
+                work()
             began = time.perf_counter()
             work()
             pipe.send((time.perf_counter() - began, peak_mb() - before))
@@ -158,18 +163,21 @@ def peak_mb():
 
 
 def take_turns(contenders, rounds, warm_up=1):
-    """Seconds of each round and MB at the peak, each by name, of {name: (prepare, *args)}; some rounds come before."""
+    """Seconds of each round and MB at the peak, each by name, of {name: (prepare, *args)}.
+
+    `warm_up` pieces of work come before the first that counts, and one, if any, before each later one: a system may
+    take memory away from a process that waits, and giving it back takes time.
+    """
     seconds, peaks, running = {name: [] for name in contenders}, {}, {}
     try:
         for name, contender in contenders.items():
             running[name] = Contender(*contender)
         for contender in running.values():
             contender.receive()
-        for number in range(-warm_up, rounds):
+        for number in range(rounds):
             for name, contender in running.items():
-                took, peaks[name] = contender.run()
-                if number >= 0:
-                    seconds[name].append(took)
+                took, peaks[name] = contender.run(min(warm_up, 1) if number else warm_up)
+                seconds[name].append(took)
     finally:
         for contender in running.values():
             contender.end()
@@ -372,6 +380,7 @@ PRODUCT = 2 * SIDE**3  # operations
 
 
 def matrix_product(dtype, side=SIDE):
+    utils.multiply_by_onednn()  # where that is faster
     a, b, c = (torch.randn(side, side).to(dtype) for _ in range(3))
     return lambda: torch.mm(a, b, out=c)
 

@@ -41,7 +41,7 @@ class Here:
     def receive(self):
         pass
 
-    def run(self):
+    def run(self, warm_up=0):
         began = time.perf_counter()
         self.work()
         return time.perf_counter() - began, 7.0
@@ -211,25 +211,27 @@ def test_lightlys_step_trains():
 # ---- taking turns ----
 
 
-def test_contenders_take_turns_and_a_first_round_does_not_count(monkeypatch):
+def test_contenders_take_turns_and_each_warms_up_first(monkeypatch):
     order = []
 
     class Fake(Here):
         def __init__(self, name, seconds):
             self.name, self.seconds = name, iter(seconds)
 
-        def run(self):
-            order.append(self.name)
+        def run(self, warm_up):
+            order.append(warm_up * "-" + self.name)
             return next(self.seconds), len(order)
 
         def end(self):
             order.append(f"end {self.name}")
 
     monkeypatch.setattr(benchmark, "Contender", Fake)
-    contenders = {"a": ("a", [9, 1, 2]), "b": ("b", [8, 3, 4])}
-    assert benchmark.take_turns(contenders, 2) == ({"a": [1, 2], "b": [3, 4]}, {"a": 5, "b": 6})
-    assert order == [*"abababab"[:6], "end a", "end b"]
-    assert benchmark.take_turns({"a": ("a", [9, 1])}, 2, warm_up=0)[0] == {"a": [9, 1]}
+    contenders = {"a": ("a", [1, 2]), "b": ("b", [3, 4])}
+    assert benchmark.take_turns(contenders, 2, warm_up=2) == ({"a": [1, 2], "b": [3, 4]}, {"a": 3, "b": 4})
+    assert order == ["--a", "--b", "-a", "-b", "end a", "end b"]
+    order.clear()
+    benchmark.take_turns(contenders, 1, warm_up=0)
+    assert order == ["a", "b", "end a", "end b"]
 
 
 def test_a_table_has_medians_of_the_ratios_of_neighbours(monkeypatch, capsys):
@@ -279,19 +281,20 @@ def test_a_contender_that_fails_is_one_line(contender, says):
 def test_contend_sends_what_a_benchmark_asks_for():
     class Pipe:
         def __init__(self):
-            self.sent, self.asked = [], iter(["go", "go"])
+            self.sent, self.asked = [], iter([0, 2])
 
         def send(self, answer):
             self.sent.append(answer)
 
         def recv(self):
-            if len(self.sent) > 2:
-                raise EOFError
-            return "go"
+            for warm_up in self.asked:
+                return warm_up
+            raise EOFError
 
     pipe, done = Pipe(), itertools.count()
     benchmark.contend(pipe, lambda start: lambda: next(start), (done,))
-    assert next(done) == 2
+    assert next(done) == 1 + 2 + 1
+    assert len(pipe.sent) == 3
     assert pipe.sent[0] is None
     assert all(seconds >= 0 and mb >= 0 for seconds, mb in pipe.sent[1:])
     for error, line in (
