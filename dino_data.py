@@ -620,6 +620,8 @@ class EpochSampler(Sampler):
     process with a batch of n·b. What does not fill a last global batch is left out.
     """
 
+    lanes = 1  # see ShardSampler
+
     def __init__(self, num_images, batch_size, seed=0, rank=0, world_size=1):
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.rank, self.world_size = rank, world_size

@@ -358,6 +358,17 @@ class TarShards:
 # ---- their order in training ----
 
 WINDOW = 16_384  # images: of this many that follow each other the order is random; a dozen shards of ImageNet
+LANES = (80, 40, 20, 10, 4, 2)  # 80 is shared out evenly by 2, 4, 8, 10 (the default), 16 and 20 loaders
+
+
+def count_lanes(shards, batches):
+    """Into how many lanes a run is divided: as many as leave two shards and eight batches to each, else one."""
+    return next((lanes for lanes in LANES if shards >= 2 * lanes and batches >= 8 * lanes), 1)
+
+
+def lane_lengths(batches, lanes):
+    """How many of a run's first batches are of each lane: batch k is of lane k % lanes."""
+    return [len(range(lane, batches, lanes)) for lane in range(lanes)]
 
 
 class Piece(NamedTuple):
@@ -372,10 +383,12 @@ class Piece(NamedTuple):
 class ShardSampler(Sampler):
     """(epoch, number) of the images that this rank sees in an epoch: every image at most once over all ranks.
 
-    Shards, in an order that follows from (seed, epoch), are cut into one run for each process: it reads its own shards
-    from first to last, shuffled within a window that moves over them. The order in a run is the same for any number of
-    loaders, and where it goes on follows from the number of steps done. What does not fill a last global batch is left
-    out.
+    Shards, in an order that follows from (seed, epoch), are cut into one run for each process, and a run into `lanes`.
+    Batch k comes from lane k % lanes, which is read from first to last, shuffled within a window that moves over it.
+    So loaders, who take turns, read shards of their own, but for those at the borders of lanes, if their number divides
+    that of lanes; loaders of other numbers share lanes, by gcd(loaders, lanes) groups, and images are the same. How
+    many lanes there are does not depend on loaders, nor does the order, and where it goes on follows from the number of
+    steps done. What does not fill a last global batch is left out.
     """
 
     def __init__(self, images, batch_size, seed=0, rank=0, world_size=1):
@@ -386,38 +399,55 @@ class ShardSampler(Sampler):
     def set_epoch(self, epoch, first_step=0, sittings=()):
         """Which epoch comes next, with which of its steps, and who had which share of it before.
 
-        `sittings` are (processes, images a step in each, steps) of the runs that did the steps before, in their order;
-        unless given, they were done by as many processes as there are now.
+        `sittings` are (processes, images a step in each, steps, lanes) of the runs that did the steps before, in their
+        order; unless given, they were done by as many processes as there are now. A sitting of three numbers is from
+        before there were lanes: it had one.
         """
         self.epoch = epoch
         generator = torch.Generator().manual_seed(utils.derive_seed(self.seed, utils.ORDER, epoch))
         self.shards = torch.randperm(len(self.images.paths), generator=generator).numpy()
         self.ends = np.diff(self.images.starts)[self.shards].cumsum()  # of each shard among the epoch's positions
-        sittings = [
-            *(sittings or [(self.world_size, self.batch_size, first_step)]),
-            (self.world_size, self.batch_size, 0),
-        ]
-        steps = len(self.images) // (self.batch_size * self.world_size) - first_step
-        self.mine = cut(self.deal(sittings)[self.rank], 0, max(steps, 0) * self.batch_size)
+        now = (self.world_size, self.batch_size)
+        self.mine, self.done = self.deal([*(sittings or [(*now, first_step, None)]), (*now, 0, None)])
+        self.lanes = len(self.mine)
+        self.steps = max(len(self.images) // (self.batch_size * self.world_size) - first_step, 0)
 
     def deal(self, sittings):
-        """Pieces of each process in the last of the sittings."""
-        processes, batch_size, _ = sittings[0]
-        each = len(self.images) // (processes * batch_size) * batch_size
-        pieces = [Piece(r * each, (r + 1) * each, 0, each) for r in range(processes)]
-        pieces.append(Piece(processes * each, len(self.images), 0, len(self.images) - processes * each))
-        for processes, batch_size, steps in sittings:
-            each = sum(p.last - p.first for p in pieces) // (processes * batch_size) * batch_size
-            runs = [cut(pieces, r * each, (r + 1) * each) for r in range(processes)]
-            left = cut(pieces, processes * each, len(self.images))
-            pieces = [piece for run in runs for piece in cut(run, steps * batch_size, each)] + left
-        return runs
+        """What this process has before it in the last of the sittings: pieces of each lane; and batches behind it.
+
+        A sitting of as many processes as the one before goes on where that was. Another divides what is left: the rests
+        of lanes, process by process, and what filled no batch. It has as many lanes as fit, where they are None.
+        """
+        left, pieces = len(self.images), None
+        for (processes, batch_size), same in itertools.groupby(sittings, key=lambda sitting: tuple(sitting[:2])):
+            same = [(*sitting, 1)[:4] for sitting in same]
+            batches = left // (processes * batch_size)  # of each process
+            done = min(sum(sitting[2] for sitting in same), batches)
+            lanes = same[0][3] or count_lanes(len(self.images.paths) // processes, batches)
+            sizes, given = (
+                [number * batch_size for number in lane_lengths(n, lanes)] * processes for n in (batches, done)
+            )
+            sizes, given = [*sizes, left - sum(sizes)], [*given, 0]  # the last: what fills no batch of all
+            if pieces is None:
+                ends = itertools.accumulate(sizes)
+                pieces = [Piece(end - size, end, 0, size) for size, end in zip(sizes, ends, strict=True)]
+            edges = [number for size, gone in zip(sizes, given, strict=True) for number in (gone, size - gone)]
+            parts = split(pieces, edges)[1::2]  # without those that are gone
+            pieces, left = list(itertools.chain(*parts)), left - sum(given)
+        return parts[self.rank * lanes : (self.rank + 1) * lanes], done
 
     def __len__(self):
-        return sum(piece.last - piece.first for piece in self.mine)
+        return self.steps * self.batch_size
 
     def __iter__(self):
-        for piece in self.mine:
+        lanes = [self.positions(pieces) for pieces in self.mine]
+        for k in range(self.done, self.done + self.steps):
+            for position in itertools.islice(lanes[k % self.lanes], self.batch_size):
+                yield self.epoch, self.number_at(position)
+
+    def positions(self, pieces):
+        """Positions in the epoch of the images of pieces; no more than one window is in memory."""
+        for piece in pieces:
             for start in range(piece.start, piece.stop, WINDOW):
                 stop = min(start + WINDOW, piece.stop)
                 first, last = (max(edge + piece.start - start, 0) for edge in (piece.first, piece.last))
@@ -425,8 +455,8 @@ class ShardSampler(Sampler):
                     continue
                 seed = utils.derive_seed(self.seed, utils.ORDER, self.epoch, start)
                 order = torch.randperm(stop - start, generator=torch.Generator().manual_seed(seed))[first:last]
-                for position in (start + order).tolist():
-                    yield self.epoch, self.number_at(position)
+                for position in order.numpy():
+                    yield start + int(position)
 
     def number_at(self, position):
         """Number of the image at a position of the epoch."""
@@ -435,13 +465,16 @@ class ShardSampler(Sampler):
         return int(self.images.starts[shard + 1] - self.ends[k] + position)
 
 
-def cut(pieces, first, last):
-    """Images `first` to `last` of pieces laid end to end."""
-    found = []
-    for piece in pieces:
-        length = piece.last - piece.first
-        a, b = max(first, 0), min(last, length)
-        if a < b:
-            found.append(piece._replace(first=piece.first + a, last=piece.first + b))
-        first, last = first - length, last - length
-    return found
+def split(pieces, sizes):
+    """Pieces laid end to end, divided into parts of so many images each: a list of pieces for each part."""
+    rest, parts = list(reversed(pieces)), []
+    for size in sizes:
+        parts.append([])
+        while size:
+            piece = rest.pop()
+            middle = min(piece.first + size, piece.last)
+            parts[-1].append(piece._replace(last=middle))
+            if middle < piece.last:
+                rest.append(piece._replace(first=middle))
+            size -= middle - piece.first
+    return parts

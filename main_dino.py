@@ -624,7 +624,8 @@ def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor,
     """What a checkpoint holds: the public release's keys and prefixes, and plain types only beside the tensors.
 
     `epoch` is the one to go on with, `step` how many of its steps are done, `meters` what they have added up,
-    `sittings` who has done them: (processes, images a step in each, steps) for each start. `doctor` is health.py's.
+    `sittings` who has done them: (processes, images a step in each, steps, lanes of shards) for each start. `doctor` is
+    health.py's.
     """
 
     def with_prefix(module):
@@ -670,7 +671,7 @@ class RunKeeper:
         self.args, self.student, self.state, self.writer, self.stop = args, student, state, writer, stop
         self.doctor, self.neighbours = doctor, neighbours
         self.first_step, self.meters, self.sittings = first_step, meters, sittings
-        self.saved_at, self.stopped_by, self.bad_steps = time.monotonic(), 0, 0
+        self.saved_at, self.stopped_by, self.bad_steps, self.lanes = time.monotonic(), 0, 0, 1
         self.unlogged = []
 
     def look(self, step, metrics, student, teacher, dino_loss, gradient_norms):
@@ -760,7 +761,7 @@ class RunKeeper:
         self.check_weights()
         self.share_bad_images()
         share = utils.global_batch(vars(self.args)) // utils.get_world_size()
-        sitting = (utils.get_world_size(), share, step - self.first_step)
+        sitting = (utils.get_world_size(), share, step - self.first_step, self.lanes)
         self.writer.save(self.state(epoch, step, meters, [*self.sittings, sitting]))
         self.saved_at = time.monotonic()
 
@@ -913,6 +914,7 @@ def train_dino(args):
         keeper = RunKeeper(args, student, state, writer, stop, doctor, neighbours, *before)
         for epoch in range(progress["epoch"], args.epochs):
             data_loader.sampler.set_epoch(epoch, keeper.first_step, keeper.sittings)
+            keeper.lanes = data_loader.sampler.lanes
             means = train_one_epoch(
                 student, teacher, dino_loss, data_loader, optimizer, schedules, epoch, fp16_scaler, args, amp_dtype,
                 keeper,

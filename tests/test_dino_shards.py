@@ -19,6 +19,8 @@ import pytest
 import torch
 import webdataset
 from conftest import SMALL_RUN, ending, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_restarts import Run, assert_same
 
@@ -548,15 +550,217 @@ def test_with_another_batch_no_image_is_seen_twice(uneven):
     assert len(set(rest)) == len(rest)
 
 
-def test_pieces_are_cut_like_a_list_of_their_images():
+def test_pieces_are_split_like_a_list_of_their_images():
     pieces = [Piece(0, 10, 2, 5), Piece(10, 20, 0, 10), Piece(20, 22, 1, 1), Piece(30, 40, 9, 10)]
 
     def images(pieces):
         return [(piece.start, i) for piece in pieces for i in range(piece.first, piece.last)]
 
-    for first in range(16):
-        for last in range(16):
-            assert images(dino_shards.cut(pieces, first, last)) == images(pieces)[first:last]
+    for first in range(15):
+        for second in range(15 - first):
+            parts = dino_shards.split(pieces, [first, second])
+            assert images(parts[0]) == images(pieces)[:first]
+            assert images(parts[1]) == images(pieces)[first : first + second]
+
+
+# ---- lanes, for loaders ----
+
+
+@pytest.fixture
+def many(tmp_path):
+    """96 shards, 704 images: of two images a step, 40 lanes for one process and 20 for each of two."""
+    return TarShards(str(write_shards(tmp_path / "many", [5, 9, 8, 7, 6, 9, 8, 6, 9, 3, 10, 8] * 8, labels=False)))
+
+
+@pytest.mark.parametrize(
+    ("shards", "batches", "lanes"),
+    [
+        (1000, 20_015, 80), (160, 640, 80), (159, 640, 40), (160, 639, 40), (80, 320, 40), (79, 320, 20), (40, 159, 10),
+        (20, 80, 10), (19, 80, 4), (8, 32, 4), (8, 31, 2), (4, 16, 2), (3, 16, 1), (4, 15, 1), (1, 7, 1), (0, 0, 1),
+    ],
+)  # fmt: skip
+def test_a_run_has_as_many_lanes_as_leave_two_shards_and_eight_batches_to_each(shards, batches, lanes):
+    assert dino_shards.count_lanes(shards, batches) == lanes
+
+
+class Opened(torch.utils.data.Dataset):
+    """Images of shards as who opened them: (worker, shard, number of the image)."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, item):
+        self.images.open(item[1])
+        shard = int(Path(self.images.find(item[1])[0]).stem)
+        return getattr(torch.utils.data.get_worker_info(), "id", -1), shard, item[1]
+
+
+def loaded(images, workers, rank=0, world=1, sittings=(), first=0):
+    """The batches [B, 3] that a loader with so many workers gives."""
+    sampler = ShardSampler(images, 2, 5, rank, world)
+    sampler.set_epoch(1, first, sittings)
+    loader = torch.utils.data.DataLoader(Opened(images), 2, sampler=sampler, num_workers=workers)
+    return sampler, [torch.stack(batch, 1).tolist() for batch in loader]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("workers", [2, 4])
+def test_each_loader_opens_shards_of_its_own_but_for_those_at_borders_of_lanes(many, world, workers):
+    opened_by, borders = {}, set()
+    for rank in range(world):
+        sampler, batches = loaded(many, workers, rank, world)
+        assert sampler.lanes == 40 // world
+        for worker, shard, _ in all_of(batches):
+            opened_by.setdefault(shard, set()).add((rank, worker))
+        each = len(batches)
+        lengths = [2 * sum(k % sampler.lanes == lane for k in range(each)) for lane in range(sampler.lanes)]
+        borders |= {2 * rank * each + sum(lengths[:lane]) for lane in range(sampler.lanes + 1)}
+    stops = np.diff(many.starts)[sampler.shards].cumsum().tolist()
+    starts = [0, *stops[:-1]]
+    at_border = {
+        shard
+        for shard, a, b in zip(sampler.shards.tolist(), starts, stops, strict=True)
+        if any(a < border < b for border in borders)
+    }
+    assert len(at_border) < 48
+    assert len(opened_by) == 96
+    assert all(len(whose) == 1 for shard, whose in opened_by.items() if shard not in at_border)
+    assert all(len(whose) <= 3 for whose in opened_by.values())
+    assert {whose for all_whose in opened_by.values() for whose in all_whose} == {
+        (rank, worker) for rank in range(world) for worker in range(workers)
+    }
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_batches_and_their_order_are_the_same_for_any_number_of_loaders(many):
+    for how in ({}, {"sittings": [(2, 2, 17, 20), (1, 2, 5, 10)], "first": 39}):
+        orders = [[[image[1:] for image in batch] for batch in loaded(many, n, **how)[1]] for n in range(5)]
+        assert len(orders[0]) == 352 - how.get("first", 0)
+        assert all(order == orders[0] for order in orders)
+
+
+def test_a_window_moves_over_each_lane_and_lanes_take_turns(many, monkeypatch):
+    """The images of a lane's window are those of a run of shards laid end to end, in another order."""
+    monkeypatch.setattr(dino_shards, "WINDOW", 10)
+    sampler = ShardSampler(many, 2, 5)
+    end_to_end = all_of([range(many.starts[k], many.starts[k + 1]) for k in sampler.shards])
+    seen = [number for _, number in sampler]
+    batches, at = [seen[i : i + 2] for i in range(0, 704, 2)], 0
+    for lane in range(40):
+        images = all_of(batches[lane::40])
+        for i in range(0, len(images), 10):
+            window = images[i : i + 10]
+            assert sorted(window) == sorted(end_to_end[at : at + len(window)])
+            at += len(window)
+    assert at == 704
+    assert seen != end_to_end
+
+
+class Counted:
+    """What a sampler asks of shards with so many images each."""
+
+    def __init__(self, counts):
+        self.paths, self.starts = range(len(counts)), np.cumsum([0, *counts])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+
+def slowly(images, world, batch, sittings, window, steps, seed=5, epoch=0):
+    """The numbers that each rank sees in the last sitting: lists that batches are taken from, one by one.
+
+    Sittings are (processes, images, steps) or, with a number of lanes of their own, four numbers.
+    """
+    order = ShardSampler(images, 1, seed)
+    order.set_epoch(epoch)
+    numbers = all_of([range(images.starts[k], images.starts[k + 1]) for k in order.shards])
+    merged = []
+    for sitting in [*sittings, (world, batch, 0)]:
+        if merged and merged[-1][:2] == list(sitting[:2]):
+            merged[-1][2] += sitting[2]
+        else:
+            merged.append(list(sitting))
+    line = None
+    for processes, share, done, *lanes in merged:
+        n = len(numbers if line is None else line) // (processes * share)
+        each = len(images.paths) // processes
+        most = max(x for x in (1, 2, 4, 10, 20, 40, 80) if x == 1 or (each // x >= 2 and n // x >= 8))
+        count = lanes[0] if lanes else most
+        lengths = [sum(share for k in range(n) if k % count == lane) for lane in range(count)] * processes
+        if line is None:
+            line, first = [], 0
+            for length in [*lengths, len(numbers) - sum(lengths)]:
+                for start in range(first, first + length, window):
+                    stop = min(start + window, first + length)
+                    own = torch.Generator().manual_seed(utils.derive_seed(seed, utils.ORDER, epoch, start))
+                    line += [numbers[start + i] for i in torch.randperm(stop - start, generator=own).tolist()]
+                first += length
+        queues = []
+        for length in lengths:
+            queues.append(line[:length])
+            del line[:length]
+        ranks = [queues[r * count : (r + 1) * count] for r in range(processes)]
+        for rank in ranks:
+            for k in range(done):
+                del rank[k % count][:share]
+        line = all_of(queues) + line
+    found = []
+    for rank in ranks:
+        found.append([])
+        for k in range(done, done + steps):
+            found[-1] += rank[k % count][:share]
+            del rank[k % count][:share]
+    return found
+
+
+sittings_of_runs = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.floats(0, 1)), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(1, 12), min_size=4, max_size=50), sittings_of_runs, st.sampled_from([3, 20, 1000]))
+def test_whoever_had_a_share_of_an_epoch_no_image_is_seen_twice_and_the_order_is_that_of_lists(counts, runs, window):
+    images = Counted(counts * 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dino_shards, "WINDOW", window)
+        sittings, seen, left = [], [], len(images)
+        for world, batch, part in [*runs, (2, 3, 1.0), (2, 3, 1.0)]:
+            first = -(-(len(images) - left) // (world * batch))
+            samplers = [ShardSampler(images, batch, 5, rank, world) for rank in range(world)]
+            for sampler in samplers:
+                sampler.set_epoch(0, first, sittings)
+            shares = [[number for _, number in sampler] for sampler in samplers]
+            steps = len(images) // (world * batch) - first
+            assert [len(numbers) for numbers in shares] == [steps * batch] * world
+            assert shares == slowly(images, world, batch, sittings, window, steps)
+            done = int(part * steps)
+            seen += all_of(numbers[: done * batch] for numbers in shares)
+            left -= done * batch * world
+            sittings.append((world, batch, done, samplers[0].lanes))
+    assert len(set(seen)) == len(seen) == len(images) - left
+    assert left < len(images) % 6 + 3 * 4 * len(runs) + 6
+
+
+@pytest.mark.parametrize("before", [[], [(3, 2, 11, 20)], [(1, 4, 5, 20), (3, 2, 11, 20)]])
+def test_a_run_that_is_stopped_often_goes_on_as_if_it_had_never_been(many, before):
+    first = -(-sum(processes * images * steps for processes, images, steps, _ in before) // 4)
+    whole = shares(many, 2, 2, 1, first, [*before, (2, 2, 0, None)])
+    stops = [(2, 2, steps, None) for steps in (1, 0, 22, 30)]
+    for number in range(1, 5):
+        done = sum(stop[2] for stop in stops[:number])
+        again = shares(many, 2, 2, 1, first + done, [*before, *stops[:number]])
+        assert again == [numbers[2 * done :] for numbers in whole]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_checkpoint_from_before_there_were_lanes_ends_its_epoch_without_them(many, world):
+    """Its sittings have three numbers. Each process read a run from first to last, in order of windows."""
+    before = slowly(many, world, 2, [(world, 2, 0, 1)], dino_shards.WINDOW, 352 // world)
+    steps = 100 // world
+    assert shares(many, world, 2, 0, steps, [(world, 2, steps)]) == [numbers[2 * steps :] for numbers in before]
+    other = 3 - world
+    rest = all_of(shares(many, other, 2, 0, 100 // other, [(world, 2, steps)]))
+    assert sorted(rest + all_of(numbers[: 2 * steps] for numbers in before)) == list(range(704))
 
 
 def test_crops_of_an_image_are_those_of_the_same_image_in_a_folder(tmp_path):
@@ -647,8 +851,8 @@ def test_shards_without_labels_are_no_labelled_images(tmp_path, monkeypatch, cap
 
 # ---- runs ----
 
-STEPS = 8  # an epoch: 64 images, 8 a step
-COUNTS = [13, 5, 14, 20, 12]
+STEPS = 16  # an epoch: 64 images, 4 a step; in two lanes for each of 1, 2 and 4 processes
+COUNTS = [3, 5, 4, 6, 2, 4, 1, 7] * 2
 
 
 def steps_of(file, world):
@@ -664,7 +868,7 @@ def steps_of(file, world):
 def flags_of(data, folder, world, workers):
     return (
         *SMALL_RUN, "--data_path", data, "--output_dir", folder, "--num_workers", workers,
-        "--batch_size_per_gpu", 8 // world, "--saveckp_iters", 1,
+        "--batch_size_per_gpu", 4 // world, "--saveckp_iters", 1,
     )  # fmt: skip
 
 
@@ -683,6 +887,8 @@ def test_killed_runs_over_shards_and_folder_see_every_image_once_an_epoch(tmp_pa
         killed.processes[0].join(120)
         assert killed.processes[0].exitcode == -signal.SIGKILL, killed.said()
         killed.kill()
+        checkpoint = torch.load(tmp_path / f"run-{name}" / "checkpoint.pth", weights_only=True)
+        assert checkpoint["sittings"] == [(world, 4 // world, 3, 2 if data is shards else 1)]
         seen = steps_of(tmp_path / name, world)
         assert sorted(seen[0]) == everything
         rest = []
@@ -701,7 +907,7 @@ def test_killed_runs_over_shards_and_folder_see_every_image_once_an_epoch(tmp_pa
         codes, screens = again.end(120)
         assert not any(codes), screens
         rest += steps_of(tmp_path / f"{name}-again", after)[1]
-        assert len(rest) == 64 - 3 * 8
+        assert len(rest) == 64 - 3 * 4
         checkpoint = torch.load(tmp_path / f"run-{name}" / "checkpoint.pth", weights_only=True)
         ends[name] = {key: checkpoint[key] for key in ("student", "teacher", "epoch")}
         done = first_steps(tmp_path / name, world, 3)
