@@ -90,13 +90,18 @@ def check_libraries(args):
 
 def check_output(args):
     """Where the export will stand, its parent folder made. Raises UserError if it can't, or must not, be written."""
-    output = Path(args.output).resolve()  # what a link points to, not the link
+    output = Path(os.path.realpath(args.output))  # what a link points to, not the link
+    if Path(args.output).is_symlink() and utils.leads_astray(Path(args.output)):
+        raise UserError(
+            f"--output {args.output} is a link to {output}, a path of another name, which would be overwritten. "
+            "Name that, or remove the link"
+        )
     utils.check_output_dir(output.parent, "the folder of --output")
     if args.to == "hf" and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {args.output} is there already. Name a new folder, or remove that one")
     if args.to != "hf" and output.is_dir():
         raise UserError(f"--output {args.output} is a folder, where a file is to be written. Name a file")
-    if args.pretrained_weights and output == Path(args.pretrained_weights).resolve():
+    if args.pretrained_weights and str(output) == os.path.realpath(args.pretrained_weights):
         raise UserError(f"--output {args.output} would replace --pretrained_weights. Name another file")
     return output
 

@@ -569,12 +569,49 @@ def test_a_failure_leaves_what_was_there(tmp_path, nano, monkeypatch, capsys, ra
     assert [file.read_text() for file in tmp_path.iterdir()] == ["what was there"]
 
 
-def test_a_file_is_replaced_where_a_link_points(tmp_path, nano):
-    (tmp_path / "old.pth").write_text("old")
-    (tmp_path / "link.pth").symlink_to(tmp_path / "old.pth")
-    run("--to", "backbone", "--output", tmp_path / "link.pth", *nano)
-    assert (tmp_path / "link.pth").is_symlink()
-    assert "cls_token" in torch.load(tmp_path / "old.pth", weights_only=True)
+KINDS = {"backbone": "a.pth", "timm": "a.safetensors", "onnx": "a.onnx", "hf": "a"}  # and what each writes
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    """A kind of export whose libraries are here."""
+    for library in export.LIBRARIES.get(request.param, ()):
+        pytest.importorskip(library)
+    return request.param
+
+
+def test_behind_a_link_of_the_same_name_is_written(tmp_path, nano, kind):
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / KINDS[kind], tmp_path / "disk" / KINDS[kind]
+    target.mkdir() if kind == "hf" else target.write_text("old")
+    link.symlink_to(target)
+    run("--to", kind, "--output", link, *nano)
+    assert link.is_symlink()
+    written = target / "model.safetensors" if kind == "hf" else target
+    assert written.stat().st_size > 100_000
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == [KINDS[kind]]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_something_of_another_name_is_refused_and_nothing_written(
+    tmp_path, nano, monkeypatch, capsys, kind, there
+):
+    precious = tmp_path / "precious"
+    if there:
+        precious.mkdir() if kind == "hf" else precious.write_text("mine")
+    (tmp_path / KINDS[kind]).symlink_to(precious)
+    code, line = end(monkeypatch, capsys, "--to", kind, "--output", tmp_path / KINDS[kind], *nano)
+    assert code == 2
+    assert f"{KINDS[kind]} is a link to {precious}, a path of another name" in line
+    assert (tmp_path / KINDS[kind]).is_symlink()
+    assert precious.exists() == there
+    assert not there or (list(precious.iterdir()) == [] if kind == "hf" else precious.read_text() == "mine")
+
+
+def test_a_link_to_itself_is_replaced(tmp_path, nano):
+    (tmp_path / "a.pth").symlink_to("a.pth")
+    run("--to", "backbone", "--output", tmp_path / "a.pth", *nano)
+    assert "cls_token" in torch.load(tmp_path / "a.pth", weights_only=True)
 
 
 def test_an_empty_folder_is_filled_and_open_to_those_who_may_read_its_parent(tmp_path, nano, transformers):
