@@ -1198,6 +1198,8 @@ def load_checkpoint(path, verify=False):
     UserError if the file is missing, torn, or holds anything else.
     """
     _allow_public_checkpoints()
+    if str(path).endswith(".onnx"):
+        raise UserError(f"{path} is a graph for other software, not weights. Give the checkpoint that it was made of")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -1219,6 +1221,8 @@ def load_checkpoint(path, verify=False):
         if unsafe:
             what = unsafe[1]
             raise UserError(f"{path} holds a {what}, which could run code when loaded, and was not loaded") from e
+        # torch advises to load it in full, code and all
+        reason = re.sub(r"^.*WeightsUnpickler error: | Check the documentation of torch\.load.*$", "", reason)
         what = reason[:200] or type(e).__name__
         raise UserError(f"{path} can't be read as a checkpoint; is it complete? ({what})") from e
 

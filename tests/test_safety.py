@@ -16,13 +16,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN
+from conftest import SMALL_RUN, arguments_of
 from PIL import EpsImagePlugin, Image
 
 import dino_images
 import eval_image_retrieval
 import eval_linear
 import eval_video_segmentation
+import export
 import utils
 import video_generation
 from utils import UserError
@@ -262,6 +263,89 @@ def test_the_set_that_unpickles_what_lies_in_the_working_folder_is_not_offered()
     for name in ("LSUN", "LSUNClass"):
         with pytest.raises(UserError, match=f"torchvision has no data set '{name}'"):
             dino_images.find_images(f"torchvision:{name}")
+
+
+# ---- ONNX ----
+
+SECRET = b"secret67"  # two numbers of float32
+
+
+@pytest.fixture
+def graph(tmp_path_factory):
+    """A stranger's graph x + w, in which w is to be read from a file outside of its folder."""
+    onnx = pytest.importorskip("onnx")
+    root = tmp_path_factory.mktemp("elsewhere")
+    (root / "secret").write_bytes(SECRET)
+    (root / "a" / "b").mkdir(parents=True)
+    w = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[2])
+    w.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": "../../secret", "offset": "0", "length": "8"}.items():
+        w.external_data.add(key=key, value=value)
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in ("x", "y"))
+    node = onnx.helper.make_node("Add", ["x", "w"], ["y"])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "graph", [x], [y], [w]))
+    path = root / "a" / "b" / "stranger.onnx"
+    path.write_bytes(model.SerializeToString())
+    yield path
+    assert (root / "secret").read_bytes() == SECRET
+
+
+@pytest.mark.parametrize("script", READERS)
+def test_a_graph_whose_weights_lie_elsewhere_is_refused_wherever_weights_are_named(
+    refusal, graph, tiny_root, tmp_path, script
+):
+    words = [str(word).format(evil=graph, data=tiny_root, out=tmp_path) for word in READERS[script]]
+    line = refusal(script, *words)
+    assert "stranger.onnx is a graph for other software, not weights" in line
+    assert SECRET not in line.encode()
+    assert not content_of(tmp_path)
+
+
+def test_a_graph_is_no_linear_layer(refusal, graph, tiny_root):
+    words = [*HERE, "random", "--data_path", tiny_root, "--num_workers", 0]
+    line = refusal("eval_linear", *words, "--evaluate", "--linear_weights", graph)
+    assert "stranger.onnx is a graph for other software, not weights" in line
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.pth.tar", "w.safetensors", "w"])
+def test_a_graph_by_another_name_is_refused_without_advice_to_load_it_in_full(graph, name):
+    path = shutil.copy(graph, graph.with_name(name))
+    with pytest.raises(UserError, match=rf"{name} can't be read as a checkpoint; is it complete\?") as refused:
+        utils.load_checkpoint(path)
+    assert "weights_only" not in str(refused.value)
+    assert SECRET.decode() not in str(refused.value)
+
+
+def test_a_run_does_not_go_on_from_a_graph(refusal, graph, tiny_root, tmp_path):
+    shutil.copy(graph, tmp_path / "checkpoint.pth")
+    before = content_of(tmp_path)
+    line = refusal("main_dino", *SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path)
+    assert "checkpoint.pth can't be read as a checkpoint" in line
+    assert content_of(tmp_path) == before
+
+
+def test_an_export_neither_follows_planted_links_nor_needs_a_file_beside_it(tmp_path):
+    onnx, onnxruntime, _ = (pytest.importorskip(name) for name in ("onnx", "onnxruntime", "onnxscript"))
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "out").mkdir()
+    planted = [f"{name}.onnx{end}" for name in ("a", "graph") for end in (".data", ".tmp")] + ["graph.onnx"]
+    for name in planted:
+        (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
+    words = ["--to", "onnx", "--output", str(tmp_path / "out" / "a.onnx"), "--image_size", "32", *HERE, "random"]
+    export.main(arguments_of(export, *words))
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*planted, "a.onnx"])
+    assert all((tmp_path / "out" / name).is_symlink() for name in planted)
+    (tmp_path / "alone").mkdir()
+    alone = shutil.move(tmp_path / "out" / "a.onnx", tmp_path / "alone")
+    exported = onnx.load(alone, load_external_data=False).graph
+    inside = [a.t for node in exported.node for a in node.attribute if a.HasField("t")]
+    assert len(exported.initializer) > 20
+    for tensor in (*exported.initializer, *inside):
+        assert tensor.data_location == onnx.TensorProto.DEFAULT
+        assert not tensor.external_data
+    session = onnxruntime.InferenceSession(alone, providers=["CPUExecutionProvider"])
+    assert np.isfinite(session.run(None, {"images": np.ones((1, 3, 32, 32), np.float32)})[0]).all()
 
 
 # ---- recipes ----
