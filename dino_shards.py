@@ -366,18 +366,24 @@ def count_lanes(shards, batches):
     return next((lanes for lanes in LANES if shards >= 2 * lanes and batches >= 8 * lanes), 1)
 
 
+def lane_window(lanes):
+    """Images of a lane whose order is random. Lanes share a window, else caches would have to hold all their shards."""
+    return WINDOW // min(lanes, 16)
+
+
 def lane_lengths(batches, lanes):
     """How many of a run's first batches are of each lane: batch k is of lane k % lanes."""
     return [len(range(lane, batches, lanes)) for lane in range(lanes)]
 
 
 class Piece(NamedTuple):
-    """Images `first` to `last` of the shuffled run of images at the positions `start` to `stop` of an epoch."""
+    """Images `first` to `last` of those at the positions `start` to `stop` of an epoch, shuffled window by window."""
 
     start: int
     stop: int
     first: int
     last: int
+    window: int
 
 
 class ShardSampler(Sampler):
@@ -385,10 +391,9 @@ class ShardSampler(Sampler):
 
     Shards, in an order that follows from (seed, epoch), are cut into one run for each process, and a run into `lanes`.
     Batch k comes from lane k % lanes, which is read from first to last, shuffled within a window that moves over it.
-    So loaders, who take turns, read shards of their own, but for those at the borders of lanes, if their number divides
-    that of lanes; loaders of other numbers share lanes, by gcd(loaders, lanes) groups, and images are the same. How
-    many lanes there are does not depend on loaders, nor does the order, and where it goes on follows from the number of
-    steps done. What does not fill a last global batch is left out.
+    Loaders take turns too: W of them are gcd(W, lanes) groups, each with lanes of its own. So if W divides the number
+    of lanes no shard is read by two, but for those at borders. Neither the lanes nor the order depend on W, and where
+    it goes on follows from the number of steps done. What does not fill a last global batch is left out.
     """
 
     def __init__(self, images, batch_size, seed=0, rank=0, world_size=1):
@@ -429,8 +434,8 @@ class ShardSampler(Sampler):
             )
             sizes, given = [*sizes, left - sum(sizes)], [*given, 0]  # the last: what fills no batch of all
             if pieces is None:
-                ends = itertools.accumulate(sizes)
-                pieces = [Piece(end - size, end, 0, size) for size, end in zip(sizes, ends, strict=True)]
+                ends, window = itertools.accumulate(sizes), lane_window(lanes)
+                pieces = [Piece(end - size, end, 0, size, window) for size, end in zip(sizes, ends, strict=True)]
             edges = [number for size, gone in zip(sizes, given, strict=True) for number in (gone, size - gone)]
             parts = split(pieces, edges)[1::2]  # without those that are gone
             pieces, left = list(itertools.chain(*parts)), left - sum(given)
@@ -448,8 +453,8 @@ class ShardSampler(Sampler):
     def positions(self, pieces):
         """Positions in the epoch of the images of pieces; no more than one window is in memory."""
         for piece in pieces:
-            for start in range(piece.start, piece.stop, WINDOW):
-                stop = min(start + WINDOW, piece.stop)
+            for start in range(piece.start, piece.stop, piece.window):
+                stop = min(start + piece.window, piece.stop)
                 first, last = (max(edge + piece.start - start, 0) for edge in (piece.first, piece.last))
                 if first >= stop - start or last <= first:
                     continue

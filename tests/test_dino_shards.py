@@ -551,7 +551,7 @@ def test_with_another_batch_no_image_is_seen_twice(uneven):
 
 
 def test_pieces_are_split_like_a_list_of_their_images():
-    pieces = [Piece(0, 10, 2, 5), Piece(10, 20, 0, 10), Piece(20, 22, 1, 1), Piece(30, 40, 9, 10)]
+    pieces = [Piece(0, 10, 2, 5, 9), Piece(10, 20, 0, 10, 9), Piece(20, 22, 1, 1, 9), Piece(30, 40, 9, 10, 9)]
 
     def images(pieces):
         return [(piece.start, i) for piece in pieces for i in range(piece.first, piece.last)]
@@ -642,7 +642,7 @@ def test_batches_and_their_order_are_the_same_for_any_number_of_loaders(many):
 
 def test_a_window_moves_over_each_lane_and_lanes_take_turns(many, monkeypatch):
     """The images of a lane's window are those of a run of shards laid end to end, in another order."""
-    monkeypatch.setattr(dino_shards, "WINDOW", 10)
+    monkeypatch.setattr(dino_shards, "WINDOW", 160)
     sampler = ShardSampler(many, 2, 5)
     end_to_end = all_of([range(many.starts[k], many.starts[k + 1]) for k in sampler.shards])
     seen = [number for _, number in sampler]
@@ -655,6 +655,17 @@ def test_a_window_moves_over_each_lane_and_lanes_take_turns(many, monkeypatch):
             at += len(window)
     assert at == 704
     assert seen != end_to_end
+
+
+@pytest.mark.parametrize(("shards", "lanes", "window"), [(1, 1, 16_384), (8, 4, 4096), (20, 10, 1638), (200, 80, 1024)])
+def test_lanes_share_a_window_and_have_at_least_a_sixteenth_of_it(shards, lanes, window):
+    images = Counted([400_000 // shards] * shards)
+    sampler = ShardSampler(images, 10)
+    assert sampler.lanes == lanes
+    seen = np.array([number for _, number in sampler]).reshape(-1, 10)[::lanes].ravel()  # those of the first lane
+    place = np.argsort(sampler.shards)[seen // (400_000 // shards)] * (400_000 // shards) + seen % (400_000 // shards)
+    for i in range(0, min(4 * window, len(place)), window):
+        assert set(place[i : i + window]) == set(range(i, min(i + window, len(place))))
 
 
 class Counted:
@@ -691,8 +702,9 @@ def slowly(images, world, batch, sittings, window, steps, seed=5, epoch=0):
         if line is None:
             line, first = [], 0
             for length in [*lengths, len(numbers) - sum(lengths)]:
-                for start in range(first, first + length, window):
-                    stop = min(start + window, first + length)
+                width = window // min(count, 16)
+                for start in range(first, first + length, width):
+                    stop = min(start + width, first + length)
                     own = torch.Generator().manual_seed(utils.derive_seed(seed, utils.ORDER, epoch, start))
                     line += [numbers[start + i] for i in torch.randperm(stop - start, generator=own).tolist()]
                 first += length
@@ -718,7 +730,7 @@ sittings_of_runs = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.f
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.integers(1, 12), min_size=4, max_size=50), sittings_of_runs, st.sampled_from([3, 20, 1000]))
+@given(st.lists(st.integers(1, 12), min_size=4, max_size=50), sittings_of_runs, st.sampled_from([16, 100, 16_384]))
 def test_whoever_had_a_share_of_an_epoch_no_image_is_seen_twice_and_the_order_is_that_of_lists(counts, runs, window):
     images = Counted(counts * 4)
     with pytest.MonkeyPatch.context() as patch:
