@@ -162,11 +162,10 @@ def peak_mb():
     return utils.peak_memory_mb()
 
 
-def take_turns(contenders, rounds, warm_up=1):
+def take_turns(contenders, rounds, warm_up=1, again=0):
     """Seconds of each round and MB at the peak, each by name, of {name: (prepare, *args)}.
 
-    `warm_up` pieces of work come before the first that counts, and one, if any, before each later one: a system may
-    take memory away from a process that waits, and giving it back takes time.
+    `warm_up` pieces of work come before the first that counts, `again` before each later one.
     """
     seconds, peaks, running = {name: [] for name in contenders}, {}, {}
     try:
@@ -176,7 +175,7 @@ def take_turns(contenders, rounds, warm_up=1):
             contender.receive()
         for number in range(rounds):
             for name, contender in running.items():
-                took, peaks[name] = contender.run(min(warm_up, 1) if number else warm_up)
+                took, peaks[name] = contender.run(again if number else warm_up)
                 seconds[name].append(took)
     finally:
         for contender in running.values():
@@ -184,11 +183,11 @@ def take_turns(contenders, rounds, warm_up=1):
     return seconds, peaks
 
 
-def compare(title, unit, pieces, rounds, warm_up=1, memory=False):
+def compare(title, unit, pieces, rounds, warm_up=1, again=0, memory=False):
     """Run {name: Piece} in turn and print a table; what is called plain is what the others are held against."""
     print(f"\n{title}", flush=True)
     contenders = {name: (piece.prepare, *piece.args) for name, piece in pieces.items()}
-    seconds, peaks = take_turns(contenders, rounds, warm_up)
+    seconds, peaks = take_turns(contenders, rounds, warm_up, again)
     speeds = {name: [piece.units / s for s in seconds[name]] for name, piece in pieces.items()}
     bases = [name for name in pieces if name.startswith(BASE)]
     limits = any(piece.limit for piece in pieces.values())
@@ -626,7 +625,8 @@ def step(args):
             pieces[limit] = Piece(PRODUCT / flop * batch_size, limit, matrix_product, (dtype,))
         title = f"step: {arch}/{args.patch_size}, {batch_size} images, K = {OUT_DIM}, {flop / 1e9:.0f} GFLOP"
         rounds = args.rounds if batch_size == smallest else half(args.rounds)
-        compare(title, "images", pieces, rounds, warm_up=2, memory=True)  # memory takes two to settle
+        # Memory takes two steps to settle; the first one after a wait is slower than those of a run, which never waits.
+        compare(title, "images", pieces, rounds, warm_up=2, again=1, memory=True)
 
 
 def has_lightly(arch, patch_size):

@@ -656,6 +656,11 @@ def train_loader(dataset, batch_size, seed, num_workers, device):
         )
     share = (batch_size, seed, rank, world_size)
     shards = isinstance(dataset.images, dino_shards.TarShards)
+    if shards and dataset.images.are_sorted():
+        utils.log(
+            "warning: these shards hold a class or two each. A batch comes from a few shards, so it will have few "
+            "classes, of which little is learnt. Pack the images anew, in random order"
+        )
     return DataLoader(
         dataset,
         batch_size=batch_size,

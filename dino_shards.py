@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import statistics
 import tarfile
 import uuid
 from pathlib import Path
@@ -345,6 +346,14 @@ class TarShards:
     @property
     def classes(self):
         return self.labels[1]
+
+    def are_sorted(self):
+        """Whether shards hold a class or two each, of more: as the labels say in some twenty shards of ten images."""
+        some = range(0, len(self.paths), max(len(self.paths) // 20, 1))
+        tables = [table_of(self.paths[k], self.states[k], self.extensions)["label"] for k in some]
+        found = [set(labels.tolist()) for labels in tables if len(labels) >= 10]
+        each = statistics.median(map(len, found)) if found else 0
+        return 0 < each <= 2 and len(set().union(*found)) >= 2 * each
 
     def take(self, numbers):
         """These alone, of the same classes."""

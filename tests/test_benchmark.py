@@ -227,7 +227,7 @@ def test_contenders_take_turns_and_each_warms_up_first(monkeypatch):
 
     monkeypatch.setattr(benchmark, "Contender", Fake)
     contenders = {"a": ("a", [1, 2]), "b": ("b", [3, 4])}
-    assert benchmark.take_turns(contenders, 2, warm_up=2) == ({"a": [1, 2], "b": [3, 4]}, {"a": 3, "b": 4})
+    assert benchmark.take_turns(contenders, 2, warm_up=2, again=1) == ({"a": [1, 2], "b": [3, 4]}, {"a": 3, "b": 4})
     assert order == ["--a", "--b", "-a", "-b", "end a", "end b"]
     order.clear()
     benchmark.take_turns(contenders, 1, warm_up=0)

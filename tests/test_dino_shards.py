@@ -783,6 +783,29 @@ def test_crops_of_an_image_are_those_of_the_same_image_in_a_folder(tmp_path):
         assert all(map(torch.equal, folder[1, i][0], shards[1, i][0]))
 
 
+@pytest.mark.parametrize(
+    ("labels", "are_sorted"),
+    [
+        (["a" * 12, "b" * 12, "c" * 12, "d" * 12], True),
+        (["a" * 9 + "b" * 3, "b" * 12, "b" * 2 + "c" * 10, "c" * 6 + "d" * 6], True),  # cut without regard to classes
+        (["ab" * 6, "ab" * 6, "ba" * 6, "ba" * 6], False),  # two are all there are
+        (["abcd" * 3, "bcda" * 3, "cdab" * 3, "aabb" * 3], False),
+        (["a" * 12] * 4, False),
+        (["a" * 3, "b" * 3, "c" * 3, "d" * 3], False),  # too few to tell
+        (["-" * 12] * 4, False),  # no labels
+    ],
+)
+def test_shards_that_are_packed_class_by_class_are_warned_of(tmp_path, capsys, labels, are_sorted):
+    for k, letters in enumerate(labels):
+        with webdataset.TarWriter(str(tmp_path / f"{k}.tar")) as shard:
+            for i, letter in enumerate(letters):
+                label = {} if letter == "-" else {"cls": letter}
+                shard.write({"__key__": f"{k}-{i}", "png": picture(i), **label})
+    dataset = dino_data.MultiCropDataset(dino_data.find_images(tmp_path), None, 0)
+    dino_data.train_loader(dataset, 2, 0, 0, torch.device("cpu"))
+    assert ("warning: these shards hold a class or two each" in capsys.readouterr().out) == are_sorted
+
+
 # ---- evaluation ----
 
 
