@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dino_data
 import dino_images
+import dino_shards
 import health
 import utils
 from knn import OnlineKnn
@@ -888,6 +889,9 @@ def train_dino(args):
     scaler_if_used = fp16_scaler if fp16_scaler.is_enabled() else None
     trained = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": dino_loss}
     loaded = utils.restart_from_checkpoint(checkpoint_path, progress, args, **trained, fp16_scaler=scaler_if_used)
+    if utils.plain_args(progress["args"]).get("image_names") != args.image_names:
+        progress["sittings"] = []  # of other images
+    check_progress(progress, loaded, args.images)
     utils.check_same_everywhere((progress["epoch"], progress["step"]), f"the epoch or step in {checkpoint_path}")
     first_step = steps_done(progress, args, len(data_loader))
     utils.log(describe_run(args, device, amp_dtype, len(data_loader)))
@@ -901,8 +905,6 @@ def train_dino(args):
     curves = health.Curves(args)
     doctor = health.Doctor(args, len(data_loader), curves, progress["health"])
     doctor.bad_images = dino_images.still_bad(doctor.bad_images, data_loader.dataset.images, utils.inputs_of(args))
-    if utils.plain_args(progress["args"]).get("image_names") != args.image_names:
-        progress["sittings"] = []  # of other images
     if utils.plain_args(progress["args"]).get("knn_data") != args.knn_data:
         doctor.best_knn, doctor.best_epoch = -1.0, None  # of other images
     doctor.look_at_settings()
@@ -953,6 +955,34 @@ def train_dino(args):
     utils.log(f"Training took {time.time() - start:.0f} s; weights are in {at}")
     if keeper.stopped_by:
         stop.leave(keeper.stopped_by)
+
+
+def check_progress(progress, path, images):
+    """Raise UserError if what a checkpoint says of its epoch can't be; `images` is how many there are."""
+
+    def count(value, least=0, most=2**53):
+        return type(value) is int and least <= value <= most
+
+    def is_sitting(sitting):
+        numbers = isinstance(sitting, list | tuple) and len(sitting) in (3, 4) and all(map(count, sitting))
+        return (
+            numbers and count(sitting[0] * sitting[1], 1, images) and count((*sitting, 1)[3], 1, dino_shards.LANES[0])
+        )
+
+    def are_totals(totals):
+        values = totals.values() if isinstance(totals, dict) else [()]
+        return all(isinstance(v, list | tuple) and [*map(type, v)] in ([float, int], [int, int]) for v in values)
+
+    if not (
+        all(count(progress[name]) for name in ("epoch", "step"))
+        and all(isinstance(progress[name], list | tuple) for name in ("meters", "sittings"))
+        and all(map(are_totals, progress["meters"]))
+        and all(map(is_sitting, progress["sittings"]))
+    ):
+        raise UserError(
+            f"{path} says of its epoch what can't be: it is damaged, or was made by something else. Remove it, or give "
+            "another --output_dir"
+        )
 
 
 def steps_done(progress, args, steps):

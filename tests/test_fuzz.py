@@ -137,7 +137,8 @@ def test_checkpoints_of_any_plain_content(tmp_path):
     path = str(tmp_path / "checkpoint.pth")
     scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     tensors = st.sampled_from([torch.ones(2), torch.zeros(65536, 3), torch.tensor(1)])
-    keys = st.sampled_from(["student", "teacher", "optimizer", "epoch", "args", "dino_loss", "step", "health", "x"])
+    progress = {"epoch": 0, "step": 0, "meters": [], "sittings": []}
+    keys = st.sampled_from(["student", "teacher", "optimizer", "args", "dino_loss", "health", "x", *progress])
     values = st.recursive(scalars | tensors, lambda v: st.lists(v, max_size=3) | st.dictionaries(keys, v, max_size=4))
     args = main_dino.get_args_parser().parse_args(SMALL_RUN)
 
@@ -146,6 +147,8 @@ def test_checkpoints_of_any_plain_content(tmp_path):
         checkpoint = answers(utils.load_checkpoint, path)
         if checkpoint is not None:
             answers(utils.check_resumable, path, checkpoint, args)
+            if isinstance(checkpoint, dict):
+                answers(main_dino.check_progress, {**progress, **checkpoint}, path, 100)
 
     fuzz(values | st.dictionaries(keys, values), read)
 

@@ -869,6 +869,33 @@ def test_the_gradient_scaler_goes_on_from_its_checkpoint(tiny_root, tmp_path):
     assert train(tiny_root, tmp_path, *flags)["fp16_scaler"]["scale"] == 8.0
 
 
+SOUND = {"epoch": 0, "step": 3, "meters": [{"loss": (1.5, 3), "lr": (2, 3)}], "sittings": [(2, 4, 3), [1, 8, 1, 2]]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("epoch", value) for value in ("x", -1, None)),
+        *(("step", value) for value in (1.5, True, 2**70)),
+        *(("meters", value) for value in (None, [3], [{"loss": 3}], [{"loss": ("a", 1)}], [{"loss": (1.0, 1.0)}])),
+        *(("sittings", value) for value in ({}, [3], [(1, 2)], [(0, 4, 1)], [(1, 97, 1)], [(-1, -4, 1)], [(1, 4, -1)])),
+        *(("sittings", value) for value in ([(1, 4, 1, 0)], [(1, 4, 1, 81)], [(10**9, 1, 1, 10**9)])),
+    ],
+)
+def test_progress_that_can_not_be_is_refused(name, value):
+    main_dino.check_progress(SOUND, "checkpoint.pth", 96)
+    with pytest.raises(utils.UserError, match=r"checkpoint\.pth says of its epoch what can't be"):
+        main_dino.check_progress({**SOUND, name: value}, "checkpoint.pth", 96)
+
+
+def test_a_run_does_not_go_on_from_progress_that_can_not_be(monkeypatch, capsys, finished, tiny_root, tmp_path):
+    torch.save({**finished[0], "step": "two"}, tmp_path / "checkpoint.pth")
+    run = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path]
+    code, line = fails(monkeypatch, capsys, *run)
+    assert code == 2
+    assert "says of its epoch what can't be" in line
+
+
 def test_weights_that_only_look_like_a_checkpoint_are_not_overwritten(
     monkeypatch, capsys, finished, tiny_root, tmp_path
 ):
