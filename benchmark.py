@@ -108,9 +108,10 @@ class Contender:
     """A process with memory, threads and settings of its own that does its work each time it is asked to."""
 
     def __init__(self, prepare, *args):
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=contend, args=(theirs, prepare, args), daemon=True)
+        forks = multiprocessing.get_context("forkserver")  # of a process that has imported everything, and done nothing
+        forks.set_forkserver_preload(["benchmark"])
+        self.pipe, theirs = forks.Pipe()
+        self.process = forks.Process(target=contend, args=(theirs, prepare, args), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -625,8 +626,8 @@ def step(args):
             pieces[limit] = Piece(PRODUCT / flop * batch_size, limit, matrix_product, (dtype,))
         title = f"step: {arch}/{args.patch_size}, {batch_size} images, K = {OUT_DIM}, {flop / 1e9:.0f} GFLOP"
         rounds = args.rounds if batch_size == smallest else half(args.rounds)
-        # Memory takes two steps to settle; the first one after a wait is slower than those of a run, which never waits.
-        compare(title, "images", pieces, rounds, warm_up=2, again=1, memory=True)
+        # Memory takes three steps to settle, and a step after a wait is slower than those of a run, which never waits.
+        compare(title, "images", pieces, rounds, warm_up=3, again=1, memory=True)
 
 
 def has_lightly(arch, patch_size):
