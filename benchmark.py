@@ -108,8 +108,7 @@ class Contender:
     """A process with memory, threads and settings of its own that does its work each time it is asked to."""
 
     def __init__(self, prepare, *args):
-        forks = multiprocessing.get_context("forkserver")  # of a process that has imported everything, and done nothing
-        forks.set_forkserver_preload(["benchmark"])
+        forks = multiprocessing.get_context(METHOD)
         self.pipe, theirs = forks.Pipe()
         self.process = forks.Process(target=contend, args=(theirs, prepare, args), daemon=True)
         self.process.start()
@@ -257,6 +256,8 @@ def whole_runs(*words):
     return work
 
 
+# Where there is one, of a server that has imported this file and done nothing: new processes take seconds for that.
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 BASE, OUTPUT, OUT_DIM, EPOCHS = "plain", "<output>", 65536, 100
 CROP_SIZES = [224] * 2 + [96] * 8
 
@@ -823,6 +824,8 @@ TABLES = {
 
 def main(args):
     check_args(args)
+    beside = os.path.dirname(os.path.abspath(__file__))  # the server is told nothing of where modules lie
+    os.environ["PYTHONPATH"] = os.pathsep.join([beside, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         args.photographs = photographs(args.data_path, folder)
         for name in args.what or TABLES:

@@ -18,6 +18,7 @@ import re
 import statistics
 import tarfile
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -351,9 +352,10 @@ class TarShards:
         """Whether shards hold a class or two each, of more: as the labels say in some twenty shards of ten images."""
         some = range(0, len(self.paths), max(len(self.paths) // 20, 1))
         tables = [table_of(self.paths[k], self.states[k], self.extensions)["label"] for k in some]
-        found = [set(labels.tolist()) for labels in tables if len(labels) >= 10]
+        found = [Counter(labels.tolist()) for labels in tables if len(labels) >= 10]
         each = statistics.median(map(len, found)) if found else 0
-        return 0 < each <= 2 and len(set().union(*found)) >= 2 * each
+        commonest = {labels.most_common(1)[0][0] for labels in found}  # one, where other classes are rare
+        return 0 < each <= 2 <= len(commonest) and len(set().union(*found)) >= 2 * each
 
     def take(self, numbers):
         """These alone, of the same classes."""

@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dino_data
 import dino_images
-import dino_shards
 import health
 import utils
 from knn import OnlineKnn
@@ -762,8 +761,10 @@ class RunKeeper:
         self.check_weights()
         self.share_bad_images()
         share = utils.global_batch(vars(self.args)) // utils.get_world_size()
-        sitting = (utils.get_world_size(), share, step - self.first_step, self.lanes)
-        self.writer.save(self.state(epoch, step, meters, [*self.sittings, sitting]))
+        now = (utils.get_world_size(), share)
+        unknown = [(*now, self.first_step, self.lanes)] if self.first_step else []  # as the sampler took it
+        sitting = (*now, step - self.first_step, self.lanes)
+        self.writer.save(self.state(epoch, step, meters, [*(self.sittings or unknown), sitting]))
         self.saved_at = time.monotonic()
 
     def log_epoch(self, stats):
@@ -965,13 +966,17 @@ def check_progress(progress, path, images):
 
     def is_sitting(sitting):
         numbers = isinstance(sitting, list | tuple) and len(sitting) in (3, 4) and all(map(count, sitting))
-        return (
-            numbers and count(sitting[0] * sitting[1], 1, images) and count((*sitting, 1)[3], 1, dino_shards.LANES[0])
-        )
+        processes, batch_size, _, lanes = (*sitting, 1)[:4] if numbers else (0,) * 4
+        return count(processes * batch_size * lanes, 1, images)
+
+    def is_total(total):
+        return isinstance(total, list | tuple) and len(total) == 2 and is_number(total[0]) and count(total[1])
+
+    def is_number(value):
+        return type(value) is float or (type(value) is int and abs(value) < 2**53)
 
     def are_totals(totals):
-        values = totals.values() if isinstance(totals, dict) else [()]
-        return all(isinstance(v, list | tuple) and [*map(type, v)] in ([float, int], [int, int]) for v in values)
+        return isinstance(totals, dict) and all(map(is_total, totals.values()))
 
     if not (
         all(count(progress[name]) for name in ("epoch", "step"))

@@ -1310,10 +1310,9 @@ FREE_ARGS = (
 
 
 def global_batch(args):
-    """Images a step over all processes, of the arguments of a run as a dict; None if they don't say."""
-    if "batch_size_per_gpu" not in args:
-        return None
-    return args["batch_size_per_gpu"] * args.get("world_size", 1) * args.get("grad_accum_steps", 1)
+    """Images a step over all processes, of the arguments of a run as a dict; None if they don't say, or nonsense."""
+    numbers = args.get("batch_size_per_gpu"), args.get("world_size", 1), args.get("grad_accum_steps", 1)
+    return math.prod(numbers) if all(type(n) is int and 0 < n < 2**31 for n in numbers) else None
 
 
 def check_resumable(path, checkpoint, args):
@@ -1631,25 +1630,28 @@ def add_biases_within_products(model, device, amp_dtype=None):
 def linear_as_convolution(layer, x):
     if not torch.is_autocast_enabled("cpu") or not x.numel():
         return F.linear(x, layer.weight, layer.bias)
-    return LinearAsConvolution.apply(x.bfloat16(), layer.weight, layer.bias)
+    y = LinearAsConvolution.apply(x.bfloat16(), layer.weight, layer.bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(layer.weight))
 
 
 class LinearAsConvolution(torch.autograd.Function):
-    """x [..., in] in bf16, weight [out, in], bias [out] -> [..., out] in bf16, as autocast's nn.Linear gives it."""
+    """x [..., in] in bf16, weight [out, in], bias [out] -> [1, out, rows, 1] in bf16, as autocast's nn.Linear gives it.
+
+    Reshaped outside: what a function returns as a view must not be changed in place, as ReLUs do.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         weight = weight.bfloat16()
         ctx.save_for_backward(x, weight)
         pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, in, rows, 1], channels last
-        y = F.conv2d(pixels, weight[:, :, None, None], bias.bfloat16())
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+        return F.conv2d(pixels, weight[:, :, None, None], bias.bfloat16())
 
     @staticmethod
     def backward(ctx, grad):
         # As products: the convolution's own gradients are slower.
         x, weight = ctx.saved_tensors
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, len(weight))
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.permute(0, 2, 3, 1).reshape(-1, len(weight))
         return (grads @ weight).view_as(x), grads.T @ rows, grads.sum(dim=0)
 
 

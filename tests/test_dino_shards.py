@@ -791,6 +791,7 @@ def test_crops_of_an_image_are_those_of_the_same_image_in_a_folder(tmp_path):
         (["ab" * 6, "ab" * 6, "ba" * 6, "ba" * 6], False),  # two are all there are
         (["abcd" * 3, "bcda" * 3, "cdab" * 3, "aabb" * 3], False),
         (["a" * 12] * 4, False),
+        (["a" * 30, "a" * 29 + "b", "a" * 30, "a" * 30], False),  # one of them is rare
         (["a" * 3, "b" * 3, "c" * 3, "d" * 3], False),  # too few to tell
         (["-" * 12] * 4, False),  # no labels
     ],

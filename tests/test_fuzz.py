@@ -149,6 +149,7 @@ def test_checkpoints_of_any_plain_content(tmp_path):
             answers(utils.check_resumable, path, checkpoint, args)
             if isinstance(checkpoint, dict):
                 answers(main_dino.check_progress, {**progress, **checkpoint}, path, 100)
+                assert utils.global_batch(utils.plain_args(checkpoint.get("args"))) is None
 
     fuzz(values | st.dictionaries(keys, values), read)
 

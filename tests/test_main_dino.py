@@ -878,14 +878,32 @@ SOUND = {"epoch": 0, "step": 3, "meters": [{"loss": (1.5, 3), "lr": (2, 3)}], "s
         *(("epoch", value) for value in ("x", -1, None)),
         *(("step", value) for value in (1.5, True, 2**70)),
         *(("meters", value) for value in (None, [3], [{"loss": 3}], [{"loss": ("a", 1)}], [{"loss": (1.0, 1.0)}])),
+        *(("meters", [{"loss": total}]) for total in ((10**400, 1), (1.0, -1), (1.0, 2**70), (1.0,))),
         *(("sittings", value) for value in ({}, [3], [(1, 2)], [(0, 4, 1)], [(1, 97, 1)], [(-1, -4, 1)], [(1, 4, -1)])),
-        *(("sittings", value) for value in ([(1, 4, 1, 0)], [(1, 4, 1, 81)], [(10**9, 1, 1, 10**9)])),
+        *(("sittings", value) for value in ([(1, 4, 1, 0)], [(1, 4, 1, 25)], [(10**9, 1, 1, 10**9)])),
     ],
 )
 def test_progress_that_can_not_be_is_refused(name, value):
     main_dino.check_progress(SOUND, "checkpoint.pth", 96)
     with pytest.raises(utils.UserError, match=r"checkpoint\.pth says of its epoch what can't be"):
         main_dino.check_progress({**SOUND, name: value}, "checkpoint.pth", 96)
+
+
+def test_steps_of_which_nobody_knows_who_did_them_are_noted_as_done_by_as_many_processes():
+    """The sampler took them so, and the next start has to as well."""
+    saved = []
+    args = argparse.Namespace(batch_size_per_gpu=4, grad_accum_steps=2, world_size=1)
+    writer = argparse.Namespace(save=lambda state: saved.append(state))
+    for first_step, sittings, want in (
+        (0, (), [(1, 8, 7, 2)]),
+        (3, (), [(1, 8, 3, 2), (1, 8, 4, 2)]),
+        (3, [(2, 4, 3, 1)], [(2, 4, 3, 1), (1, 8, 4, 2)]),
+    ):
+        keeper = main_dino.RunKeeper(args, first_step=first_step, sittings=sittings)
+        keeper.writer, keeper.state, keeper.lanes = writer, lambda *state: state[-1], 2
+        keeper.check_weights = keeper.share_bad_images = lambda: None
+        keeper.save(0, 7, [])
+        assert saved.pop() == want
 
 
 def test_a_run_does_not_go_on_from_progress_that_can_not_be(monkeypatch, capsys, finished, tiny_root, tmp_path):
