@@ -765,6 +765,17 @@ def test_compiled_networks_have_the_losses_of_others_to_rounding(tiny_root, tmp_
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("flags", "amp_dtype", "within"),
+    [([], torch.bfloat16, True), ([], None, False), (["--compile"], torch.bfloat16, False)],
+)
+def test_biases_are_added_within_products_in_bf16_unless_compiled(monkeypatch, flags, amp_dtype, within):
+    monkeypatch.setattr(utils, "compile_in_place", lambda network: None)
+    args = main_dino.get_args_parser().parse_args([*map(str, SMALL_RUN), *(f"{flag}=true" for flag in flags)])
+    for network in main_dino.build_student_and_teacher(args, torch.device("cpu"), amp_dtype):
+        assert ("forward" in vars(network.backbone.blocks[0].mlp.fc1)) == within
+
+
 def test_compiling_without_a_compiler_is_an_error_before_the_work(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
