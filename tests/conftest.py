@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import random
 import runpy
 import socket
 import subprocess
@@ -70,6 +71,13 @@ def assert_near(got, want, tolerance, what=""):
     assert got.shape == want.shape, f"{what}: {got.shape} for {want.shape}"
     error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-12)
     assert error <= tolerance, f"{what}: relative error {error:.1e}"
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers_whatever_ran_before():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 # ---- real data ----

@@ -27,6 +27,11 @@ from utils import Inputs, UserError
 RANDOM = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_in_each_test():
+    RANDOM.bit_generator.state = np.random.default_rng(1).bit_generator.state
+
+
 def inputs(in_chans, value_range=None):
     return Inputs(in_chans, (0.5,) * in_chans, (0.25,) * in_chans, value_range)
 
@@ -324,11 +329,12 @@ def test_photographs_can_be_normalised_with_numbers_of_ones_own():
 
 
 def test_evaluation_takes_the_centre_of_an_array_as_of_a_photograph():
-    image = Image.fromarray(RANDOM.integers(0, 256, (20, 30)).astype(np.uint8)).resize((60, 40))
+    # Grey enough that no level is cut off: PIL would do so after each of its two passes, and round (0.5 levels each).
+    image = Image.fromarray(RANDOM.integers(80, 176, (20, 30)).astype(np.uint8)).resize((60, 40))
     values = torch.from_numpy(np.array(image))[None].float() / 255
     got = dino_data.eval_transform(28, Inputs(1, (0.5,), (0.25,)))(values)
     want = dino_data.eval_transform(28)(Image.merge("RGB", [image] * 3))
-    assert (255 * (got[0] * 0.25 + 0.5) - want[0]).abs().max() < 1.1
+    assert (255 * (got[0] * 0.25 + 0.5) - want[0]).abs().max() < 1.2
 
 
 # ---- mean and std ----
@@ -337,11 +343,11 @@ def test_evaluation_takes_the_centre_of_an_array_as_of_a_photograph():
 @pytest.fixture(scope="module")
 def bands(tmp_path_factory):
     """Arrays of 4 channels with labels, train/ and val/, of which two can be told apart."""
-    root = tmp_path_factory.mktemp("bands")
+    root, random = tmp_path_factory.mktemp("bands"), np.random.default_rng(2)
     for part, number in (("train", 12), ("val", 4)):
         for name in ("a", "b"):
             for i in range(number):
-                values = RANDOM.random((4, 36, 40)) * np.array([0.1, 0.3, 0.6, 1.0])[:, None, None]
+                values = random.random((4, 36, 40)) * np.array([0.1, 0.3, 0.6, 1.0])[:, None, None]
                 values[0] += 0.8 * (name == "b")
                 array_file(root / part / name / f"{i}.npy", values.astype(np.float32))
     return root
