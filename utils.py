@@ -552,8 +552,13 @@ class StopRequest:
                     self.before[number] = signal.signal(number, self.note)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error=None, *_):
+        # A script's processes end together from here on, and launchers send SIGTERM to all behind the first that ends:
+        # it must not change the exit code, by which a job's script knows whether to come back.
+        ending = error is None and self.before.get(signal.SIGTERM) is terminate
         for number, handler in self.before.items():
+            if ending and number != signal.SIGINT:
+                handler = signal.SIG_IGN
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self.kill_loaders()
 

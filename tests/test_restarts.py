@@ -237,6 +237,18 @@ def note_images(file, then="nothing", *args):
     globals()[then](*args)
 
 
+def leave_slowly(seconds):
+    leave = utils.StopRequest.leave
+
+    def slowly(*args):
+        print("leaving", flush=True)
+        time.sleep(seconds)
+        leave(*args)
+
+    utils.StopRequest.leave = slowly
+    slow_steps(0)
+
+
 def die_while_saving(number):
     """SIGKILL in the middle of writing checkpoint number `number`."""
     save, numbers = torch.save, []
@@ -640,6 +652,18 @@ def test_a_signal_to_one_process_stops_both_behind_one_step(whole_of_two, flags,
     assert not any("Traceback" in said for said in screens)
     finish(*flags, world=2)
     assert_same(result(run), whole_of_two)
+
+
+@pytest.mark.parametrize("late", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_to_a_run_that_is_leaving_does_not_change_its_exit_code(flags, run, late):
+    """srun and torchrun send SIGTERM to all processes when the first has ended."""
+    running = Run(*flags, spoil=("leave_slowly", 1))
+    running.wait_for("a step begins")
+    os.kill(running.processes[0].pid, signal.SIGUSR1)
+    running.wait_for("leaving")
+    os.kill(running.processes[0].pid, late)
+    codes, (said,) = running.end()
+    assert codes == [128 + signal.SIGUSR1], said
 
 
 def test_an_interrupt_of_the_whole_process_group_spares_the_loaders_work(whole, flags, run):
