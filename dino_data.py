@@ -428,7 +428,7 @@ class MultiCropDataset(Dataset):
     def __getitem__(self, key):
         number, wrong = key[1], ""
         for attempt in range(1 if self.strict else self.TRIES):
-            utils.fix_random_seeds(utils.derive_seed(self.seed, utils.SAMPLE, *key))
+            utils.fix_random_seeds(utils.derive_seed(self.seed, utils.SAMPLE, *key), cpu_only=True)
             try:
                 return self.augment(self.images.open(number)), number, wrong
             except dino_images.BadImage as e:

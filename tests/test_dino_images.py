@@ -7,6 +7,7 @@ import gzip
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.request
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -727,6 +730,57 @@ def test_a_shortage_is_one_line_and_any_other_error_keeps_its_traceback(monkeypa
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):
         utils.run(short_of_something, argparse.ArgumentParser(add_help=False), "")
+
+
+def hand_over(pipe):
+    pipe.send(DupFd(0))
+    signal.pause()
+
+
+def ending_of_a_lost_handover(monkeypatch, capsys, wrap=lambda e: e):
+    """(exit code, error line) where a loader's process dies while it hands something over, as batches are."""
+    ours, theirs = multiprocessing.Pipe()
+    loader = multiprocessing.get_context("fork").Process(target=hand_over, args=(theirs,), daemon=True)
+    loader.start()
+    batch = ours.recv()
+    loader.kill()
+    loader.join()
+
+    def take(_):
+        try:
+            batch.detach()
+        except OSError as e:
+            raise wrap(e) from None
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as ended:
+        utils.run(take, argparse.ArgumentParser(add_help=False), "")
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loader_that_dies_while_it_hands_over_a_batch_is_named(monkeypatch, capsys, world_size):
+    monkeypatch.setattr(utils, "get_world_size", lambda: world_size)
+    code, line = ending_of_a_lost_handover(monkeypatch, capsys)
+    assert code == 2
+    assert re.match(r"error( \(rank 0\))?: a loader's process was ended from outside. Most likely the machine", line)
+
+
+def test_a_loader_that_dies_is_named_by_the_thread_that_pins_memory_too(monkeypatch, capsys):
+    def as_torch_tells(error):
+        told = "".join(traceback.format_exception(error))
+        return type(error)(f"Caught {type(error).__name__} in pin memory thread for device 0.\n{told}")
+
+    code, line = ending_of_a_lost_handover(monkeypatch, capsys, as_torch_tells)
+    assert code == 2
+    assert line.startswith("error: a loader's process was ended from outside.")
+
+
+def test_too_many_open_files_are_named_in_a_handover_too(monkeypatch, capsys):
+    error = OSError(errno.EMFILE, "Too many open files")
+    code, line = ending_of_a_lost_handover(monkeypatch, capsys, lambda e: error.with_traceback(e.__traceback__))
+    assert code == 2
+    assert line.startswith("error: too many open files.")
 
 
 def test_seeds_of_replacements_are_a_stream_of_their_own():

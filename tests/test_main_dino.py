@@ -616,7 +616,7 @@ def test_student_and_teacher_start_alike_and_the_student_alone_has_drop_path():
 def test_each_step_is_seeded_by_its_number_and_rank(monkeypatch, tmp_path, tiny_root):
     seeds = []
     fix = utils.fix_random_seeds
-    monkeypatch.setattr(utils, "fix_random_seeds", lambda seed=0: (seeds.append(seed), fix(seed)))
+    monkeypatch.setattr(utils, "fix_random_seeds", lambda seed=0, **more: (seeds.append(seed), fix(seed, **more)))
     for rank in (0, 3):
         monkeypatch.setattr(utils, "get_rank", lambda rank=rank: rank)
         monkeypatch.setattr(utils, "is_main_process", lambda: True)

@@ -290,6 +290,8 @@ def test_fixed_seeds_repeat_the_draws_of_all_three_generators(seed):
     assert not set(draws()) & set(first)
     utils.fix_random_seeds(seed)
     assert draws() == first
+    utils.fix_random_seeds(seed, cpu_only=True)
+    assert draws() == first
 
 
 # ---- devices and processes ----
@@ -1397,7 +1399,7 @@ def linears(device="cpu", amp_dtype=torch.bfloat16):
     return plain, copy.deepcopy(ours)  # which must not go on computing with the first one's weights
 
 
-@pytest.mark.parametrize("shape", [(24,), (7, 24), (3, 5, 24), (2, 0, 24)])
+@pytest.mark.parametrize("shape", [(24,), (7, 24), (1024, 24), (3, 500, 24), (2, 0, 24)])
 def test_biases_within_products_give_the_outputs_and_gradients_of_autocasts_linears(shape):
     exact, *networks = *(copy.deepcopy(n) for n in linears()[:1]), *linears()
     x, found = torch.randn(shape, generator=torch.Generator().manual_seed(1)), []
@@ -1422,18 +1424,20 @@ def test_biases_are_added_within_products_in_bf16_on_cpus_alone(device, amp_dtyp
     assert ["forward" in vars(layer) for layer in linears()[1]] == [True, False, False, True]
 
 
-def test_biases_are_added_by_a_convolution(monkeypatch):
+@pytest.mark.parametrize("images", [2, 3])
+def test_biases_are_added_by_a_convolution_where_there_are_1024_rows(monkeypatch, images):
     plain, ours = linears()
     shapes, conv2d = [], F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda x, *rest: shapes.append(x.shape) or conv2d(x, *rest))
     with torch.autocast("cpu", torch.bfloat16):
-        assert plain(torch.randn(3, 5, 24)).dtype == ours(torch.randn(3, 5, 24)).dtype == torch.bfloat16
-    assert shapes == [(1, 24, 15, 1), (1, 8, 15, 1)]
+        tokens = torch.randn(images, 350, 24)
+        assert plain(tokens).dtype == ours(tokens).dtype == torch.bfloat16
+    assert shapes == ([(1, 24, 1050, 1), (1, 8, 1050, 1)] if images == 3 else [])
 
 
 def test_what_comes_of_biases_within_products_may_be_changed_in_place():
     plain = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))
-    ours, x = copy.deepcopy(plain), torch.randn(5, 4)
+    ours, x = copy.deepcopy(plain), torch.randn(1100, 4)
     utils.add_biases_within_products(ours, torch.device("cpu"), torch.bfloat16)
     for network in (plain, ours):
         with torch.autocast("cpu", torch.bfloat16):
