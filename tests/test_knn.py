@@ -171,7 +171,7 @@ def test_a_run_killed_while_it_looks_goes_on_there(tiny_root, tmp_path):
     folder = tmp_path / "killed"
     words = [*RUN, "--data_path", tiny_root / "train", "--output_dir", folder, *flags]
     command = [sys.executable, ROOT / "main_dino.py", *map(str, words)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in run.stdout:
         if line.startswith("Averaged stats"):
             break
@@ -201,12 +201,9 @@ def test_a_signal_while_it_looks_ends_the_run_at_once_and_it_goes_on_there(tiny_
     undisturbed = train(tiny_root, tmp_path / "undisturbed", *flags)
     folder = tmp_path / "stopped"
     words = [*RUN, "--data_path", tiny_root / "train", "--output_dir", folder, *flags]
-    command, environment = (
-        [sys.executable, ROOT / "main_dino.py", *map(str, words)],
-        {**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, ROOT / "main_dino.py", *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    run = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    run = subprocess.Popen(command, start_new_session=True, **pipes)
     next(line for line in run.stdout if line.startswith("Features:"))
     os.killpg(run.pid, number)  # the loaders get it too
     out, err = run.communicate(timeout=60)

@@ -4,7 +4,6 @@ A run here is 3 epochs of 5 steps. Its processes are forked from one that has im
 seconds that each would take to start; a few start as users start them.
 """
 
-import functools
 import multiprocessing
 import os
 import random
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORKS, ROOT, SMALL_RUN, free_port, log_without_times, run_script, start_forks
+from conftest import FORKS, ROOT, SMALL_RUN, free_port, log_without_times, run_script, start_forks, use_small_heads
 
 import dino_data
 import dino_images
@@ -150,12 +149,6 @@ def slow_saving(seconds, then="nothing", *args):
         save(*args)
 
     torch.save = save_slowly
-    globals()[then](*args)
-
-
-def small_head(then="nothing", *args):
-    """Projection heads of 64 instead of 2,048 units: half precision takes a CPU a second a step with those."""
-    main_dino.DINOHead = functools.partial(main_dino.DINOHead, hidden_dim=64)
     globals()[then](*args)
 
 
@@ -310,6 +303,7 @@ def train(flags, spoil="nothing", *args):
     """What `python main_dino.py <flags>` does, behind a call of the function of this file that `spoil` names."""
     sys.argv = ["main_dino.py", *map(str, flags)]
     torch.set_num_threads(1)
+    use_small_heads()
     globals()[spoil](*args)
     utils.run(main_dino.train_dino, main_dino.get_args_parser(), "")
 
@@ -488,10 +482,10 @@ def test_without_them_only_whole_epochs_are_saved(flags, run):
 
 def test_the_gradient_scaler_and_its_growth_go_on_in_the_middle_of_an_epoch(common, tmp_path):
     flags = [*common, "--amp_dtype", "fp16", "--epochs", 1, "--output_dir"]
-    finish(*flags, tmp_path / "whole", spoil=("small_head",))
-    Run(*flags, tmp_path / "run", spoil=("small_head", "signal_in_step", 2, signal.SIGTERM)).end()
+    finish(*flags, tmp_path / "whole")
+    Run(*flags, tmp_path / "run", spoil=("signal_in_step", 2, signal.SIGTERM)).end()
     assert load(tmp_path / "run" / "checkpoint.pth")["fp16_scaler"]["_growth_tracker"] == 3
-    finish(*flags, tmp_path / "run", spoil=("small_head",))
+    finish(*flags, tmp_path / "run")
     assert_same(result(tmp_path / "run"), result(tmp_path / "whole"))
 
 
@@ -754,7 +748,7 @@ def test_a_signal_to_torchrun_leaves_a_run_that_goes_on(whole_of_two, flags, run
     with open(screen, "wb") as file:
         launcher = subprocess.Popen(
             [sys.executable, *TORCHRUN, str(script), *map(str, flags)],
-            stdout=file, stderr=file, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=file, stderr=file, cwd=ROOT,
         )  # fmt: skip
     try:
         until = time.monotonic() + 60
@@ -1109,10 +1103,10 @@ def always_nan():
 def test_a_run_of_two_processes_killed_twenty_times_ends_as_one_that_never_was(common, tmp_path):
     """At random moments, and every fourth time while a checkpoint is being written."""
     flags = [*common, *HALVES, "--epochs", 20, "--saveckp_iters", 2, "--output_dir"]
-    finish(*flags, tmp_path / "whole", world=2, timeout=200, spoil=("small_head",))
+    finish(*flags, tmp_path / "whole", world=2, timeout=200)
     folder, rng = tmp_path / "run", random.Random(0)
     for number in range(20):
-        running = Run(*flags, folder, world=2, spoil=("small_head", "slow_steps", 0.1))
+        running = Run(*flags, folder, world=2, spoil=("slow_steps", 0.1))
         running.wait_for("steps of 8 in each")
         if number % 4 == 3:
             while running.processes[0].is_alive() and not (folder / "checkpoint.pth.tmp").exists():
@@ -1126,5 +1120,5 @@ def test_a_run_of_two_processes_killed_twenty_times_ends_as_one_that_never_was(c
             running.processes[rank].kill()
         running.end()
     assert 0 < progress(folder / "checkpoint.pth") < 100
-    finish(*flags, folder, world=2, timeout=200, spoil=("small_head",))
+    finish(*flags, folder, world=2, timeout=200)
     assert_same(result(folder), result(tmp_path / "whole"))

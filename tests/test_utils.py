@@ -1949,7 +1949,7 @@ def two_processes(tmp_path_factory):
     script.write_text(TWO_PROCESSES.format(root=str(ROOT), classes=classes, folder=folder))
     started = []
     for rank in "01":
-        launcher = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+        launcher = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
         command = [sys.executable, str(script)]
         started.append(
             subprocess.Popen(command, env={**os.environ, **launcher}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
