@@ -94,17 +94,20 @@ def test_limits_are_said_as_they_are_meant():
     assert utils.describe_limits(utils.ABOVE_0[0], 1) == "above 0 and at most 1"
 
 
-@pytest.mark.parametrize("script", ["main_dino", "eval_linear"])
+@pytest.mark.parametrize("script", ["main_dino", "eval_knn", "eval_linear"])
 def test_help_needs_neither_a_network_connection_nor_what_takes_seconds_to_import(script):
     code = (
         "import runpy, socket, sys\n"
         "def refuse(*_): raise OSError('asked for the network')\n"
-        "socket.socket.connect = refuse\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
         f"sys.argv = ['{script}.py', '--help']\n"
         "try:\n"
         f"    runpy.run_path('{script}.py', run_name='__main__')\n"
         "finally:\n"
         "    slow = {'timm', 'wandb', 'tensorboard', 'transformers', 'onnx', 'matplotlib', 'cv2', 'submitit', 'av'}\n"
+        "    slow |= {'skimage', 'scipy'}\n"
         "    assert not slow & set(sys.modules), slow & set(sys.modules)\n"
     )
-    assert "--patch_size PIXELS" in run_script("-c", code).stdout
+    said = run_script("-c", code).stdout
+    assert "--patch_size PIXELS" in said
+    assert "(default: " in said

@@ -901,10 +901,10 @@ def steps_of(file, world):
     return found
 
 
-def flags_of(data, folder, world, workers):
+def flags_of(data, folder, world, workers, every=0):
     return (
         *SMALL_RUN, "--data_path", data, "--output_dir", folder, "--num_workers", workers,
-        "--batch_size_per_gpu", 4 // world, "--saveckp_iters", 1,
+        "--batch_size_per_gpu", 4 // world, "--saveckp_iters", every,
     )  # fmt: skip
 
 
@@ -919,7 +919,7 @@ def test_killed_runs_over_shards_and_folder_see_every_image_once_an_epoch(tmp_pa
     ):  # fmt: skip
         name = f"{data.name}-{workers}-{after}"
         spoil = ("note_images", tmp_path / name, "kill_in_step", STEPS + 3)
-        killed = Run(*flags_of(data, tmp_path / f"run-{name}", world, workers), world=world, spoil=spoil)
+        killed = Run(*flags_of(data, tmp_path / f"run-{name}", world, workers, STEPS + 3), world=world, spoil=spoil)
         killed.processes[0].join(120)
         assert killed.processes[0].exitcode == -signal.SIGKILL, killed.said()
         killed.kill()
@@ -930,7 +930,7 @@ def test_killed_runs_over_shards_and_folder_see_every_image_once_an_epoch(tmp_pa
         rest = []
         if after != world:  # and killed there once more
             spoil = ("note_images", tmp_path / f"{name}-second", "kill_in_step", STEPS + 5)
-            second = Run(*flags_of(data, tmp_path / f"run-{name}", after, workers), world=after, spoil=spoil)
+            second = Run(*flags_of(data, tmp_path / f"run-{name}", after, workers, STEPS + 5), world=after, spoil=spoil)
             second.processes[0].join(120)
             assert second.processes[0].exitcode == -signal.SIGKILL, second.said()
             second.kill()

@@ -195,11 +195,17 @@ def test_a_run_killed_while_it_looks_goes_on_there(tiny_root, tmp_path):
         assert all(torch.equal(one["teacher"][key], other["teacher"][key]) for key in one["teacher"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_signal_while_it_looks_ends_the_run_at_once_and_it_goes_on_there(tiny_root, sample_root, tmp_path, number):
+@pytest.fixture(scope="module")
+def looking(tiny_root, sample_root, tmp_path_factory):
+    """Flags of a run that looks for some seconds, and the folder of one that nothing happened to."""
     flags = ("--knn_every", 1, "--knn_data", sample_root, "--epochs", 1, "--warmup_epochs", 0, "--num_workers", 2)
-    undisturbed = train(tiny_root, tmp_path / "undisturbed", *flags)
-    folder = tmp_path / "stopped"
+    return flags, train(tiny_root, tmp_path_factory.mktemp("looking"), *flags)
+
+
+@pytest.mark.xdist_group("looking")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_while_it_looks_ends_the_run_at_once_and_it_goes_on_there(looking, tiny_root, tmp_path, number):
+    (flags, undisturbed), folder = looking, tmp_path / "stopped"
     words = [*RUN, "--data_path", tiny_root / "train", "--output_dir", folder, *flags]
     command = [sys.executable, ROOT / "main_dino.py", *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

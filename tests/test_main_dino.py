@@ -211,24 +211,6 @@ def test_a_broken_image_ends_a_strict_run_with_its_name(monkeypatch, capsys, tin
         assert error.startswith(f"error: can't read the image {folder / '3.png'}: ")
 
 
-def test_help_needs_no_network_and_imports_nothing_heavy():
-    guard = """
-import socket, sys, runpy
-def refuse(*a, **k): raise OSError("network is off")
-socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-sys.argv = [sys.argv[1], "--help"]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    heavy = {"timm", "skimage", "scipy", "submitit", "matplotlib", "transformers"} & set(sys.modules)
-    assert not heavy, heavy
-"""
-    for script in ("main_dino.py", "eval_knn.py"):
-        done = run_script("-c", guard, ROOT / script)
-        assert "--data_path" in done.stdout
-        assert "(default: " in done.stdout
-
-
 # ---- crops ----
 
 
