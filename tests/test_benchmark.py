@@ -482,21 +482,22 @@ def test_an_epoch_and_the_startup_are_whole_runs(here, runs, photographs, capsys
 
 
 def test_growth_is_the_middle_against_the_mean_of_the_ends(monkeypatch, capsys):
-    seconds = {"images": (1, 2, 3), "crops": (1, 2, 5), "K": (1, 3, 3)}
+    ends = {(2, 7, 36864): 1, (6, 7, 36864): 3, (4, 4, 36864): 1, (4, 10, 36864): 5, (4, 7, 8192): 1, (4, 7, 65536): 1}
+    seconds = {**ends, (4, 7, 36864): 2}
 
     def take_turns(contenders, rounds, warm_up=1):
         if "index" in contenders:
             benchmark.index_of(contenders["index"][1])()
             return {"index": [4.0]}, {"index": 300.0}
-        assert contenders["crops", 10] == (benchmark.our_step, "vit_nano", 16, 4, None, 36864, 8)
-        times = {(n, v): [s] for n, values in benchmark.SWEEPS.items() for v, s in zip(values, seconds[n], strict=True)}
-        return times, {key: 10.0 * times[key][0] for key in times}
+        assert contenders.keys() == seconds.keys()
+        assert contenders[4, 10, 36864] == (benchmark.our_step, "vit_nano", 16, 4, None, 36864, 8)
+        return {key: [s] for key, s in seconds.items()}, {key: 10.0 * s for key, s in seconds.items()}
 
     monkeypatch.setattr(benchmark, "take_turns", take_turns)
     benchmark.growth(tiny(), files=1000)
     rows = table(capsys.readouterr().out)
     assert rows["images"] == ["2 4 6", "1 2 3", "1.00", "10 20 30", "1.00"]
-    assert [rows[name][2] for name in ("crops", "K")] == ["0.67", "1.50"]
+    assert [rows[name][2] for name in ("crops", "K")] == ["0.67", "2.00"]
     assert (rows["seconds"], rows["MB"]) == (["4"], ["300"])
 
 
