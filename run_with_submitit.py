@@ -197,6 +197,8 @@ class Task:
         import submitit
 
         job = submitit.JobEnvironment()
+        if job.cluster == "debug":  # the training before, in this process, has left it deaf to signals
+            signal.signal(signal.SIGTERM, utils.terminate)
         meet_others(job)
         values = {k: v.replace("%j", job.job_id) if isinstance(v, str) else v for k, v in vars(self.args).items()}
         try:

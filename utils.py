@@ -279,11 +279,14 @@ def run(main, flags, description):
         sys.exit(130)
     except (RuntimeError, OSError, EOFError) as e:
         rank = f" (rank {get_rank()})" if get_world_size() > 1 else ""
-        called = "".join(traceback.format_tb(e.__traceback__))
-        signs = f"{e} {FROM_LOADER}" if FROM_LOADER in called else str(e)
-        lost = get_world_size() > 1 and FROM_LOADER not in signs and PEER_LOST.search(signs)
-        what = "the connection to another process is lost. What ended it stands on its own screen, or above"
-        what = what if lost else next((text for sign, text in SHORTAGES if re.search(sign, signs)), None)
+        lost, what = False, next((text for signs, text in SHORTAGES if re.search(signs, str(e))), None)
+        if what is None and "resource_sharer" in "".join(traceback.format_tb(e.__traceback__)):
+            what = LOST_LOADER.format(f"{type(e).__name__}: {e}" if str(e) else type(e).__name__)
+        elif get_world_size() > 1 and PEER_LOST.search(str(e)):
+            lost, what = (
+                True,
+                "the connection to another process is lost. What ended it stands on its own screen, or above",
+            )
         if what is None:
             raise
         print(f"error{rank}: {what}", file=sys.stderr, flush=True)
@@ -292,9 +295,6 @@ def run(main, flags, description):
         dist.destroy_process_group()
 
 
-# Python's module by which a batch comes from a loader's process. If that dies on the way, errors of many kinds follow.
-FROM_LOADER = "resource_sharer"
-
 # What the system says when there is too little of something, and what to do.
 SHORTAGES = (
     (
@@ -302,9 +302,12 @@ SHORTAGES = (
         "/dev/shm, through which loaders hand over their images, is too small. Enlarge it (docker run --shm-size 8g), "
         "or lower --num_workers or --batch_size_per_gpu",
     ),
-    (r"Too many open files|ancdata", "too many open files. Raise `ulimit -n`, or lower --num_workers"),
     (
-        rf"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)|{FROM_LOADER}",
+        r"Too many open files|received \d+ items of ancdata",
+        "too many open files. Raise `ulimit -n`, or lower --num_workers",
+    ),
+    (
+        r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)|Pin memory thread exited unexpectedly",
         "a loader's process was ended from outside. Most likely the machine ran out of memory: lower --num_workers",
     ),
     (
@@ -312,6 +315,11 @@ SHORTAGES = (
         "not enough memory. Lower --batch_size_per_gpu (and, in training, raise --grad_accum_steps by as much); see "
         "docs/troubleshooting.md",
     ),
+)
+# Batches come through Python's resource_sharer. If a loader's process dies on the way, errors of many kinds follow.
+LOST_LOADER = (
+    "a loader's process could not hand over a batch ({}). Most likely the machine ran out of memory, and it was ended: "
+    "lower --num_workers; or it ran out of open files: raise `ulimit -n`"
 )
 
 
@@ -565,7 +573,8 @@ class StopRequest:
     def __exit__(self, error=None, *_):
         # A script's processes end together from here on, and launchers send SIGTERM to all behind the first that ends:
         # it must not change the exit code, by which a job's script knows whether to come back.
-        ending = error is None and self.before.get(signal.SIGTERM) is terminate
+        agreed = error is None or issubclass(error, UserError)
+        ending = agreed and self.before.get(signal.SIGTERM) is terminate
         for number, handler in self.before.items():
             if ending and number != signal.SIGINT:
                 handler = signal.SIG_IGN
@@ -1642,9 +1651,11 @@ def add_biases_within_products(model, device, amp_dtype=None):
                 layer.forward = functools.partial(linear_as_convolution, layer)
 
 
+ROWS_THAT_PAY = 1024  # for fewer, arranging the weight takes longer than is gained
+
+
 def linear_as_convolution(layer, x):
-    few = math.prod(x.shape[:-1]) < 1024  # rows, for which it does not pay to rearrange the weight
-    if few or not torch.is_autocast_enabled("cpu"):
+    if math.prod(x.shape[:-1]) < ROWS_THAT_PAY or not torch.is_autocast_enabled("cpu"):
         return F.linear(x, layer.weight, layer.bias)
     y = LinearAsConvolution.apply(x.bfloat16(), layer.weight, layer.bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(layer.weight))

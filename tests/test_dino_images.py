@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import urllib.request
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -693,7 +692,10 @@ def test_a_loader_that_is_killed_ends_the_run_with_one_line(tiny_root, tmp_path)
     os.kill(int(children[-1]), signal.SIGKILL)
     _, said = run.communicate(timeout=60)
     assert run.returncode == 2
-    assert "error: a loader's process was ended from outside. Most likely the machine ran out of memory" in said
+    # As torch tells it, or, if it was in the middle of handing over, as Python does.
+    assert re.search(
+        "^error: a loader's process (was ended from|could not hand).*machine ran out of memory", said, re.M
+    )
     assert "Traceback" not in said
     assert (tmp_path / "checkpoint.pth").exists()
 
@@ -716,6 +718,8 @@ def test_too_little_shared_memory_ends_the_run_with_one_line(tiny_root, tmp_path
         (OSError(errno.EMFILE, "Too many open files"), "error: too many open files. Raise `ulimit -n`"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "error: not enough memory. Lower --batch"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "error: not enough memory. Lower"),
+        (RuntimeError("received 0 items of ancdata"), "error: too many open files. Raise `ulimit -n`"),
+        (RuntimeError("Pin memory thread exited unexpectedly"), "error: a loader's process was ended from outside."),
     ],
 )
 def test_a_shortage_is_one_line_and_any_other_error_keeps_its_traceback(monkeypatch, capsys, error, says):
@@ -763,17 +767,8 @@ def test_a_loader_that_dies_while_it_hands_over_a_batch_is_named(monkeypatch, ca
     monkeypatch.setattr(utils, "get_world_size", lambda: world_size)
     code, line = ending_of_a_lost_handover(monkeypatch, capsys)
     assert code == 2
-    assert re.match(r"error( \(rank 0\))?: a loader's process was ended from outside. Most likely the machine", line)
-
-
-def test_a_loader_that_dies_is_named_by_the_thread_that_pins_memory_too(monkeypatch, capsys):
-    def as_torch_tells(error):
-        told = "".join(traceback.format_exception(error))
-        return type(error)(f"Caught {type(error).__name__} in pin memory thread for device 0.\n{told}")
-
-    code, line = ending_of_a_lost_handover(monkeypatch, capsys, as_torch_tells)
-    assert code == 2
-    assert line.startswith("error: a loader's process was ended from outside.")
+    assert re.match(r"error( \(rank 0\))?: a loader's process could not hand over a batch \(Connection", line)
+    assert "ran out of memory, and it was ended: lower --num_workers" in line
 
 
 def test_too_many_open_files_are_named_in_a_handover_too(monkeypatch, capsys):

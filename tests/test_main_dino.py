@@ -445,7 +445,9 @@ def test_fp16_trains_with_a_gradient_scaler_that_is_saved(monkeypatch, tmp_path,
     assert max(steps) > 0
 
 
-def test_bf16_trains_without_a_scaler(monkeypatch, tmp_path, tiny_root):
+@pytest.mark.parametrize("rows", [0, 1024])
+def test_bf16_trains_without_a_scaler(monkeypatch, tmp_path, tiny_root, rows):
+    monkeypatch.setattr(utils, "ROWS_THAT_PAY", rows)
     seen, checkpoint = one_epoch_of(monkeypatch, tmp_path, tiny_root, "--amp_dtype", "bf16")
     assert seen == {torch.bfloat16}
     assert "fp16_scaler" not in checkpoint

@@ -446,7 +446,7 @@ def stopped(common, tmp_path_factory):
 # ---- going on ----
 
 
-def test_a_run_started_as_users_do_ends_as_the_forked_ones(whole, flags, run):
+def test_the_script_itself_ends_as_the_runs_here_do(whole, flags, run):
     run_script("main_dino.py", *flags)
     assert_same(result(run), whole)
 
@@ -658,6 +658,19 @@ def test_a_signal_to_a_run_that_is_leaving_does_not_change_its_exit_code(flags, 
     os.kill(running.processes[0].pid, late)
     codes, (said,) = running.end()
     assert codes == [128 + signal.SIGUSR1], said
+
+
+@pytest.mark.parametrize(("error", "deaf"), [(utils.UserError("collapse", 4), True), (RuntimeError("a bug"), False)])
+def test_after_an_error_that_all_processes_end_with_its_exit_code_stands_too(error, deaf):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        signal.signal(signal.SIGTERM, utils.terminate)
+        with pytest.raises(type(error)), utils.StopRequest():
+            raise error
+        assert signal.getsignal(signal.SIGTERM) is (signal.SIG_IGN if deaf else utils.terminate)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_an_interrupt_of_the_whole_process_group_spares_the_loaders_work(whole, flags, run):

@@ -115,16 +115,28 @@ def test_wait_ends_with_the_exit_code_of_the_run(tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_debug_trains_and_evaluates_in_this_process(tiny_root, tmp_path, capsys):
+def test_debug_trains_and_evaluates_in_this_process(tiny_root, tmp_path, capsys, monkeypatch):
     flags = [*SMALL_RUN, "--epochs", 1, "--ngpus", 0, "--nodes", 1, "--cluster", "debug", "--evaluate_after", "knn"]
-    before = dict(os.environ)
-    run_with_submitit.main(parsed(*flags, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "%j"))
+    before, handlers, accuracies = dict(os.environ), [], eval_knn.knn_accuracies
+
+    def knn_accuracies(*args):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        return accuracies(*args)
+
+    monkeypatch.setattr(eval_knn, "knn_accuracies", knn_accuracies)
+    signal.signal(signal.SIGTERM, utils.terminate)  # as a script does
+    try:
+        run_with_submitit.main(parsed(*flags, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "%j"))
+    finally:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_DFL)
     said = capsys.readouterr().out
     job = re.search(r"submitted job (DEBUG_\d+)", said).group(1)
     assert f"tensors from {tmp_path}/{job}/checkpoint.pth [teacher]" in said
     assert "20-NN classifier result" in said
     assert torch.load(tmp_path / job / "checkpoint.pth", weights_only=True)["args"]["world_size"] == 1
     assert dict(os.environ) == before
+    assert handlers == [utils.terminate]  # though the training before has left the process deaf
 
 
 # ---- what Slurm is asked for ----
