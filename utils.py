@@ -283,10 +283,8 @@ def run(main, flags, description):
         if what is None and "resource_sharer" in "".join(traceback.format_tb(e.__traceback__)):
             what = LOST_LOADER.format(f"{type(e).__name__}: {e}" if str(e) else type(e).__name__)
         elif get_world_size() > 1 and PEER_LOST.search(str(e)):
-            lost, what = (
-                True,
-                "the connection to another process is lost. What ended it stands on its own screen, or above",
-            )
+            lost = True
+            what = "the connection to another process is lost. What ended it stands on its own screen, or above"
         if what is None:
             raise
         print(f"error{rank}: {what}", file=sys.stderr, flush=True)
