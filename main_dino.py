@@ -571,13 +571,8 @@ def build_student_and_teacher(args, device, amp_dtype):
     if args.local_crops_number:  # the global crops were tried when it was built
         utils.features_width(backbone, args.local_crops_size, args.arch, args.in_chans)
     student, teacher = networks
-    if not args.compile:
-        for network in networks:
-            utils.add_biases_within_products(network, device, amp_dtype)
     if args.grad_checkpointing:
         utils.checkpoint_activations(student.backbone, args.arch)
-    elif utils.vit_factory(args.arch) and not args.compile:
-        student.backbone.set_lean_mlps(amp_dtype is None)  # in bf16 it was measured to be a tenth slower, on a CPU
     if args.compile:
         for network in networks:
             utils.compile_in_place(network.backbone)

@@ -1637,49 +1637,6 @@ def use_fused_attention(model, device, amp_dtype=None):
         model.set_fused_attention(device.type != "cpu" or amp_dtype is None)
 
 
-def add_biases_within_products(model, device, amp_dtype=None):
-    """Have a network's linear layers add their biases within the matrix product, in bf16 on CPUs.
-
-    There torch first fills the result with the bias and then adds the product to it, which takes a quarter longer than
-    the product alone. oneDNN's convolution adds it on the way: of pixels in a row it is the same sum.
-    """
-    if device.type == "cpu" and amp_dtype == torch.bfloat16:
-        for layer in model.modules():
-            if type(layer) is nn.Linear and layer.bias is not None:
-                layer.forward = functools.partial(linear_as_convolution, layer)
-
-
-ROWS_THAT_PAY = 1024  # for fewer, arranging the weight takes longer than is gained
-
-
-def linear_as_convolution(layer, x):
-    if math.prod(x.shape[:-1]) < ROWS_THAT_PAY or not torch.is_autocast_enabled("cpu"):
-        return F.linear(x, layer.weight, layer.bias)
-    y = LinearAsConvolution.apply(x.bfloat16(), layer.weight, layer.bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(layer.weight))
-
-
-class LinearAsConvolution(torch.autograd.Function):
-    """x [..., in] in bf16, weight [out, in], bias [out] -> [1, out, rows, 1] in bf16, as autocast's nn.Linear gives it.
-
-    Reshaped outside: what a function returns as a view must not be changed in place, as ReLUs do.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        weight = weight.bfloat16()
-        ctx.save_for_backward(x, weight)
-        pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, in, rows, 1], channels last
-        return F.conv2d(pixels, weight[:, :, None, None], bias.bfloat16())
-
-    @staticmethod
-    def backward(ctx, grad):
-        # As products: the convolution's own gradients are slower.
-        x, weight = ctx.saved_tensors
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.permute(0, 2, 3, 1).reshape(-1, len(weight))
-        return (grads @ weight).view_as(x), grads.T @ rows, grads.sum(dim=0)
-
-
 def checkpoint_activations(backbone, arch):
     """Let a backbone compute activations again in the backward pass. Raises UserError if it can't, or not exactly."""
     try:

@@ -41,11 +41,7 @@ class DropPath(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear; dropout behind both linears. [..., in_features] -> [..., out_features].
-
-    With `lean = True` the second linear's input is not kept for the backward pass but computed again from the first's
-    output, which is kept anyway: the same numbers, with a quarter less to keep for the whole network.
-    """
+    """Linear, GELU, Linear, with dropout after each linear. [..., in_features] -> [..., out_features]."""
 
     def __init__(self, in_features, hidden_features=None, out_features=None, act_layer=nn.GELU, drop=0.0):
         super().__init__()
@@ -54,24 +50,9 @@ class Mlp(nn.Module):
         self.act = act_layer()
         self.fc2 = nn.Linear(hidden, out_features or in_features)
         self.drop = nn.Dropout(drop)
-        self.lean = False
 
     def forward(self, x):
-        before = self.fc1(x)
-        hidden = self.drop(self.act(before))
-        if not (self.lean and self.training and torch.is_grad_enabled()) or self.drop.p:
-            return self.drop(self.fc2(hidden))
-
-        address = hidden.data_ptr()  # autograd keeps this function, which must not keep the tensor
-
-        def drop_hidden(saved):
-            return saved.shape if saved.data_ptr() == address else saved
-
-        def compute_again(saved):
-            return saved if isinstance(saved, torch.Tensor) else self.act(before.detach()).view(saved)
-
-        with torch.autograd.graph.saved_tensors_hooks(drop_hidden, compute_again):
-            return self.fc2(hidden)
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
 class Attention(nn.Module):
@@ -243,11 +224,6 @@ class VisionTransformer(nn.Module):
         fifteenth less compute. Hooks in that block then see one token.
         """
         self.cls_only = cls_only
-
-    def set_lean_mlps(self, lean):
-        """Whether the MLPs keep one of their two wide activations for the backward pass, or both; see `Mlp`."""
-        for block in self.blocks:
-            block.mlp.lean = lean
 
     def set_grad_checkpointing(self, enable=True):
         """In training keep only what enters each block, and compute the block again in the backward pass (named as in

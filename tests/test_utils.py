@@ -1390,69 +1390,6 @@ def test_fused_attention_leaves_convnets_alone():
     utils.use_fused_attention(nn.Linear(1, 1), torch.device("cpu"))
 
 
-def linears(device="cpu", amp_dtype=torch.bfloat16):
-    """The same layers as torch computes them, and with biases within the product."""
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 8, bias=False), nn.Linear(8, 16))
-    ours = copy.deepcopy(plain)
-    utils.add_biases_within_products(ours, torch.device(device), amp_dtype)
-    return plain, copy.deepcopy(ours)  # which must not go on computing with the first one's weights
-
-
-@pytest.mark.parametrize("shape", [(24,), (7, 24), (1024, 24), (3, 500, 24), (2, 0, 24)])
-def test_biases_within_products_give_the_outputs_and_gradients_of_autocasts_linears(shape):
-    exact, *networks = *(copy.deepcopy(n) for n in linears()[:1]), *linears()
-    x, found = torch.randn(shape, generator=torch.Generator().manual_seed(1)), []
-    weights = torch.randn(*shape[:-1], 16, generator=torch.Generator().manual_seed(2))
-    for network, dtype in ((exact.double(), torch.float64), *((n, torch.float32) for n in networks)):
-        images = x.to(dtype, copy=True).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            y = network(images)
-        assert y.dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
-        (y * weights).sum().backward()
-        found.append([y.detach(), images.grad, *(p.grad for p in network.parameters())])
-    for want, theirs, ours in zip(*found, strict=True):
-        assert ours.shape == want.shape
-        scale = want.abs().max() if want.numel() else 1
-        assert all(((got.double() - want).abs() <= 0.02 * scale).all() for got in (theirs, ours))
-
-
-@pytest.mark.parametrize(("device", "amp_dtype"), [("cpu", None), ("cpu", torch.float16), ("cuda", torch.bfloat16)])
-def test_biases_are_added_within_products_in_bf16_on_cpus_alone(device, amp_dtype):
-    _, network = linears(device, amp_dtype)
-    assert not any("forward" in vars(layer) for layer in network)
-    assert ["forward" in vars(layer) for layer in linears()[1]] == [True, False, False, True]
-
-
-@pytest.mark.parametrize("images", [2, 3])
-def test_biases_are_added_by_a_convolution_where_there_are_1024_rows(monkeypatch, images):
-    plain, ours = linears()
-    shapes, conv2d = [], F.conv2d
-    monkeypatch.setattr(F, "conv2d", lambda x, *rest: shapes.append(x.shape) or conv2d(x, *rest))
-    with torch.autocast("cpu", torch.bfloat16):
-        tokens = torch.randn(images, 350, 24)
-        assert plain(tokens).dtype == ours(tokens).dtype == torch.bfloat16
-    assert shapes == ([(1, 24, 1050, 1), (1, 8, 1050, 1)] if images == 3 else [])
-
-
-def test_what_comes_of_biases_within_products_may_be_changed_in_place():
-    plain = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))
-    ours, x = copy.deepcopy(plain), torch.randn(1100, 4)
-    utils.add_biases_within_products(ours, torch.device("cpu"), torch.bfloat16)
-    for network in (plain, ours):
-        with torch.autocast("cpu", torch.bfloat16):
-            network(x).sum().backward()
-    for theirs, mine in zip(plain.parameters(), ours.parameters(), strict=True):
-        assert_near(mine.grad, theirs.grad, 0.01)
-
-
-def test_biases_within_products_change_nothing_outside_autocast():
-    plain, ours = linears()
-    x = torch.randn(5, 24)
-    assert torch.equal(ours(x), plain(x))
-    assert list(ours.state_dict()) == list(plain.state_dict())
-
-
 def test_batch_norms_are_found_wherever_they_are():
     assert utils.has_batchnorms(nn.Sequential(nn.Sequential(nn.BatchNorm2d(3))))
     assert utils.has_batchnorms(DINOHead(4, 3, use_bn=True))

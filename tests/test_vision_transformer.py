@@ -6,7 +6,6 @@ import math
 import shutil
 import types
 import warnings
-import weakref
 from functools import partial
 
 import numpy as np
@@ -842,58 +841,6 @@ def test_a_last_block_of_cls_alone_saves_the_work_of_the_others_and_leaves_maps_
     assert operations[0] - operations[1] == 2 * 2 * 16 * (10 * DIM**2 + 2 * 17 * DIM)
     assert all(torch.equal(a, b) for a, b in zip(layers, model.get_intermediate_layers(images, n=2), strict=True))
     assert torch.equal(map_, model.get_last_selfattention(images))
-
-
-def test_lean_mlps_give_the_same_gradients_and_do_not_keep_the_wide_activation():
-    model = vits.vit_nano(patch_size=8, drop_path_rate=0.5).train()
-    images = tensor("checkpointing", (4, 3, 48, 48))
-    plain, _ = gradients_and_bytes(model, images)
-    wide = []
-    for block in model.blocks:
-        block.mlp.act.register_forward_hook(lambda _, __, output: wide.append(weakref.ref(output)))
-    for lean in (False, True):
-        model.set_lean_mlps(lean)
-        wide.clear()
-        loss = model(images).square().sum()
-        assert [activation() is None for activation in wide] == [lean] * 4
-        del loss
-    again, _ = gradients_and_bytes(model, images)
-    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
-
-
-def test_lean_mlps_work_where_a_linear_keeps_its_input_as_it_is():
-    """Not flattened, as on a Mac's GPU."""
-
-    class Plain(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, weight):
-            ctx.save_for_backward(x, weight)
-            return x @ weight.T
-
-        @staticmethod
-        def backward(ctx, gradient):
-            x, weight = ctx.saved_tensors
-            assert x.ndim == 3
-            return gradient @ weight, (gradient.transpose(1, 2) @ x).sum(dim=0)
-
-    mlp = vits.Mlp(8, 32).train()
-    mlp.fc2.forward = lambda x: Plain.apply(x, mlp.fc2.weight)
-    x, gradients = tensor("checkpointing/mlp", (2, 5, 8)), []
-    for mlp.lean in (False, True):
-        mlp.zero_grad()
-        mlp(x).square().sum().backward()
-        gradients.append([mlp.fc1.weight.grad.clone(), mlp.fc2.weight.grad.clone()])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
-
-
-@pytest.mark.parametrize("change", ["eval", "no_grad"])
-def test_lean_mlps_change_nothing_without_gradients(change):
-    model = vits.vit_nano(patch_size=8).train(change != "eval")
-    images = tensor("checkpointing", (4, 3, 48, 48))
-    with torch.set_grad_enabled(change != "no_grad"):
-        plain = model(images)
-        model.set_lean_mlps(True)
-        assert torch.equal(model(images), plain)
 
 
 def test_activations_computed_again_give_the_same_gradients_from_less_memory():
