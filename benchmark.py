@@ -43,18 +43,12 @@ import eval_knn
 import eval_video_segmentation
 import main_dino
 import utils
-from utils import UserError
+from utils import UserError, at_least, between
 from vision_transformer import DINOHead
 
 EpsImagePlugin.gs_binary = False  # the plain loader opens what Pillow does; no photograph is to start a program
 
 # ---- arguments ----
-
-
-LIMITS = {
-    **dict.fromkeys(("processes", "threads", "batch_size_per_gpu", "patch_size"), utils.AT_LEAST_1),
-    "rounds": (1, 99),  # each takes an epoch of the hundred whose schedules there are
-}
 
 
 def get_args_parser():
@@ -67,20 +61,20 @@ def get_args_parser():
         sub-folders) for `crops`, `epoch` and `scaling`; `sample` takes some that are installed already.""")
     parser.add_argument("--arch", default=None, metavar="NAME",
         help="Network; without one, vit_small for `step` and `epoch`, vit_tiny for `scaling` and `growth`.")
-    parser.add_argument("--patch_size", default=16, type=int, metavar="PIXELS", help="Side of a ViT's patches.")
-    parser.add_argument("--batch_size_per_gpu", default=[4, 16], type=int, nargs="+", metavar="B",
+    parser.add_argument("--patch_size", default=16, type=at_least(1), metavar="PIXELS", help="Side of a ViT's patches.")
+    parser.add_argument("--batch_size_per_gpu", default=[4, 16], type=at_least(1), nargs="+", metavar="B",
         help="Images a step. `step` is measured for each, `scaling` takes the first, `epoch` the last.")
-    parser.add_argument("--rounds", default=2, type=int, metavar="N",
+    parser.add_argument("--rounds", default=2, type=between(1, 99), metavar="N",
         help="How often everything is run, in turn; what takes long, half as often.")
-    parser.add_argument("--processes", default=[1, 2], type=int, nargs="+", metavar="N",
+    parser.add_argument("--processes", default=[1, 2], type=at_least(1), nargs="+", metavar="N",
         help="For `scaling`: numbers of processes; the first is what the others are held against.")
-    parser.add_argument("--threads", default=1, type=int, metavar="N", help="For `scaling`: threads of each process.")
+    parser.add_argument("--threads", default=1, type=at_least(1), metavar="N",
+        help="For `scaling`: threads of each process.")
     # fmt: on
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 def check_args(args):
-    utils.check_limits(args, LIMITS)
     for name in args.what:
         if name not in TABLES:
             near = utils.did_you_mean(name, TABLES) or "."

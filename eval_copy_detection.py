@@ -21,16 +21,9 @@ from torchvision import transforms
 import dino_data
 import dino_images
 import utils
-from utils import UserError, bool_flag
+from utils import UserError, at_least, bool_flag
 
 # ---- arguments ----
-
-
-LIMITS = {
-    **dict.fromkeys(("patch_size", "imsize", "batch_size_per_gpu"), utils.AT_LEAST_1),
-    "num_workers": utils.AT_LEAST_0,
-    "local_rank": utils.LOCAL_RANK,
-}
 
 
 def get_args_parser():
@@ -43,17 +36,17 @@ def get_args_parser():
         whitening of the features is learned: twenty thousand or so, not those that are searched.""")
     parser.add_argument("--distractors_path", default="", metavar="DIR",
         help="Folder of images that are nobody's original, to search among as well.")
-    parser.add_argument("--imsize", default=320, type=int, metavar="PIXELS",
+    parser.add_argument("--imsize", default=320, type=at_least(1), metavar="PIXELS",
         help="Images are resized to a square of this side, whatever their shape.")
-    parser.add_argument("--batch_size_per_gpu", default=16, type=int, metavar="B", help="Images per forward pass.")
+    parser.add_argument("--batch_size_per_gpu", default=16, type=at_least(1), metavar="B",
+        help="Images per forward pass.")
     parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
         help="Keep features on the GPU, if there is one. false: in main memory.")
     # fmt: on
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 def check_args(args):
-    utils.check_limits(args, LIMITS)
     utils.check_arch(args.arch)
     if not utils.vit_factory(args.arch):
         raise UserError(f"--arch {args.arch} has no CLS and patch tokens. Take one of {', '.join(utils.vit_names())}")

@@ -22,16 +22,9 @@ from torchvision import transforms
 import dino_data
 import dino_images
 import utils
-from utils import UserError, bool_flag
+from utils import UserError, at_least, bool_flag
 
 # ---- arguments ----
-
-
-LIMITS = {
-    **dict.fromkeys(("patch_size", "imsize"), utils.AT_LEAST_1),
-    "num_workers": utils.AT_LEAST_0,
-    "local_rank": utils.LOCAL_RANK,
-}
 
 
 def get_args_parser():
@@ -42,18 +35,17 @@ def get_args_parser():
     parser.add_argument("--data_path", default=".", metavar="DIR", help="Folder that holds the data set's folder.")
     parser.add_argument("--dataset", default="roxford5k", metavar="NAME",
         help="roxford5k, rparis6k, or any other in the same layout: <NAME>/gnd_<NAME>.pkl and <NAME>/jpg/*.jpg.")
-    parser.add_argument("--imsize", default=224, type=int, metavar="PIXELS",
+    parser.add_argument("--imsize", default=224, type=at_least(1), metavar="PIXELS",
         help="Longest side that an image may have; larger ones are scaled down. The published figures are at 512.")
     parser.add_argument("--multiscale", default=False, type=bool_flag, metavar="BOOL",
         help="Mean of the features at scales 1, 0.71 and 0.5: better by some points, at 1.75 times the cost.")
     parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
         help="Keep features on the GPU, if there is one. false: in main memory.")
     # fmt: on
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 def check_args(args):
-    utils.check_limits(args, LIMITS)
     utils.check_arch(args.arch)
 
 

@@ -17,17 +17,9 @@ import torch.nn as nn
 import dino_data
 import utils
 from knn import knn_accuracies, knn_classifier, labelled_features  # noqa: F401 - knn_classifier is for callers
-from utils import UserError, bool_flag
+from utils import UserError, at_least, bool_flag, positive
 
 # ---- arguments ----
-
-
-LIMITS = {
-    **dict.fromkeys(("nb_knn", "patch_size", "image_size", "batch_size_per_gpu"), utils.AT_LEAST_1),
-    "num_workers": utils.AT_LEAST_0,
-    "temperature": utils.ABOVE_0,
-    "local_rank": utils.LOCAL_RANK,
-}
 
 
 def get_args_parser():
@@ -35,15 +27,16 @@ def get_args_parser():
     parents = [utils.model_flags(), utils.labelled_flags(), utils.process_flags()]
     parser = argparse.ArgumentParser("k-NN evaluation", add_help=False, parents=parents)
     # fmt: off
-    parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=int, metavar="K",
+    parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=at_least(1), metavar="K",
         help="Numbers of neighbours. Around 20 works best as a rule; fewer if the classes are small.")
-    parser.add_argument("--temperature", default=0.07, type=float, metavar="T",
+    parser.add_argument("--temperature", default=0.07, type=positive, metavar="T",
         help="A neighbour votes with weight exp(similarity / T): the lower, the more the nearest ones count.")
-    parser.add_argument("--image_size", default=224, type=int, metavar="PIXELS", help="""Side of the images that the
-        network sees: the centre of the image after resizing to 8/7 of it. Best as it was in training.""")
+    parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS", help="""Side of the images that
+        the network sees: the centre of the image after resizing to 8/7 of it. Best as it was in training.""")
     parser.add_argument("--baselines", default=False, type=bool_flag, metavar="BOOL", help="""Print one table that sets
         the weights against chance, raw pixels and the same network untrained.""")
-    parser.add_argument("--batch_size_per_gpu", default=128, type=int, metavar="B", help="Images per forward pass.")
+    parser.add_argument("--batch_size_per_gpu", default=128, type=at_least(1), metavar="B",
+        help="Images per forward pass.")
     parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
         help="Keep features on the GPU, if there is one. false: in main memory, slower, where more of them fit.")
     parser.add_argument("--dump_features", default=None, metavar="DIR",
@@ -51,11 +44,10 @@ def get_args_parser():
     parser.add_argument("--load_features", default=None, metavar="DIR",
         help="Classify with features that --dump_features wrote, without any network.")
     # fmt: on
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 def check_args(args):
-    utils.check_limits(args, LIMITS)
     if args.load_features is not None and (args.dump_features is not None or args.baselines):
         raise UserError("--load_features needs no network: leave out --dump_features and --baselines")
     if args.image_size < args.patch_size and utils.vit_factory(args.arch):

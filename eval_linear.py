@@ -26,19 +26,9 @@ from torchvision import transforms
 import dino_data
 import dino_images
 import utils
-from utils import UserError, bool_flag
+from utils import UserError, at_least, between, bool_flag, positive
 
 # ---- arguments ----
-
-
-LIMITS = {
-    **dict.fromkeys(("patch_size", "n_last_blocks", "image_size", "epochs", "batch_size_per_gpu"), utils.AT_LEAST_1),
-    **dict.fromkeys(("val_freq", "num_labels"), utils.AT_LEAST_1),
-    "num_workers": utils.AT_LEAST_0,
-    "lr": utils.ABOVE_0,
-    "seed": (0, 2**63 - 1),
-    "local_rank": utils.LOCAL_RANK,
-}
 
 
 def get_args_parser():
@@ -46,32 +36,34 @@ def get_args_parser():
     parents = [utils.model_flags(), utils.labelled_flags(), utils.process_flags()]
     parser = argparse.ArgumentParser("Linear evaluation", add_help=False, parents=parents)
     # fmt: off
-    parser.add_argument("--n_last_blocks", default=4, type=int, metavar="N", help="""A ViT's features are the CLS tokens
-        of this many last blocks: 4 for ViT-S and smaller, 1 for ViT-B. Other networks give their pooled output.""")
+    parser.add_argument("--n_last_blocks", default=4, type=at_least(1), metavar="N", help="""A ViT's features are the
+        CLS tokens of this many last blocks: 4 for ViT-S and smaller, 1 for ViT-B. Other networks give their pooled
+        output.""")
     parser.add_argument("--avgpool_patchtokens", default=False, type=bool_flag, metavar="BOOL",
         help="Add the mean of a ViT's last patch tokens to the features: false for ViT-S, true for ViT-B.")
-    parser.add_argument("--image_size", default=224, type=int, metavar="PIXELS", help="""Side of the images that the
-        network sees; validation takes the centre after resizing to 8/7 of it.""")
-    parser.add_argument("--epochs", default=100, type=int, metavar="E", help="Passes over the training images.")
-    parser.add_argument("--lr", default=0.001, type=float, metavar="LR", help="""Learning rate at the start, for a
+    parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS",
+        help="Side of the images that the network sees; validation takes the centre after resizing to 8/7 of it.")
+    parser.add_argument("--epochs", default=100, type=at_least(1), metavar="E", help="Passes over the training images.")
+    parser.add_argument("--lr", default=0.001, type=positive, metavar="LR", help="""Learning rate at the start, for a
         batch of 256 over all processes: scaled with the batch, lowered to 0 along a cosine, epoch by epoch. For other
         networks than the published ones it pays to try several.""")
-    parser.add_argument("--batch_size_per_gpu", default=128, type=int, metavar="B",
+    parser.add_argument("--batch_size_per_gpu", default=128, type=at_least(1), metavar="B",
         help="Images of a process in a step. An epoch's last batch holds what is left and may be smaller.")
-    parser.add_argument("--val_freq", default=1, type=int, metavar="E", help="Validate every E epochs and in the last.")
-    parser.add_argument("--num_labels", default=None, type=int, metavar="C", help="""Outputs of the linear layer.
-        Without this flag as many as there are class folders, or 1000 for a published head.""")
+    parser.add_argument("--val_freq", default=1, type=at_least(1), metavar="E",
+        help="Validate every E epochs and in the last.")
+    parser.add_argument("--num_labels", default=None, type=at_least(1), metavar="C", help="""Outputs of the linear
+        layer. Without this flag as many as there are class folders, or 1000 for a published head.""")
     parser.add_argument("--evaluate", action="store_true", help="Train nothing, measure a linear layer's accuracy.")
     parser.add_argument("--linear_weights", default="", metavar="FILE", help="""The linear layer for --evaluate: a
         checkpoint.pth.tar from here, or a file in the published format. Without it, the published one of --arch.""")
     parser.add_argument("--output_dir", default=".", metavar="DIR", help="Where log.txt and checkpoint.pth.tar go.")
-    parser.add_argument("--seed", default=0, type=int, metavar="N", help="For the start, the order and the crops.")
+    parser.add_argument("--seed", default=0, type=between(0, 2**63 - 1), metavar="N",
+        help="For the start, the order and the crops.")
     # fmt: on
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 def check_args(args):
-    utils.check_limits(args, LIMITS)
     if args.linear_weights and not args.evaluate:
         raise UserError("--linear_weights is for --evaluate. Training goes on from what --output_dir holds")
     if args.image_size < args.patch_size and utils.vit_factory(args.arch):

@@ -28,16 +28,9 @@ from PIL import Image
 
 import dino_images
 import utils
-from utils import UserError
+from utils import UserError, at_least
 
 # ---- arguments ----
-
-
-LIMITS = {
-    **dict.fromkeys(("topk", "bs"), utils.AT_LEAST_1),
-    **dict.fromkeys(("n_last_frames", "size_mask_neighborhood"), utils.AT_LEAST_0),
-    "patch_size": (1, 224),
-}
 
 
 def get_args_parser():
@@ -47,21 +40,21 @@ def get_args_parser():
     parser.add_argument("--data_path", default="DAVIS", metavar="DIR",
         help="Folder of DAVIS 2017, with ImageSets, JPEGImages and Annotations in it.")
     parser.add_argument("--output_dir", default=".", metavar="DIR", help="Where a folder of masks per video goes.")
-    parser.add_argument("--n_last_frames", default=7, type=int, metavar="N", help="""Labels come from the first frame
-        and from this many before the current one. More of them hold an object longer, and cost time and memory.""")
-    parser.add_argument("--size_mask_neighborhood", default=12, type=int, metavar="PATCHES", help="""Labels come from
-        at most so many patches up, down, left or right; 0: from anywhere, which takes longer. More for fast motion or
-        small patches.""")
-    parser.add_argument("--topk", default=5, type=int, metavar="K",
+    parser.add_argument("--n_last_frames", default=7, type=at_least(0), metavar="N", help="""Labels come from the first
+        frame and from this many before the current one. More of them hold an object longer, and cost time and
+        memory.""")
+    parser.add_argument("--size_mask_neighborhood", default=12, type=at_least(0), metavar="PATCHES",
+        help="""Labels come from at most so many patches up, down, left or right; 0: from anywhere, which takes longer.
+        More for fast motion or small patches.""")
+    parser.add_argument("--topk", default=5, type=at_least(1), metavar="K",
         help="How many of the most similar patches give their labels. More of them make smoother outlines.")
-    parser.add_argument("--bs", default=6, type=int, metavar="B",
+    parser.add_argument("--bs", default=6, type=at_least(1), metavar="B",
         help="Frames per forward pass of the network. Lower it if memory runs out; the result stays the same.")
     # fmt: on
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 def check_args(args):
-    utils.check_limits(args, LIMITS)
     utils.check_arch(args.arch)
     if not utils.vit_factory(args.arch):
         raise UserError(f"--arch {args.arch} gives no features of single patches. Choose a ViT, such as vit_small")

@@ -28,16 +28,13 @@ import torch
 from torch import nn
 
 import utils
-from utils import UserError
+from utils import UserError, at_least
 
 # ---- arguments ----
 
 TENSOR_FILES = (".pth", ".safetensors")
 ENDINGS = {"backbone": TENSOR_FILES, "onnx": (".onnx",), "timm": TENSOR_FILES, "hf": ()}  # of --output
 LIBRARIES = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "timm": ["timm"], "hf": ["transformers", "safetensors"]}
-
-
-LIMITS = dict.fromkeys(("patch_size", "image_size"), utils.AT_LEAST_1)
 
 
 def get_args_parser():
@@ -49,17 +46,17 @@ def get_args_parser():
         folder for transformers.ViTModel.from_pretrained.""")
     parser.add_argument("--output", required=True, metavar="PATH", help="""What to write. backbone and timm: a file that
         ends in .pth or .safetensors; onnx: in .onnx; a file by that name is replaced. hf: a new folder.""")
-    parser.add_argument("--image_size", default=None, nargs="+", type=int, metavar="PIXELS", help="""Height and width,
-        one number for a square, of the images that the exported network will take; for a ViT multiples of its patch
-        size. Without it, the size of the crops that the positions were trained on, and 224 for other networks.""")
+    parser.add_argument("--image_size", default=None, nargs="+", type=at_least(1), metavar="PIXELS",
+        help="""Height and width, one number for a square, of the images that the exported network will take; for a ViT
+        multiples of its patch size. Without it, the size of the crops that the positions were trained on, and 224 for
+        other networks.""")
     # fmt: on
     parser.set_defaults(device="cpu")  # where the files are opened as well: a GPU saves nothing
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 def check_args(args):
     """Raise UserError for what can't work; make --image_size, if given, two numbers."""
-    utils.check_limits(args, LIMITS)
     utils.check_arch(args.arch)
     vit, ending, endings = utils.vit_factory(args.arch), Path(args.output).suffix, ENDINGS[args.to]
     if args.to == "hf" and not vit:

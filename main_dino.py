@@ -28,32 +28,10 @@ import dino_images
 import health
 import utils
 from knn import OnlineKnn
-from utils import UserError, bool_flag
+from utils import UserError, at_least, between, bool_flag, share
 from vision_transformer import DINOHead
 
 # ---- arguments ----
-
-
-# Lowest and highest value that a flag may have.
-LIMITS = {
-    **dict.fromkeys(("patch_size", "out_dim", "epochs", "batch_size_per_gpu", "grad_accum_steps"), utils.AT_LEAST_1),
-    **dict.fromkeys(("global_crops_size", "local_crops_size"), utils.AT_LEAST_1),
-    **dict.fromkeys(("local_crops_number", "warmup_epochs", "warmup_teacher_temp_epochs"), utils.AT_LEAST_0),
-    **dict.fromkeys(("freeze_last_layer", "saveckp_freq", "num_workers", "clip_grad"), utils.AT_LEAST_0),
-    **dict.fromkeys(("saveckp_iters", "save_every_minutes", "max_bad_steps", "knn_every"), utils.AT_LEAST_0),
-    **dict.fromkeys(("lr", "min_lr", "weight_decay", "weight_decay_end"), utils.AT_LEAST_0),
-    **dict.fromkeys(("teacher_temp", "warmup_teacher_temp"), (1e-6, math.inf)),
-    **dict.fromkeys(("global_crops_scale", "local_crops_scale"), (1e-6, 1)),
-    **dict.fromkeys(("momentum_teacher", "max_bad_images"), utils.A_SHARE),
-    "drop_path_rate": (0, 0.999),
-    "in_chans": (1, 1000),
-    "mean": utils.A_SHARE,
-    "std": (utils.ABOVE_0[0], 1),
-    "value_range": (-(10**10), 10**10),
-    "blur_radius": (0, 1e4),
-    "seed": (0, 2**63 - 1),
-    "local_rank": utils.LOCAL_RANK,
-}
 
 
 def get_args_parser():
@@ -66,95 +44,99 @@ def get_args_parser():
         torchvision classification network such as resnet50; or timm:<name>.""")
     model.add_argument("--list_archs", action=ListArchs, nargs=0, default=argparse.SUPPRESS,
         help="Print every name that --arch knows, and stop.")
-    model.add_argument("--patch_size", default=16, type=int, metavar="PIXELS", help="""Side of a ViT's patches. 8
-        instead of 16 gives better features for about five times the compute; fp16 may be unstable then: bf16, or
+    model.add_argument("--patch_size", default=16, type=at_least(1), metavar="PIXELS", help="""Side of a ViT's patches.
+        8 instead of 16 gives better features for about five times the compute; fp16 may be unstable then: bf16, or
         --use_fp16 false.""")
     model.add_argument("--init_from", default="", metavar="FILE", help="""Start from these weights, not at random: a
         checkpoint or state dict; `published` for those of the paper's authors; `timm` for timm's pretrained ones. The
         run itself is new. To go on with a run, start it again with its --output_dir.""")
-    model.add_argument("--out_dim", default=65536, type=int, metavar="K", help="""Width of the head's output, the number
-        of prototypes. Large data likes it large; a few thousand images are served by 1024 to 4096.""")
+    model.add_argument("--out_dim", default=65536, type=at_least(1), metavar="K", help="""Width of the head's output,
+        the number of prototypes. Large data likes it large; a few thousand images are served by 1024 to 4096.""")
     model.add_argument("--norm_last_layer", default=True, type=bool_flag, metavar="BOOL", help="""Keep the gain of the
         head's last layer at 1. false trains a little better where training is stable (the long ViT-S runs), true is
         the safe choice and what ViT-B wants.""")
     model.add_argument("--use_bn_in_head", default=False, type=bool_flag, metavar="BOOL",
         help="Batch normalisation inside the head's MLP. The paper's ViTs do without; with it short runs start faster.")
-    model.add_argument("--drop_path_rate", default=0.1, type=float, metavar="P",
+    model.add_argument("--drop_path_rate", default=0.1, type=between(0, 0.999, float), metavar="P",
         help="Stochastic depth of the student, rising linearly to this over a ViT's blocks.")
 
     teacher = parser.add_argument_group("teacher and temperatures")
-    teacher.add_argument("--momentum_teacher", default=0.996, type=float, metavar="M", help="""How slowly the teacher
+    teacher.add_argument("--momentum_teacher", default=0.996, type=share, metavar="M", help="""How slowly the teacher
         follows the student (1 = not at all); rises to 1 over the run by a cosine. Small batches need it closer to 1:
         0.9995 for 256 images a step.""")
-    teacher.add_argument("--warmup_teacher_temp", default=0.04, type=float, metavar="T", help="""Teacher temperature at
-        the start. If the loss does not come down, try lower.""")
-    teacher.add_argument("--teacher_temp", default=0.04, type=float, metavar="T", help="""Teacher temperature after the
-        warm-up. Up to 0.07 can pay in long runs; more tends to be unstable.""")
-    teacher.add_argument("--warmup_teacher_temp_epochs", default=0, type=int, metavar="EPOCHS",
+    teacher.add_argument("--warmup_teacher_temp", default=0.04, type=at_least(1e-6, float), metavar="T",
+        help="Teacher temperature at the start. If the loss does not come down, try lower.")
+    teacher.add_argument("--teacher_temp", default=0.04, type=at_least(1e-6, float), metavar="T",
+        help="Teacher temperature after the warm-up. Up to 0.07 can pay in long runs; more tends to be unstable.")
+    teacher.add_argument("--warmup_teacher_temp_epochs", default=0, type=at_least(0), metavar="EPOCHS",
         help="Epochs over which the teacher temperature goes from the first to the second. 30 with 0.07.")
 
     optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--epochs", default=100, type=int, help="Length of the run.")
-    optim.add_argument("--batch_size_per_gpu", default=64, type=int, metavar="B",
+    optim.add_argument("--epochs", default=100, type=at_least(1), help="Length of the run.")
+    optim.add_argument("--batch_size_per_gpu", default=64, type=at_least(1), metavar="B",
         help="Images a step in each process (one process per GPU).")
-    optim.add_argument("--grad_accum_steps", default=1, type=int, metavar="N", help="""Compute each step's gradients in
-        so many passes of --batch_size_per_gpu images: the result of a batch that large, in the memory of one pass.""")
-    optim.add_argument("--lr", default=0.0005, type=float, help="""Learning rate after the warm-up, for 256 images a
-        step; it is scaled by (images a step)/256.""")
-    optim.add_argument("--warmup_epochs", default=10, type=int, metavar="EPOCHS",
+    optim.add_argument("--grad_accum_steps", default=1, type=at_least(1), metavar="N", help="""Compute each step's
+        gradients in so many passes of --batch_size_per_gpu images: the result of a batch that large, in the memory of
+        one pass.""")
+    optim.add_argument("--lr", default=0.0005, type=at_least(0, float),
+        help="Learning rate after the warm-up, for 256 images a step; it is scaled by (images a step)/256.")
+    optim.add_argument("--warmup_epochs", default=10, type=at_least(0), metavar="EPOCHS",
         help="Epochs of linear learning-rate warm-up from 0.")
-    optim.add_argument("--min_lr", default=1e-6, type=float, metavar="LR",
+    optim.add_argument("--min_lr", default=1e-6, type=at_least(0, float), metavar="LR",
         help="Learning rate at the end of the run, not scaled by the batch.")
     optim.add_argument("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
         help="adamw suits ViTs; sgd (momentum 0.9) and lars are for convnets, lars for large batches.")
-    optim.add_argument("--weight_decay", default=0.04, type=float, metavar="WD",
+    optim.add_argument("--weight_decay", default=0.04, type=at_least(0, float), metavar="WD",
         help="Weight decay at the start. ViTs do well when it is low at first and high later.")
-    optim.add_argument("--weight_decay_end", default=0.4, type=float, metavar="WD",
+    optim.add_argument("--weight_decay_end", default=0.4, type=at_least(0, float), metavar="WD",
         help="Weight decay at the end, reached by a cosine.")
-    optim.add_argument("--clip_grad", default=3.0, type=float, metavar="NORM", help="""Largest L2 norm that the gradient
-        of any one parameter tensor may have; 0 does not clip. Lower (0.3 to 1) steadies a large ViT.""")
-    optim.add_argument("--freeze_last_layer", default=1, type=int, metavar="EPOCHS", help="""First epochs in which the
-        head's last layer stays as it is. If the loss does not come down, try 2 or 3.""")
-    optim.add_argument("--max_bad_steps", default=5, type=int, metavar="N", help="""How many steps in a row may have a
-        loss that is not finite, and be left out, before the run ends.""")
+    optim.add_argument("--clip_grad", default=3.0, type=at_least(0, float), metavar="NORM", help="""Largest L2 norm that
+        the gradient of any one parameter tensor may have; 0 does not clip. Lower (0.3 to 1) steadies a large ViT.""")
+    optim.add_argument("--freeze_last_layer", default=1, type=at_least(0), metavar="EPOCHS",
+        help="First epochs in which the head's last layer stays as it is. If the loss does not come down, try 2 or 3.")
+    optim.add_argument("--max_bad_steps", default=5, type=at_least(0), metavar="N",
+        help="How many steps in a row may have a loss that is not finite, and be left out, before the run ends.")
     optim.add_argument("--use_fp16", default=True, type=bool_flag, metavar="BOOL", help="""Mixed precision, in the dtype
         of --amp_dtype. false computes in float32 throughout: slower, and a way out if the loss becomes NaN.""")
     optim.add_argument("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16"], help="""Type of half precision.
         auto: bf16 where the hardware computes in it, else fp16 (CUDA) or none (other devices).""")
 
     crops = parser.add_argument_group("multi-crop")
-    crops.add_argument("--global_crops_scale", default=(0.4, 1.0), type=float, nargs=2, metavar=("MIN", "MAX"),
-        help="""Share of the image's area that a global crop covers. Without local crops take a wider range, such as
-        0.14 1.""")
-    crops.add_argument("--local_crops_number", default=8, type=int, metavar="N",
+    crops.add_argument("--global_crops_scale", default=(0.4, 1.0), type=between(1e-6, 1, float), nargs=2,
+        metavar=("MIN", "MAX"), help="""Share of the image's area that a global crop covers. Without
+        local crops take a wider range, such as 0.14 1.""")
+    crops.add_argument("--local_crops_number", default=8, type=at_least(0), metavar="N",
         help="Small crops per image, seen by the student alone; 0 leaves only the two global ones.")
-    crops.add_argument("--local_crops_scale", default=(0.05, 0.4), type=float, nargs=2, metavar=("MIN", "MAX"),
-        help="Share of the image's area that a local crop covers; its maximum best meets the globals' minimum")
-    crops.add_argument("--blur_radius", default=(0.1, 2.0), type=float, nargs=2, metavar=("MIN", "MAX"),
-        help="""Radius of the Gaussian blur, in pixels of the crop. The paper's is for crops of 224; on crops of 64 or
-        less it wipes out all texture: take 0.1 0.5.""")
-    crops.add_argument("--global_crops_size", default=224, type=int, metavar="PIXELS",
+    crops.add_argument("--local_crops_scale", default=(0.05, 0.4), type=between(1e-6, 1, float), nargs=2,
+        metavar=("MIN", "MAX"), help="""Share of the image's area that a local crop covers; its
+        maximum best meets the globals' minimum""")
+    crops.add_argument("--blur_radius", default=(0.1, 2.0), type=between(0, 1e4, float), nargs=2,
+        metavar=("MIN", "MAX"), help="""Radius of the Gaussian blur, in pixels of the crop. The paper's is
+        for crops of 224; on crops of 64 or less it wipes out all texture: take 0.1 0.5.""")
+    crops.add_argument("--global_crops_size", default=224, type=at_least(1), metavar="PIXELS",
         help="Side of a global crop. Small images want small crops: 64 with local crops of 32.")
-    crops.add_argument("--local_crops_size", default=96, type=int, metavar="PIXELS", help="Side of a local crop.")
+    crops.add_argument("--local_crops_size", default=96, type=at_least(1), metavar="PIXELS",
+        help="Side of a local crop.")
     crops.add_argument("--augmentation", default="pil", choices=["pil", "fast"], help="""What makes the crops. pil gives
         the pixels of the paper's; fast (with OpenCV) the same crops to within a level or two, several times as fast:
         take it if the loaders can't keep up with the GPUs.""")
 
     images = parser.add_argument_group("what an image is")
-    images.add_argument("--in_chans", default=3, type=int, metavar="N", help="""Channels of an image. 3: photographs, in
-        RGB. 1: grey. Others: pages of a TIFF, bands of a picture, or numpy arrays (.npy) [H, W, N] or [N, H, W]. With
-        other than 3, images keep the 16 bits or floats that they have, the crops are made on floats, grey is the mean
-        of all channels, and hues, which such images have not, stay as they are.""")
-    images.add_argument("--mean", default=None, type=float, nargs="+", metavar="M", help="""Mean of the training images
+    images.add_argument("--in_chans", default=3, type=between(1, 1000), metavar="N", help="""Channels of an image. 3:
+        photographs, in RGB. 1: grey. Others: pages of a TIFF, bands of a picture, or numpy arrays (.npy) [H, W, N] or
+        [N, H, W]. With other than 3, images keep the 16 bits or floats that they have, the crops are made on floats,
+        grey is the mean of all channels, and hues, which such images have not, stay as they are.""")
+    images.add_argument("--mean", default=None, type=share, nargs="+", metavar="M", help="""Mean of the training images
         by channel, where 0 is black and 1 white; unless given, ImageNet's (for 3 channels).""")
-    images.add_argument("--std", default=None, type=float, nargs="+", metavar="S", help="""Standard deviation of the
-        training images by channel, in the same unit.""")
+    images.add_argument("--std", default=None, type=between(1e-6, 1, float), nargs="+", metavar="S",
+        help="Standard deviation of the training images by channel, in the same unit.")
     images.add_argument("--compute_stats", default=False, type=bool_flag, metavar="BOOL", help=f"""Measure mean and std
         before training, once, on all images, or on {dino_data.MOST_MEASURED} that are spread evenly over them. The
         checkpoint keeps them.""")
-    images.add_argument("--value_range", default=None, type=float, nargs=2, metavar=("MIN", "MAX"), help="""What counts
-        as black and, above it, as white in the files, if there are not 3 channels: 0 4095 for 12 bits, -1000 400 for a
-        window of a CT. Unless given, 0 and the largest value of a type of integers; floats lie between 0 and 1.""")
+    images.add_argument("--value_range", default=None, type=between(-(10**10), 10**10, float), nargs=2,
+        metavar=("MIN", "MAX"), help="""What counts as black and, above it, as white in the files, if there are not 3 channels: 0 4095 for 12
+        bits, -1000 400 for a window of a CT. Unless given, 0 and the largest value of a type of integers; floats lie
+        between 0 and 1.""")
 
     run = parser.add_argument_group("data, output and machine")
     run.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines (see recipes/).
@@ -169,30 +151,31 @@ def get_args_parser():
         looks: a folder that has images directly in it is flat, has no classes.""")
     run.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
         help="Turn photographs as their cameras noted. The paper's were taken as they lie in the file.")
-    run.add_argument("--max_bad_images", default=0.001, type=float, metavar="SHARE", help="""Images that
+    run.add_argument("--max_bad_images", default=0.001, type=share, metavar="SHARE", help="""Images that
         can't be read are left out, others taken in their places, and their names written to bad_images.txt. More of
         them than this share of all, rounded up, end the run.""")
     run.add_argument("--strict_images", default=False, type=bool_flag, metavar="BOOL",
         help="End the run at the first image that can't be read.")
     run.add_argument("--output_dir", default=".", metavar="DIR",
         help="Where checkpoints and logs go. If it has a checkpoint.pth, the run goes on from there.")
-    run.add_argument("--saveckp_freq", default=20, type=int, metavar="EPOCHS",
+    run.add_argument("--saveckp_freq", default=20, type=at_least(0), metavar="EPOCHS",
         help="Every so many epochs keep the checkpoint under a name of its own as well; 0: never.")
-    run.add_argument("--saveckp_iters", default=0, type=int, metavar="STEPS",
+    run.add_argument("--saveckp_iters", default=0, type=at_least(0), metavar="STEPS",
         help="Save checkpoint.pth every so many steps, too; 0: after epochs only.")
-    run.add_argument("--save_every_minutes", default=15.0, type=float, metavar="MINUTES",
+    run.add_argument("--save_every_minutes", default=15.0, type=at_least(0, float), metavar="MINUTES",
         help="Save checkpoint.pth when this much time has passed since the last saving, too; 0: never.")
     run.add_argument("--allow_changed_args", default=False, type=bool_flag, metavar="BOOL", help="""Go on from a
         checkpoint although arguments have changed that change the result, such as --epochs or --lr.""")
-    run.add_argument("--seed", default=0, type=int, help="""Fixes everything random: initial weights, order, crops, drop
-        path. The same for any --num_workers.""")
-    run.add_argument("--num_workers", default=10, type=int, metavar="N",
+    run.add_argument("--seed", default=0, type=between(0, 2**63 - 1),
+        help="Fixes everything random: initial weights, order, crops, drop path. The same for any --num_workers.")
+    run.add_argument("--num_workers", default=10, type=at_least(0), metavar="N",
         help="Processes that prepare crops, for each GPU; 0: the training process does it.")
     run.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
         help="auto takes a GPU if there is one.")
-    run.add_argument("--knn_every", default=0, type=int, metavar="EPOCHS", help="""Every so many epochs, and after the
-        last, classify labelled images by their 20 nearest neighbours in the teacher's features, log the accuracy, and
-        keep the best checkpoint so far as checkpoint_best.pth; 0: never. Changes nothing of the training.""")
+    run.add_argument("--knn_every", default=0, type=at_least(0), metavar="EPOCHS", help="""Every so many epochs, and
+        after the last, classify labelled images by their 20 nearest neighbours in the teacher's features, log the
+        accuracy, and keep the best checkpoint so far as checkpoint_best.pth; 0: never. Changes nothing of the
+        training.""")
     run.add_argument("--knn_data", default=None, metavar="DIR", help="""The labelled images for --knn_every: a folder
         with train/ and val/, or with class folders, of which each tenth image asks and the others answer. Unless given,
         those of --data_path are divided like that (and trained on like any other).""")
@@ -212,7 +195,7 @@ def get_args_parser():
     run.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
         help="Accepted because launchers pass it; not used.")
     # fmt: on
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 class ListArchs(argparse.Action):
@@ -228,7 +211,6 @@ def check_args(args):
 
     With --print_config, print them if they are good, and end.
     """
-    utils.check_limits(args, LIMITS)
     for flag in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         if getattr(args, flag) > args.epochs:
             raise UserError(

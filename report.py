@@ -30,12 +30,9 @@ from torchvision.transforms.functional import to_pil_image
 import dino_data
 import dino_images
 import utils
-from utils import UserError
+from utils import UserError, at_least
 
 # ---- arguments ----
-
-
-LIMITS = {"images": (2, math.inf), "num_workers": utils.AT_LEAST_0}
 
 
 def get_args_parser():
@@ -48,17 +45,16 @@ def get_args_parser():
         help="Where the page goes. Without this flag: report.html in the (first) run's folder.")
     parser.add_argument("--data_path", default=None, metavar="DIR", help="""Images to look at, in class folders or
         directly in this one; where it has a val/, those. Without this flag the run's own, else `sample`.""")
-    parser.add_argument("--images", default=500, type=int, metavar="N",
+    parser.add_argument("--images", default=500, type=at_least(2), metavar="N",
         help="Images, spread evenly over the folder, among which neighbours are looked for. More take longer.")
-    parser.add_argument("--num_workers", default=2, type=int, metavar="N", help="Processes that load images.")
+    parser.add_argument("--num_workers", default=2, type=at_least(0), metavar="N", help="Processes that load images.")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
         help="auto takes a GPU if there is one.")
     # fmt: on
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 def check_args(args):
-    utils.check_limits(args, LIMITS)
     if len(args.run_dir) > 2:
         raise UserError(f"{len(args.run_dir)} runs don't fit beside one another: name one or two")
 

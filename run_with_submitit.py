@@ -26,19 +26,11 @@ import torch.distributed as dist
 
 import main_dino
 import utils
-from utils import UserError
+from utils import UserError, at_least, positive
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 # ---- arguments ----
-
-
-# Beside main_dino's.
-LIMITS = {
-    **dict.fromkeys(("nodes", "timeout", "cpus_per_task", "tasks_per_node"), utils.AT_LEAST_1),
-    **dict.fromkeys(("ngpus", "signal_delay"), utils.AT_LEAST_0),
-    "mem_gb": utils.ABOVE_0,
-}
 
 
 def get_args_parser():
@@ -47,18 +39,18 @@ def get_args_parser():
     parser.set_defaults(output_dir="runs/%j")
     # fmt: off
     job = parser.add_argument_group("job", "%%j in --output_dir and --shared_dir stands for the number of the job.")
-    job.add_argument("--ngpus", default=8, type=int, metavar="N", help="""GPUs to ask for on each node, with a process
-        for each of them. 0: a cluster without; see --tasks_per_node.""")
-    job.add_argument("--nodes", default=2, type=int, metavar="N", help="Nodes to ask for.")
-    job.add_argument("--tasks_per_node", default=None, type=int, metavar="N",
+    job.add_argument("--ngpus", default=8, type=at_least(0), metavar="N", help="""GPUs to ask for on each node, with a
+        process for each of them. 0: a cluster without; see --tasks_per_node.""")
+    job.add_argument("--nodes", default=2, type=at_least(1), metavar="N", help="Nodes to ask for.")
+    job.add_argument("--tasks_per_node", default=None, type=at_least(1), metavar="N",
         help="Processes on each node if --ngpus is 0; 1 unless given.")
-    job.add_argument("--timeout", default=2800, type=int, metavar="MINUTES", help="""Time limit of the job. Shorter ones
-        often start sooner, and nothing is lost: the run goes on in the next turn, up to 30 times.""")
-    job.add_argument("--signal_delay", default=120, type=int, metavar="SECONDS",
+    job.add_argument("--timeout", default=2800, type=at_least(1), metavar="MINUTES", help="""Time limit of the job.
+        Shorter ones often start sooner, and nothing is lost: the run goes on in the next turn, up to 30 times.""")
+    job.add_argument("--signal_delay", default=120, type=at_least(0), metavar="SECONDS",
         help="How long before the limit the run is told to save. More if a step and a checkpoint take minutes.")
-    job.add_argument("--cpus_per_task", default=10, type=int, metavar="N",
+    job.add_argument("--cpus_per_task", default=10, type=at_least(1), metavar="N",
         help="CPUs for each process; --num_workers of them prepare crops.")
-    job.add_argument("--mem_gb", default=None, type=float, metavar="GB",
+    job.add_argument("--mem_gb", default=None, type=positive, metavar="GB",
         help="Main memory of each node; 40 for each process unless given.")
     job.add_argument("--partition", default=None, metavar="NAME", help="Partition; the cluster's default unless given.")
     job.add_argument("--use_volta32", action="store_true", help="Only nodes with the feature volta32gb.")
@@ -81,11 +73,10 @@ def get_args_parser():
     job.add_argument("--evaluate_data", default=None, metavar="DIR",
         help="Folder with train/ and val/ for that; the one that --data_path is in unless given.")
     # fmt: on
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 def check_args(args):
-    utils.check_limits(args, LIMITS)
     if args.tasks_per_node is not None and args.ngpus:
         raise UserError(f"--ngpus {args.ngpus} means a process for each GPU. Leave --tasks_per_node out")
     if args.ngpus == 0 and args.device not in ("auto", "cpu"):

@@ -58,6 +58,30 @@ def bool_flag(text):
     return value
 
 
+def between(low, high, number=int):
+    """argparse type of an int (or float) from `low` to `high`; --help shows its `range`."""
+
+    def parse(text):
+        value = number(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} must be {parse.range}")
+        return value
+
+    parse.__name__ = number.__name__  # for argparse's message on what is no number
+    parse.range = f"between {low} and {high}" if math.isfinite(high) else f"at least {low}"
+    return parse
+
+
+def at_least(low, number=int):
+    """argparse type of an int (or float) of at least `low`."""
+    return between(low, math.inf, number)
+
+
+share = between(0, 1, float)
+positive = at_least(math.ulp(0.0), float)
+positive.range = "above 0"
+
+
 def cache_dir():
     """Where what is built or downloaded once is kept: $DINO_CACHE, else dino/ in the user's cache folder."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -76,11 +100,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults and limits behind the help texts, the description as it stands."""
+    """Defaults and ranges after the help texts; the description as it is."""
 
     def _get_help_string(self, action):
-        text, limits = super()._get_help_string(action), getattr(action, "limits", None)
-        return text.replace("%(default)s)", f"%(default)s, {describe_limits(*limits)})") if limits else text
+        text, range_ = super()._get_help_string(action), getattr(action.type, "range", None)
+        return text.replace("%(default)s)", f"%(default)s, {range_})") if range_ else text
 
 
 def parse_args(parser, argv=None):
@@ -210,7 +234,7 @@ def model_flags(arch="vit_small", patch_size=16):
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--arch", default=arch, metavar="NAME",
         help="Network; main_dino.py --list_archs shows them all.")
-    parser.add_argument("--patch_size", default=patch_size, type=int, metavar="PIXELS",
+    parser.add_argument("--patch_size", default=patch_size, type=at_least(1), metavar="PIXELS",
         help="Side of a ViT's patches.")
     parser.add_argument("--pretrained_weights", default="", metavar="FILE", help="""Checkpoint or state dict. Without
         one, the published weights for --arch and --patch_size; `random` leaves the network untrained.""")
@@ -235,7 +259,7 @@ def labelled_flags():
 def process_flags():
     """The flags of every evaluation that may run in several processes, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--num_workers", default=10, type=int, metavar="N", help="Processes that load images.")
+    parser.add_argument("--num_workers", default=10, type=at_least(0), metavar="N", help="Processes that load images.")
     parser.add_argument("--dist_url", default="env://", metavar="URL", help="Where several processes meet.")
     parser.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
         help="Accepted because launchers pass it; not used.")
@@ -319,37 +343,6 @@ LOST_LOADER = (
     "a loader's process could not hand over a batch ({}). Most likely the machine ran out of memory, and it was ended: "
     "lower --num_workers; or it ran out of open files: raise `ulimit -n`"
 )
-
-
-# The (lowest, highest) that numbers may be. Each script has those of its flags in a table.
-AT_LEAST_0, AT_LEAST_1, ABOVE_0, A_SHARE = (0, math.inf), (1, math.inf), (math.ulp(0.0), math.inf), (0, 1)
-LOCAL_RANK = (-1, math.inf)  # old launchers say -1 to a lone process
-
-
-def describe_limits(lowest, highest):
-    if lowest == ABOVE_0[0]:
-        return f"above 0 and at most {highest}" if math.isfinite(highest) else "above 0"
-    return f"between {lowest} and {highest}" if math.isfinite(highest) else f"at least {lowest}"
-
-
-def with_limits(parser, limits):
-    """The parser; its --help says the (lowest, highest) of the flags in the table `limits`, as `check_limits` does."""
-    for action in parser._actions:
-        if action.dest in limits:
-            action.limits = limits[action.dest]
-    return parser
-
-
-def check_limits(args, limits):
-    """Raise UserError for a flag, or one of its values, that lies outside its (lowest, highest), NaN included.
-
-    A flag that is None is not set, and passes.
-    """
-    for flag, (lowest, highest) in limits.items():
-        value = getattr(args, flag)
-        for number in value if isinstance(value, list | tuple) else [value] * (value is not None):
-            if not (lowest <= number <= highest and math.isfinite(number)):
-                raise UserError(f"--{flag} {number} must be {describe_limits(lowest, highest)}")
 
 
 def check_output_dir(path, flag="--output_dir", files=()):

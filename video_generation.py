@@ -25,20 +25,20 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 import dino_data
 import dino_images
 import utils
-from utils import UserError
+from utils import UserError, at_least, between, share
 
 # ---- arguments ----
 
 
-def share(text):
-    """argparse type of --threshold: a number, or none for 0."""
-    return 0.0 if text.lower() == "none" else float(text)
+def share_or_none(text):
+    """argparse type of --threshold: a share, or none for 0."""
+    return 0.0 if text.lower() == "none" else share(text)
+
+
+share_or_none.range = share.range
 
 
 OWN_RATE = 30.0  # frames a second where the input has no rate of its own, as folders have none
-
-
-LIMITS = {"patch_size": utils.AT_LEAST_1, "fps": (0.01, 1000), "threshold": utils.A_SHARE, "resize": utils.AT_LEAST_1}
 
 
 def get_args_parser():
@@ -49,22 +49,22 @@ def get_args_parser():
     parser.add_argument("--input_path", required=True, metavar="PATH", help="""A video, or a folder of frames, which are
         taken in the order of the numbers in their names. With --video_only, a folder of attention images.""")
     parser.add_argument("--output_path", default="./", metavar="DIR", help="Where the video and its images go.")
-    parser.add_argument("--threshold", default=0.6, type=share, metavar="SHARE", help="""The masks keep the fewest
-        patches that hold this share of the attention: lower keeps less of the frame. 0 or none: no masks.""")
-    parser.add_argument("--resize", default=None, nargs="+", type=int, metavar="PIXELS", help="""Resize the frames: one
-        number is their shorter side, two are height and width. Fewer pixels take less time and show less.""")
+    parser.add_argument("--threshold", default=0.6, type=share_or_none, metavar="SHARE", help="""The masks keep the
+        fewest patches that hold this share of the attention: lower keeps less of the frame. 0 or none: no masks.""")
+    parser.add_argument("--resize", default=None, nargs="+", type=at_least(1), metavar="PIXELS", help="""Resize the
+        frames: one number is their shorter side, two are height and width. Fewer pixels take less time and show
+        less.""")
     parser.add_argument("--video_only", action="store_true",
         help="No network: only put the images of --input_path together.")
-    parser.add_argument("--fps", default=OWN_RATE, type=float, metavar="N", help="""Frames a second of the video that
-        is written. At the default, a video that was read in keeps its own.""")
+    parser.add_argument("--fps", default=OWN_RATE, type=between(0.01, 1000, float), metavar="N",
+        help="Frames a second of the video that is written. At the default, a video that was read in keeps its own.")
     parser.add_argument("--video_format", default="mp4", choices=["mp4", "avi"],
         help="mp4 is H.264, which browsers and slides play; avi is MPEG-4 part 2, for old players.")
     # fmt: on
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 def check_args(args):
-    utils.check_limits(args, LIMITS)
     if args.resize is not None:
         if len(args.resize) > 2:
             sizes = " ".join(map(str, args.resize))

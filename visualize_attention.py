@@ -23,15 +23,9 @@ from torchvision.utils import save_image
 import dino_data
 import dino_images
 import utils
-from utils import UserError
+from utils import UserError, at_least, between
 
 # ---- arguments ----
-
-
-LIMITS = {
-    **dict.fromkeys(("patch_size", "image_size"), utils.AT_LEAST_1),
-    "threshold": (utils.ABOVE_0[0], 1),
-}
 
 
 def get_args_parser():
@@ -41,19 +35,18 @@ def get_args_parser():
     # fmt: off
     parser.add_argument("--image_path", default=None, nargs="+", metavar="PATH", help="""Images, or folders of them.
         Without this flag a photograph that is installed already.""")
-    parser.add_argument("--image_size", default=[480, 480], nargs="+", type=int, metavar="PIXELS", help="""Height and
-        width to which the whole image is resized, one number for a square. More pixels, or smaller patches, give finer
-        maps and take time that grows with the square of the number of patches.""")
-    parser.add_argument("--threshold", default=None, type=float, metavar="SHARE", help="""Also mark the fewest patches
-        that hold this share of each head's attention; 0.6 shows objects well.""")
+    parser.add_argument("--image_size", default=[480, 480], nargs="+", type=at_least(1), metavar="PIXELS",
+        help="""Height and width to which the whole image is resized, one number for a square. More pixels, or smaller
+        patches, give finer maps and take time that grows with the square of the number of patches.""")
+    parser.add_argument("--threshold", default=None, type=between(1e-06, 1, float), metavar="SHARE",
+        help="Also mark the fewest patches that hold this share of each head's attention; 0.6 shows objects well.")
     parser.add_argument("--output_dir", default=".", metavar="DIR", help="Where the pictures go.")
     # fmt: on
-    return utils.with_limits(parser, LIMITS)
+    return parser
 
 
 def check_args(args):
     """Raise UserError for what can't work; make --image_size two numbers."""
-    utils.check_limits(args, LIMITS)
     utils.check_arch(args.arch)
     if not utils.vit_factory(args.arch):
         raise UserError(f"--arch {args.arch} has no CLS token that attends to patches. Take one of the vit_ networks")

@@ -745,12 +745,6 @@ def test_an_interrupted_script_ends_with_130_and_no_traceback(monkeypatch, capsy
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), [0.5, -1.0]])
-def test_numbers_out_of_their_limits_are_user_errors(value):
-    with pytest.raises(UserError, match=r"--lr .* must be at least 0"):
-        utils.check_limits(argparse.Namespace(lr=value), {"lr": (0, float("inf"))})
-
-
 # ---- schedules ----
 
 
