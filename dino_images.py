@@ -16,9 +16,7 @@ import io
 import json
 import math
 import os
-import shutil
 import time
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -573,54 +571,20 @@ def torchvision_images(data_path, part, flag):
         options["train"] = part != "val"
     elif "split" in wants:
         options["split"] = "test" if part == "val" else "train"
+    if "root" in wants:
+        options["root"] = root
     try:
         os.makedirs(root, exist_ok=True)
         lock, _ = utils.lock_file(os.path.join(root, ".lock"), patience=3600)  # one process downloads, the others wait
         with lock, contextlib.redirect_stdout(io.StringIO()):
-            dataset = load_or_download(known[name], root, wants, options)
-    except Exception as e:  # by data set: no network, no such split, files that are not free to load
-        raise UserError(f"{flag} {data_path} can't be had: {one_line(e)}. Its files belong into {root}") from e
+            try:
+                dataset = known[name](**options)
+            except RuntimeError:  # not there yet
+                if "download" not in wants:
+                    raise
+                dataset = known[name](**options, download=True)
+    except Exception as e:  # depends on the data set: no network, no such split, files that are not free to download
+        raise UserError(f"{flag} {data_path} is not available: {one_line(e)}. Its files belong in {root}") from e
     if not len(dataset) or not isinstance(dataset[0][0], Image.Image):
-        raise UserError(f"{flag} {data_path} is no data set of images")
+        raise UserError(f"{flag} {data_path} is not a data set of images")
     return TorchvisionImages(dataset, data_path)
-
-
-def load_or_download(kind, root, wants, options):
-    """A data set of torchvision's from what is in the folder `root`; if that won't do, downloaded to it.
-
-    It arrives in a folder of its own, so that one that is killed on the way is not taken for whole the next time.
-    """
-    if "root" not in wants:
-        return kind(**options)
-    try:
-        return kind(root=root, **options)
-    except Exception:  # by data set
-        if "download" not in wants:
-            raise
-    arriving = os.path.join(root, ".arriving")
-    shutil.rmtree(arriving, ignore_errors=True)
-    os.makedirs(arriving)
-    urllib.request.install_opener(urllib.request.build_opener(NoHttp))  # torchvision goes back to http if https fails
-    try:
-        kind(root=arriving, download=True, **options)
-        move_into(arriving, root)
-    finally:
-        shutil.rmtree(arriving, ignore_errors=True)
-    return kind(root=root, **options)
-
-
-class NoHttp(urllib.request.HTTPHandler):
-    """Of what urllib opens, http is refused: anybody on the way could change what arrives."""
-
-    def http_open(self, req):
-        raise OSError(f"{req.full_url} is not https, and nothing else is downloaded. Bring it by other means")
-
-
-def move_into(source, target):
-    """Move what a folder holds into another, beside what that has of other names: other parts of a data set."""
-    for name in os.listdir(source):
-        new, place = os.path.join(source, name), os.path.join(target, name)
-        if os.path.isdir(new) and os.path.isdir(place):
-            move_into(new, place)
-        else:
-            os.replace(new, place)

@@ -88,11 +88,6 @@ def check_libraries(args):
 def check_output(args):
     """Where the export will stand, its parent folder made. Raises UserError if it can't, or must not, be written."""
     output = Path(os.path.realpath(args.output))  # what a link points to, not the link
-    if Path(args.output).is_symlink() and utils.leads_astray(Path(args.output)):
-        raise UserError(
-            f"--output {args.output} is a link to {output}, a path of another name, which would be overwritten. "
-            "Name that, or remove the link"
-        )
     utils.check_output_dir(output.parent, "the folder of --output")
     if args.to == "hf" and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {args.output} is there already. Name a new folder, or remove that one")

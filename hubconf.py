@@ -7,15 +7,7 @@ Each entry point takes (pretrained=True, **kwargs); kwargs go to the network's c
 network connection. Imports torch, torchvision and vision_transformer only, and timm where an XCiT is asked for.
 """
 
-import contextlib
-import hashlib
-import http.client
 import os
-import re
-import shutil
-import sys
-import urllib.request
-import uuid
 
 import torch
 from torch import nn
@@ -56,70 +48,19 @@ PUBLISHED = {
 }
 
 
-# What follows has an underscore in front, so that torch.hub.list shows the entry points alone.
+# Helpers have a leading underscore, so that torch.hub.list shows the entry points alone.
 def _download(url):
-    """What is in the file at `url`, on the CPU, kept in torch.hub's cache. Plain tensors only: nothing in it can run.
+    """State dict at `url`, cached by torch.hub. weights_only: nothing in the file can run.
 
-    Raises OSError if there is no connection, or if the file did not arrive whole; then it does not stay in the cache.
+    Raises OSError without a connection, or if the cached file can't be read; the message names it.
     """
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    if not os.path.exists(path):
-        _fetch(url, path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a dozen types
-        os.remove(path)
-        raise OSError(f"the file did not arrive whole, and was removed ({type(e).__name__}). Try again") from e
-
-
-def _fetch(url, path):
-    """Bring the file at `url` to `path`: over https all the way and whole, or not at all. Raises OSError.
-
-    Whole is what has the length that the server says, and the SHA-256 of which the name has the start, if it has one
-    (name-0123abcd.pth).
-    """
-    _check_https(url)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    arriving = f"{path}.{uuid.uuid4().hex}.part"
-    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
-    try:
-        with urllib.request.build_opener(_HttpsOnly).open(request, timeout=60) as answer, open(arriving, "xb") as file:
-            length = int(answer.headers.get("Content-Length") or 0)
-            print(f"downloading {url} ({length / 1e6:.0f} MB) to {path}", file=sys.stderr)
-            shutil.copyfileobj(answer, file)
-            if length and file.tell() != length:
-                raise OSError(f"the file did not arrive whole ({file.tell()} of {length} bytes). Try again")
-        _check_hash(arriving, os.path.basename(path))
-        os.replace(arriving, path)
-    except (http.client.HTTPException, ValueError) as e:
-        raise OSError(f"the server's answer is no good ({type(e).__name__}). Try again") from e
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(arriving)
-
-
-class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection from https to what anybody on the way could change."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        _check_https(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _check_https(url):
-    if not url.startswith("https://"):
-        raise OSError(f"{url} is not https: anybody on the way could change what arrives")
-
-
-def _check_hash(path, name):
-    said = re.search(r"-([0-9a-f]{8,64})\.", name)
-    if said:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        if not digest.hexdigest().startswith(said[1]):
-            raise OSError(f"the SHA-256 of what arrived is {digest.hexdigest()}, and not that in the name {name}")
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:  # torch raises a dozen types on damaged files
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        raise OSError(f"{path} can't be read ({type(e).__name__}). Delete it and try again") from e
 
 
 def _with_weights(model, name, pretrained):

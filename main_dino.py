@@ -207,10 +207,7 @@ class ListArchs(argparse.Action):
 
 
 def check_args(args):
-    """Raise UserError for settings that contradict each other or mean nothing, before any work is done.
-
-    With --print_config, print them if they are good, and end.
-    """
+    """Raise UserError for settings that contradict each other or mean nothing, before any work is done."""
     for flag in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         if getattr(args, flag) > args.epochs:
             raise UserError(
@@ -230,7 +227,6 @@ def check_args(args):
         for flag in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
             check_whole_patches(flag, getattr(args, flag), args.patch_size)
     utils.check_arch(args.arch)
-    utils.print_config(args)
 
 
 def check_inputs(args):

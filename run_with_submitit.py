@@ -94,7 +94,7 @@ def check_args(args):
     for option in args.slurm_extra:
         if not re.fullmatch(r"[a-z][a-z-]*=.+", option):
             raise UserError(f"--slurm_extra {option} is not of the form option=value, such as reservation=dino")
-    main_dino.check_args(args)  # the last: with --print_config it ends here
+    main_dino.check_args(args)
 
 
 # ---- what to ask for ----
