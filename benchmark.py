@@ -37,13 +37,17 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
+import dino_backbones
+import dino_cli
+import dino_crops
 import dino_data
 import dino_images
 import eval_knn
 import eval_video_segmentation
 import main_dino
 import utils
-from utils import UserError, at_least, between
+from dino_cli import at_least, between
+from utils import UserError
 from vision_transformer import DINOHead
 
 EpsImagePlugin.gs_binary = False  # the plain loader opens what Pillow does; no photograph is to start a program
@@ -80,7 +84,7 @@ def check_args(args):
             near = utils.did_you_mean(name, TABLES) or "."
             raise UserError(f"there is no table {name!r}{near} All there are: {', '.join(TABLES)}")
     if args.arch is not None:
-        utils.check_arch(args.arch)
+        dino_backbones.check_arch(args.arch)
 
 
 # ---- taking turns ----
@@ -262,7 +266,7 @@ class PlainAugmentation:
     """PIL image -> two global and eight local crops as normalised floats, by torchvision's transforms on PIL images."""
 
     def __init__(self):
-        blur = dino_data.GaussianBlur
+        blur = dino_crops.GaussianBlur
         first, second = self.view(224, (0.4, 1.0), blur(1.0)), self.view(224, (0.4, 1.0), blur(0.1), True)
         self.views = [first, second] + [self.view(96, (0.05, 0.4), blur(0.5))] * 8
 
@@ -275,7 +279,7 @@ class PlainAugmentation:
                 transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
                 transforms.RandomGrayscale(0.2),
                 blur,
-                *[dino_data.Solarization(0.2)] * solarize,
+                *[dino_crops.Solarization(0.2)] * solarize,
                 transforms.ToTensor(),
                 transforms.Normalize(utils.IMAGENET_MEAN, utils.IMAGENET_STD),
             ]
@@ -310,7 +314,7 @@ class PlainTraining:
 
     @staticmethod
     def network(arch, patch_size, out_dim=OUT_DIM, drop_path_rate=0.0):
-        backbone, width = utils.build_backbone(arch, patch_size, drop_path_rate=drop_path_rate)
+        backbone, width = dino_backbones.build_backbone(arch, patch_size, drop_path_rate=drop_path_rate)
         return utils.MultiCropWrapper(backbone, DINOHead(width, out_dim))
 
     def step(self, crops):
@@ -526,7 +530,7 @@ class OurTraining:
         flags = {"arch": arch, "patch_size": patch_size, "batch_size_per_gpu": batch_size, "out_dim": out_dim}
         flags |= {"local_crops_number": local_crops, "freeze_last_layer": 0, "drop_path_rate": drop_path_rate}
         words = [f"--{name}={value}" for name, value in flags.items()]
-        self.args = utils.OneLineParser(parents=[main_dino.get_args_parser()]).parse_args(words)
+        self.args = dino_cli.OneLineParser(parents=[main_dino.get_args_parser()]).parse_args(words)
         device = utils.pick_device("cpu")
         utils.fix_random_seeds(0)
         self.student, self.teacher = main_dino.build_student_and_teacher(self.args, device, amp_dtype)
@@ -592,7 +596,7 @@ def useful_flop(arch, patch_size, batch_size, out_dim=OUT_DIM):
     """
     with torch.device("meta"):
         student, teacher = (PlainTraining.network(arch, patch_size, out_dim) for _ in range(2))
-        for network in (student, teacher) if utils.vit_factory(arch) else ():
+        for network in (student, teacher) if dino_backbones.vit_factory(arch) else ():
             network.backbone.set_cls_only(True)
         crops = [torch.empty(batch_size, 3, size, size) for size in CROP_SIZES]
     with FlopCounterMode(display=False) as counter:
@@ -832,4 +836,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser(), __doc__)
+    dino_cli.run(main, get_args_parser(), __doc__)

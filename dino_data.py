@@ -4,380 +4,36 @@ The way of a training image: (epoch, number) from the sampler -> file -> PIL ima
 its crops are follows from (seed, epoch, number) alone, whichever process makes them and in whatever order.
 """
 
-import contextlib
-import functools
 import importlib.util
-import math
-import operator
 import os
 import random
 import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import transforms
 
+import dino_checkpoints
 import dino_images
 import dino_shards
+import main_dino
 import utils
 from utils import UserError
 
 # ---- transforms ----
 
 
-class View(NamedTuple):
-    """All that is random about one crop of an image: drawn first, then rendered with PIL or, faster, with OpenCV."""
-
-    size: int  # side of the crop in pixels
-    box: tuple  # left, top, right, bottom in the image
-    flip: bool
-    jitter: tuple  # ((operation, factor), ...) in their order; () leaves the colours alone
-    grey: bool
-    blur: float | None  # radius in pixels of the crop
-    solarize: bool
-
-
-class RandomView:
-    """PIL image -> a crop of it, resized to `size` and augmented, as uint8 [3, size, size] (section 3.1).
-
-    `draw` takes what torchvision's transforms take from torch's random numbers, in their order, and what the blur and
-    the solarisation take from Python's.
-    """
-
-    def __init__(self, size, scale, blur, solarization=None, augmentation="pil"):
-        self.size, self.scale, self.blur, self.solarization = size, scale, blur, solarization
-        self.render = RENDERERS[augmentation]
-        self.colours = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-        self.jitter_p = torch.tensor(0.8).item()  # in float32, as torch compares it with a random number
-
-    def __call__(self, image):
-        return self.render(image, [self.draw(image)])[0]
-
-    def draw(self, image):
-        """A View for an image, of which only the size counts."""
-        top, left, height, width = transforms.RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
-        return View(
-            size=self.size,
-            box=(left, top, left + width, top + height),
-            flip=torch.rand(1).item() < 0.5,
-            jitter=self.draw_jitter() if torch.rand(1).item() <= self.jitter_p else (),
-            grey=torch.rand(1).item() < 0.2,
-            blur=self.blur.draw(),
-            solarize=self.solarization is not None and self.solarization.draw(),
-        )
-
-    def draw_jitter(self):
-        j = self.colours
-        order, *factors = j.get_params(j.brightness, j.contrast, j.saturation, j.hue)
-        return tuple((("brightness", "contrast", "saturation", "hue")[i], factors[i]) for i in order.tolist())
-
-
-class GaussianBlur:
-    """PIL's Gaussian blur with probability p, its radius in pixels uniform in [radius_min, radius_max]."""
-
-    def __init__(self, p=0.5, radius_min=0.1, radius_max=2.0):
-        self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
-
-    def __call__(self, image):
-        radius = self.draw()
-        return image if radius is None else image.filter(ImageFilter.GaussianBlur(radius=radius))
-
-    def draw(self):
-        """A radius, or None for no blur."""
-        return None if random.random() > self.p else random.uniform(self.radius_min, self.radius_max)
-
-
-class Solarization:
-    """Invert the levels from 128 up, with probability p."""
-
-    def __init__(self, p):
-        self.p = p
-
-    def __call__(self, image):
-        return ImageOps.solarize(image) if self.draw() else image
-
-    def draw(self):
-        return random.random() < self.p
-
-
-def eval_transform(image_size=224, inputs=utils.RGB):
-    """PIL image -> uint8 [3, image_size, image_size]: the centre of the image resized to 8/7 of that (256 for 224).
-
-    With other inputs than photographs, what dino_images.decode gives -> normalised floats of their channels.
-    """
-    return transforms.Compose(
-        [
-            transforms.Resize(image_size * 8 // 7, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(image_size),
-            *to_levels(inputs),
-        ]
-    )
-
-
-def to_levels(inputs):
-    """The last steps of a transform: uint8 [3, H, W] of a photograph, normalised floats [C, H, W] of other inputs."""
-    steps = [transforms.PILToTensor() if inputs.in_chans == 3 else levels]
-    return steps if inputs == utils.RGB else [*steps, inputs.normalize]
-
-
 # ---- transforms: with PIL ----
-
-
-def render_pil(image, views):
-    """Views of a PIL image, each uint8 [3, size, size]: the very pixels of torchvision's transforms on PIL images."""
-    image = dino_images.to_rgb(image)
-    return [render_pil_view(image, view) for view in views]
-
-
-def render_pil_view(image, view):
-    crop = image.crop(view.box).resize((view.size, view.size), Image.Resampling.BICUBIC)
-    if view.flip:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for operation, factor in view.jitter:
-        crop = PIL_JITTER[operation](crop, factor)
-    bands = [crop.convert("L")] if view.grey else crop.split()  # apart: what follows is faster so, and so are tensors
-    if view.blur is not None:
-        bands = [band.filter(ImageFilter.GaussianBlur(view.blur)) for band in bands]
-    if view.solarize:
-        bands = [ImageOps.solarize(band) for band in bands]
-    return planes([band.tobytes() for band in bands] * (3 // len(bands)), view.size)
-
-
-def planes(channels, size):
-    """The bytes of three channels as a tensor [3, size, size]."""
-    return torch.frombuffer(bytearray().join(channels), dtype=torch.uint8).view(3, size, size)
-
-
-def pil_contrast(image, factor):
-    """ImageEnhance.Contrast: away from, or towards, the mean grey of the image."""
-    counts = image.convert("L").histogram()
-    mean = sum(map(operator.mul, counts, range(256))) / (image.width * image.height)
-    return Image.blend(Image.new("RGB", image.size, (int(mean + 0.5),) * 3), image, factor)
-
-
-def pil_hue(image, factor):
-    """torchvision's turn of the hue, which is a level of PIL's HSV.
-
-    The way back from HSV to RGB is PIL's formula for all pixels at once, in a third of PIL's time: a channel is
-    v · (1 - s · w), where w, between 0 and 1, follows from the hue. Equal to PIL for every one of the 256³ colours.
-    """
-    hue, saturation, value = image.convert("HSV").split()
-    value = np.asarray(value).astype(np.float32).ravel()
-    drop = np.asarray(saturation).ravel() * value / (-255 * 255)
-    value += 0.5  # rounds
-    levels = hue.tobytes()
-    channels = []
-    for table in np.roll(hue_weights(), -int(factor * 255), axis=1):  # the hue is turned in the table
-        weight = np.frombuffer(levels.translate(table.tobytes()), np.uint8)
-        channels.append((weight * drop + value).astype(np.uint8))
-    return Image.merge("RGB", [Image.frombytes("L", image.size, channel) for channel in channels])
-
-
-@functools.cache
-def hue_weights():
-    """[3, 256]: how much of the saturation, of 255, each channel loses for each level of hue."""
-    sixth, within = np.divmod(np.arange(256) * 6, 255)
-    zero, one = np.zeros_like(within), np.full_like(within, 255)
-    up, down = within, 255 - within
-    red = np.choose(sixth % 6, [zero, up, one, one, down, zero])
-    green = np.choose(sixth % 6, [down, zero, zero, up, one, one])
-    blue = np.choose(sixth % 6, [one, one, down, zero, zero, up])
-    return np.stack([red, green, blue]).astype(np.uint8)
-
-
-PIL_JITTER = {
-    "brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
-    "contrast": pil_contrast,
-    "saturation": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
-    "hue": pil_hue,
-}
 
 
 # ---- transforms: with torch and OpenCV ----
 
-TRUNCATE = 0.498  # taken off levels, which PIL truncates and OpenCV rounds
-
-
-@functools.cache
-def opencv():
-    """The module cv2, told to use no threads: each process makes its own crops. Raises UserError if not installed."""
-    try:
-        import cv2
-
-        cv2.IMREAD_COLOR_RGB  # noqa: B018 (new in OpenCV 4.11)
-    except (ImportError, AttributeError) as e:
-        raise UserError("--augmentation fast takes OpenCV, 4.11 or newer: pip install opencv-python-headless") from e
-    cv2.setNumThreads(0)
-    return cv2
-
-
-def render_fast(image, views):
-    """Views of a PIL image, each uint8 [3, size, size]: what render_pil gives but for a level or so, much faster.
-
-    An image that is not decoded yet (see dino_images.open_image) is decoded at a half, a quarter or an eighth of its
-    size if it is a JPEG and each view has to be shrunk by 2 or more even so; boxes then count in whole pixels of the
-    smaller image.
-    """
-    width = image.width
-    pixels = decode(image, views)  # [1, 3, H, W]
-    shrunk = round(width / pixels.shape[-1])
-    if shrunk > 1:
-        views = [view._replace(box=tuple(round(edge / shrunk) for edge in view.box)) for view in views]
-    return [render_fast_view(pixels, view) for view in views]
-
-
-def decode(image, views):
-    """A PIL image as uint8 [1, 3, H, W], channels last in memory, perhaps reduced for these views."""
-    pixels = None
-    if image.format == "JPEG" and image.mode == "RGB" and image.tile:  # not decoded yet, nor of an odd kind
-        spare = min(min(v.box[2] - v.box[0], v.box[3] - v.box[1]) / v.size for v in views)
-        shrink = max(k for k in (1, 2, 4, 8) if k == 1 or spare >= 2 * k)
-        if shrink > 1:
-            image.draft(None, (image.width // shrink, image.height // shrink))
-        else:
-            pixels = decode_whole_jpeg(image.fp)
-    if pixels is None:
-        pixels = np.array(dino_images.to_rgb(image))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
-
-
-def decode_whole_jpeg(file):
-    """An open JPEG file as levels [H, W, 3], PIL's in less time; None if there is anything unusual about it."""
-    cv2 = opencv()
-    file.seek(0)
-    data = file.read()
-    if not data.endswith(b"\xff\xd9"):  # OpenCV would fill what is missing of a truncated file with grey
-        return None
-    with contextlib.suppress(cv2.error):
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-
-
-def render_fast_view(pixels, view):
-    cv2 = opencv()
-    left, top, right, bottom = view.box
-    region = pixels[:, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)  # so it remains
-    crop = F.interpolate(region, (view.size, view.size), mode="bicubic", antialias=True)
-    crop = crop[0].permute(1, 2, 0).numpy()  # [size, size, 3]
-    for operation, factor in view.jitter:
-        crop = FAST_JITTER[operation](cv2, crop, factor)
-    if view.grey:
-        crop = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)  # [size, size]
-    if view.blur is not None:
-        kernel = blur_kernel(view.blur)
-        crop = cv2.sepFilter2D(crop, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
-    if view.solarize:
-        crop = np.minimum(crop, ~crop)  # ~ inverts levels
-    channels = [crop] * 3 if view.grey else cv2.split(crop)
-    if view.flip:
-        channels = [cv2.flip(channel, 1) for channel in channels]
-    return torch.from_numpy(np.stack(channels))
-
-
-def fast_contrast(cv2, crop, factor):
-    mean = int(cv2.mean(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY))[0] + 0.5)
-    return cv2.addWeighted(crop, factor, crop, 0, (1 - factor) * mean - TRUNCATE)
-
-
-def fast_saturation(cv2, crop, factor):
-    grey = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(crop, factor, grey, 1 - factor, -TRUNCATE)
-
-
-def fast_hue(cv2, crop, factor):
-    hsv = cv2.cvtColor(crop, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(int(factor * 255) % 256)  # goes round at 256
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
-
-
-FAST_JITTER = {
-    "brightness": lambda cv2, crop, factor: cv2.addWeighted(crop, factor, crop, 0, -TRUNCATE),
-    "contrast": fast_contrast,
-    "saturation": fast_saturation,
-    "hue": fast_hue,
-}
-
-
-def blur_kernel(radius):
-    """PIL's Gaussian of this radius: three boxes in a row with fractions of a pixel at their ends.
-
-    In steps of 1/256, as OpenCV computes, but with a sum of 1, so that no light is lost.
-    """
-    kernel = np.round(256 * exact_blur_kernel(radius))
-    kernel[len(kernel) // 2] += 256 - kernel.sum()
-    return kernel[kernel > 0] / 256
-
-
-def exact_blur_kernel(radius):
-    variance = radius * radius / 3
-    whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
-    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    box = np.array([part, *[1.0] * (2 * whole + 1), part]) / (2 * (whole + part) + 1)
-    return np.convolve(np.convolve(box, box), box)
-
-
 # ---- transforms: of one or many channels ----
-
-
-def render_planes(image, views):
-    """Views of an image, float32 [C, H, W] from 0 to 1, each as int16 [C, size, size]: its `levels`.
-
-    Step for step what render_pil does, but on floats, which are cut off at 0 and 1 where levels are at 0 and 255. The
-    mean of all channels takes the place of grey; there are no hues.
-    """
-    return [render_planes_view(image, view) for view in views]
-
-
-def render_planes_view(image, view):
-    left, top, right, bottom = view.box
-    region = image[None, :, top:bottom, left:right]
-    crop = F.interpolate(region, (view.size, view.size), mode="bicubic", antialias=True)[0].clamp(0, 1)
-    if view.flip:
-        crop = crop.flip(-1)
-    for operation, factor in view.jitter:
-        if operation != "hue":
-            crop = crop.lerp(PLANES_JITTER[operation](crop), 1 - factor).clamp(0, 1)
-    if view.grey:
-        crop = crop.mean(dim=0, keepdim=True).expand_as(crop)
-    if view.blur is not None:
-        crop = blur_planes(crop, view.blur)
-    if view.solarize:
-        crop = torch.minimum(crop, 1 - crop)
-    return levels(crop)
-
-
-# What a factor of 0 would leave of a crop [C, H, W]; 1 leaves all as it is.
-PLANES_JITTER = {
-    "brightness": torch.zeros_like,
-    "contrast": lambda crop: crop.mean().expand_as(crop),
-    "saturation": lambda crop: crop.mean(dim=0, keepdim=True).expand_as(crop),
-}
-
-
-def blur_planes(crop, radius):
-    kernel = torch.from_numpy(exact_blur_kernel(radius)).to(crop).expand(len(crop), 1, 1, -1)  # [C, 1, 1, length]
-    reach = kernel.shape[-1] // 2
-    crop = F.pad(crop, (reach, reach, reach, reach), mode="replicate")[None]
-    for one_way in (kernel, kernel.transpose(2, 3)):
-        crop = F.conv2d(crop, one_way, groups=len(kernel))  # each channel by itself
-    return crop[0]
-
-
-def levels(values):
-    """Values from 0 to 1 in 65,536 levels: half the bytes of floats, and nothing lost of images of 16 bits.
-
-    They are counted from -32,768 on, int16, because torch can do little with uint16, and the older the less.
-    """
-    return values.clamp(0, 1).mul(65535).round().sub(32768).to(torch.int16)
-
-
-RENDERERS = {"pil": render_pil, "fast": render_fast, "planes": render_planes}
 
 
 # ---- data sets ----
@@ -796,3 +452,81 @@ def sample_crop(region, rng):
     crop = ImageEnhance.Brightness(crop).enhance(rng.uniform(0.6, 1.4))
     crop = ImageEnhance.Contrast(crop).enhance(rng.uniform(0.6, 1.4))
     return ImageOps.grayscale(crop).convert("RGB") if rng.random() < 0.4 else crop
+
+
+# ---- the training loader ----
+
+
+def check_inputs(args):
+    """Raise UserError if what the flags say of an image's channels and values does not make sense."""
+    channels = f"--in_chans {args.in_chans}"
+    if args.in_chans != 3 and args.augmentation == "fast":
+        raise UserError(f"--augmentation fast is for 3 channels. With {channels} there is one way to make crops: pil")
+    if args.in_chans == 3 and args.value_range:
+        raise UserError(
+            "--value_range is for grey images and arrays, --in_chans 1 or another number but 3. Leave it out"
+        )
+    if args.value_range and not args.value_range[0] < args.value_range[1]:
+        low, high = args.value_range
+        raise UserError(f"--value_range {low} {high}: give two numbers, the smaller one first")
+    given = [flag for flag in ("mean", "std") if getattr(args, flag)]
+    if given and args.compute_stats:
+        raise UserError(f"--{given[0]} is given, and --compute_stats would measure it. Leave out one of them")
+    if len(given) == 1:
+        raise UserError(f"--{given[0]} is given without --{'std' if given == ['mean'] else 'mean'}. Give both, or none")
+    if not given and args.in_chans != 3 and not args.compute_stats:
+        raise UserError(f"{channels} needs --mean and --std, {args.in_chans} numbers each, or --compute_stats true")
+    for flag in given:
+        number = len(getattr(args, flag))
+        if number != args.in_chans:
+            raise UserError(f"--{flag} has {number} numbers, {channels} needs {args.in_chans}: one each")
+
+
+def build_data(args, device):
+    """Loader of this process's crops, and the number of images. With --compute_stats, sets args.mean and args.std."""
+    images = find_images(args.data_path, "train", args.data_format, args.exif, in_chans=args.in_chans)
+    if holds_both_parts(args.data_path, images):
+        raise UserError(f"--data_path {args.data_path} holds train and val. Training takes the images of train alone")
+    if args.compute_stats:
+        args.mean, args.std = measured_before(args) or measure(images, args)
+    sizes = (args.global_crops_size, args.local_crops_size)
+    scales = (args.global_crops_scale, args.local_crops_scale, args.local_crops_number)
+    how = (args.blur_radius, True, args.augmentation, utils.inputs_of(args))
+    dataset = MultiCropDataset(
+        images, main_dino.DataAugmentationDINO(*scales, *sizes, *how), args.seed, args.strict_images
+    )
+    images_a_step = args.batch_size_per_gpu * args.grad_accum_steps
+    loader = train_loader(dataset, images_a_step, args.seed, args.num_workers, device)
+    return loader, len(dataset)
+
+
+def measured_before(args):
+    """(mean, std) that the run in --output_dir has measured, as rank 0 reads them; None if there is none."""
+    checkpoint, _ = dino_checkpoints.load_newest(os.path.join(args.output_dir, "checkpoint.pth"))
+    before = utils.plain_args(checkpoint.get("args")) if isinstance(checkpoint, dict) else {}
+    now = utils.plain_args(args)
+    same = before.get("compute_stats") and all(before.get(name) == now[name] for name in ("in_chans", "value_range"))
+    return utils.gather_objects((before.get("mean"), before.get("std")) if same else None)[0]
+
+
+def measure(images, args):
+    """(mean, std) of the images, two lists, measured by rank 0. Raises UserError on all of them."""
+    found = None
+    if utils.is_main_process():
+        try:
+            inputs = utils.RGB._replace(in_chans=args.in_chans, value_range=args.value_range)
+            found = [list(numbers) for numbers in measure_images(images, inputs, args.num_workers)]
+        except UserError as e:
+            found = str(e)
+    found = utils.gather_objects(found)[0]
+    if isinstance(found, str):
+        raise UserError(found)
+    for name, numbers in zip(("mean", "std"), found, strict=True):
+        utils.log(f"measured: --{name} {' '.join(f'{number:.6g}' for number in numbers)}")
+    mean, std = map(np.asarray, found)
+    if args.in_chans != 3 and ((mean + 2 * std < 0.1).all() or (mean - 2 * std > 0.9).all()):
+        utils.log(
+            "warning: nearly all values lie in a tenth of the range: the images are all but black or white. Say what "
+            "counts as 0 and as 1 by --value_range, such as 0 4095 for 12 bits"
+        )
+    return found

@@ -18,17 +18,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision import transforms
 
+import dino_backbones
+import dino_cli
 import dino_data
+import dino_features
 import dino_images
 import utils
-from utils import UserError, at_least, bool_flag
+from dino_cli import at_least
+from utils import UserError, bool_flag
 
 # ---- arguments ----
 
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parents = [utils.model_flags("vit_base", 8), utils.process_flags()]
+    parents = [dino_cli.model_flags("vit_base", 8), dino_cli.process_flags()]
     parser = argparse.ArgumentParser("Copy detection", add_help=False, parents=parents)
     # fmt: off
     parser.add_argument("--data_path", default=".", metavar="DIR", help="Folder of the Copydays blocks.")
@@ -47,9 +51,11 @@ def get_args_parser():
 
 
 def check_args(args):
-    utils.check_arch(args.arch)
-    if not utils.vit_factory(args.arch):
-        raise UserError(f"--arch {args.arch} has no CLS and patch tokens. Take one of {', '.join(utils.vit_names())}")
+    dino_backbones.check_arch(args.arch)
+    if not dino_backbones.vit_factory(args.arch):
+        raise UserError(
+            f"--arch {args.arch} has no CLS and patch tokens. Take one of {', '.join(dino_backbones.vit_names())}"
+        )
     if args.imsize < args.patch_size:
         raise UserError(f"--imsize {args.imsize} is smaller than one patch (--patch_size {args.patch_size})")
 
@@ -116,32 +122,10 @@ def extract(model, paths, args, device):
     shown = transforms.Compose([square, transforms.PILToTensor()])
     images = dino_data.EvalImages(dino_images.ImageFiles(paths), shown)
     loader = dino_data.eval_loader(images, args.batch_size_per_gpu, args.num_workers, device)
-    features = utils.extract_features(model, loader, args.use_cuda)
+    features = dino_features.extract_features(model, loader, args.use_cuda)
     if features is not None:
-        utils.check_finite_features(features)
+        dino_features.check_finite_features(features)
     return features
-
-
-class PCA:
-    """Projection to `dim` principal components, each divided by its variance to the power `whit` (0.5: whitened).
-
-    `mean`, if it is set, is taken off first.
-    """
-
-    def __init__(self, dim=256, whit=0.5):
-        self.dim, self.whit, self.mean = dim, whit, None
-
-    def train_pca(self, cov):
-        """Learn the components from a symmetric matrix [D, D]. Variances below 1e-5 of the largest count as that."""
-        variances, components = np.linalg.eigh(np.asarray(cov, dtype=np.float64))  # ascending; components in columns
-        variances = np.maximum(variances, 1e-5 * variances.max())[::-1][: self.dim]
-        self.dvt = components[:, ::-1][:, : self.dim].T / variances[:, None] ** self.whit  # [dim, D]
-
-    def apply(self, x):
-        """Project the rows of x [N, D], an array or a tensor, -> [N, dim] of its kind."""
-        rows = x.cpu().double().numpy() if isinstance(x, torch.Tensor) else x
-        projected = (rows if self.mean is None else rows - self.mean) @ self.dvt.T
-        return torch.from_numpy(projected).to(x.dtype).to(x.device) if isinstance(x, torch.Tensor) else projected
 
 
 def learn_whitening(features):
@@ -150,7 +134,7 @@ def learn_whitening(features):
     Its axes are those of the mean square, about 0 and not about the mean: the published figure was measured so.
     """
     x = features.cpu().double().numpy()  # not every GPU has float64
-    pca = PCA(dim=x.shape[1])
+    pca = dino_features.PCA(dim=x.shape[1])
     pca.mean = x.mean(axis=0)
     if np.square(x - pca.mean).mean() <= 1e-10 * np.square(x).mean():
         raise UserError("--whitening_path needs images that differ, twenty thousand or so: these are all alike")
@@ -167,7 +151,7 @@ def average_precisions(queries, database, positives):
     """AP of each query [Q, D] over its 20 nearest in the database [N, D]; `positives` are the right ones' numbers."""
     nearest = (queries @ database.T).topk(min(20, len(database)), dim=1).indices.cpu().numpy()
     return [
-        utils.compute_ap(np.flatnonzero(np.isin(row, right)), len(right))
+        dino_features.compute_ap(np.flatnonzero(np.isin(row, right)), len(right))
         for row, right in zip(nearest, positives, strict=True)
     ]
 
@@ -185,7 +169,7 @@ def main(args):
         for flag in ("whitening_path", "distractors_path")
         if getattr(args, flag)
     }
-    model = CopyFeatures(utils.frozen_backbone(args, device, args.imsize)[0])
+    model = CopyFeatures(dino_backbones.frozen_backbone(args, device, args.imsize)[0])
 
     # ---- features ----
     features = {name: extract(model, paths, args, device) for name, paths in {**blocks, **others}.items()}
@@ -206,4 +190,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser(), __doc__)
+    dino_cli.run(main, get_args_parser(), __doc__)

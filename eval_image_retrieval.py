@@ -19,17 +19,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms
 
+import dino_backbones
+import dino_cli
 import dino_data
+import dino_features
 import dino_images
 import utils
-from utils import UserError, at_least, bool_flag
+from dino_cli import at_least
+from utils import UserError, bool_flag
 
 # ---- arguments ----
 
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parents = [utils.model_flags(), utils.process_flags()]
+    parents = [dino_cli.model_flags(), dino_cli.process_flags()]
     parser = argparse.ArgumentParser("Image retrieval", add_help=False, parents=parents)
     # fmt: off
     parser.add_argument("--data_path", default=".", metavar="DIR", help="Folder that holds the data set's folder.")
@@ -46,7 +50,7 @@ def get_args_parser():
 
 
 def check_args(args):
-    utils.check_arch(args.arch)
+    dino_backbones.check_arch(args.arch)
 
 
 # ---- data ----
@@ -148,29 +152,6 @@ def protocol_truth(gnd, protocol):
     return [{"ok": numbers(query, ok), "junk": numbers(query, junk)} for query in gnd]
 
 
-def compute_map(ranks, gnd, kappas=()):
-    """(mAP, AP of each query, mP@k for each k of `kappas`, P@k of each query and k), shares of 1.
-
-    `ranks` [database, queries] holds the numbers of the database's images, best first; `gnd` for each query the numbers
-    that are `ok` and, if there are any, those that are `junk`, which are passed over. Queries without a positive have
-    NaN and do not count. P@k of a query whose last positive comes before rank k is over the ranks up to that one.
-    """
-    aps, precisions = np.full(len(gnd), np.nan), np.full((len(gnd), len(kappas)), np.nan)
-    for i, query in enumerate(gnd):
-        if not len(query["ok"]):
-            continue
-        junk = np.isin(ranks[:, i], query.get("junk", ()))
-        places = np.arange(len(ranks)) - np.cumsum(junk)  # ranks from 0, as if the junk were not there
-        found = places[np.isin(ranks[:, i], query["ok"])]
-        aps[i] = utils.compute_ap(found, len(query["ok"]))
-        depths = np.minimum(kappas, found.max() + 1)
-        precisions[i] = [(found < depth).sum() / depth for depth in depths]
-    counted = ~np.isnan(aps)
-    if not counted.any():
-        return math.nan, aps, np.full(len(kappas), np.nan), precisions
-    return aps[counted].mean(), aps, precisions[counted].mean(axis=0), precisions
-
-
 # ---- the evaluation ----
 
 
@@ -179,24 +160,24 @@ def main(args):
     device = utils.init_distributed_mode(args)
 
     # ---- data, network ----
-    patch = args.patch_size if utils.vit_factory(args.arch) else 1
+    patch = args.patch_size if dino_backbones.vit_factory(args.arch) else 1
     root, sizes = (args.data_path, args.dataset), (args.imsize, patch * (2 if args.multiscale else 1))
     splits = [OxfordParisDataset(*root, split, None, *sizes) for split in ("database", "query")]
     utils.log(f"{len(splits[0])} images in the database, {len(splits[1])} queries")
-    model, _ = utils.frozen_backbone(args, device, args.imsize, part="landmarks")
+    model, _ = dino_backbones.frozen_backbone(args, device, args.imsize, part="landmarks")
 
     # ---- features: one image at a time, each has a size of its own ----
     loaders = [dino_data.eval_loader(split, 1, args.num_workers, device) for split in splits]
     try:
-        features = [utils.extract_features(model, loader, args.use_cuda, args.multiscale) for loader in loaders]
+        features = [dino_features.extract_features(model, loader, args.use_cuda, args.multiscale) for loader in loaders]
     except (RuntimeError, AssertionError) as e:  # a shape that a network is not made for: ViTs take all
-        if utils.vit_factory(args.arch):
+        if dino_backbones.vit_factory(args.arch):
             raise
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"--arch {args.arch} does not take images of every shape: {reason}. Choose another") from e
     if not utils.is_main_process():
         return
-    utils.check_finite_features(*features)
+    dino_features.check_finite_features(*features)
 
     # ---- ranking ----
     database, queries = (F.normalize(part, dim=1) for part in features)  # [N, D], [Q, D]
@@ -206,7 +187,7 @@ def main(args):
 
 def print_results(ranks, gnd, dataset, kappas=(1, 5, 10)):
     for protocol in PROTOCOLS:
-        mean_ap, _, precisions, _ = compute_map(ranks, protocol_truth(gnd, protocol), kappas)
+        mean_ap, _, precisions, _ = dino_features.compute_map(ranks, protocol_truth(gnd, protocol), kappas)
         if math.isnan(mean_ap):
             print(f">> {dataset} {protocol}: no query has a positive")
             continue
@@ -215,4 +196,4 @@ def print_results(ranks, gnd, dataset, kappas=(1, 5, 10)):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser(), __doc__)
+    dino_cli.run(main, get_args_parser(), __doc__)

@@ -14,17 +14,22 @@ import os
 import torch
 import torch.nn as nn
 
+import dino_backbones
+import dino_checkpoints
+import dino_cli
+import dino_crops
 import dino_data
 import utils
-from knn import knn_accuracies, knn_classifier, labelled_features  # noqa: F401 - knn_classifier is for callers
-from utils import UserError, at_least, bool_flag, positive
+from dino_cli import at_least, positive
+from dino_features import extract_features, knn_accuracies, knn_classifier, labelled_features  # noqa: F401 - public
+from utils import UserError, bool_flag
 
 # ---- arguments ----
 
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parents = [utils.model_flags(), utils.labelled_flags(), utils.process_flags()]
+    parents = [dino_cli.model_flags(), dino_cli.labelled_flags(), dino_cli.process_flags()]
     parser = argparse.ArgumentParser("k-NN evaluation", add_help=False, parents=parents)
     # fmt: off
     parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=at_least(1), metavar="K",
@@ -50,7 +55,7 @@ def get_args_parser():
 def check_args(args):
     if args.load_features is not None and (args.dump_features is not None or args.baselines):
         raise UserError("--load_features needs no network: leave out --dump_features and --baselines")
-    if args.image_size < args.patch_size and utils.vit_factory(args.arch):
+    if args.image_size < args.patch_size and dino_backbones.vit_factory(args.arch):
         raise UserError(f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size})")
 
 
@@ -59,9 +64,9 @@ def check_args(args):
 
 def build_model(args, device, weights, in_chans=3):
     """The network with these weights, and what to call it."""
-    model, _ = utils.build_backbone(args.arch, args.patch_size, args.image_size, in_chans=in_chans)
-    matched, _ = utils.load_weights(model, weights, args.checkpoint_key, args.arch, args.patch_size)
-    utils.use_fused_attention(model, device)
+    model, _ = dino_backbones.build_backbone(args.arch, args.patch_size, args.image_size, in_chans=in_chans)
+    matched, _ = dino_backbones.load_weights(model, weights, args.checkpoint_key, args.arch, args.patch_size)
+    dino_backbones.use_fused_attention(model, device)
     return model.to(device).eval(), f"trained {args.checkpoint_key}" if matched else "untrained network"
 
 
@@ -81,7 +86,7 @@ def dump_features(tensors, folder):
 
 def load_features(folder, device):
     """What --dump_features left in a folder. Raises UserError if the files do not hold features and labels."""
-    tensors = [utils.load_checkpoint(os.path.join(folder, name)) for name in FEATURE_FILES]
+    tensors = [dino_checkpoints.load_checkpoint(os.path.join(folder, name)) for name in FEATURE_FILES]
     for part, features, labels in (("train", *tensors[:2]), ("test", *tensors[2:])):
         both = isinstance(features, torch.Tensor) and isinstance(labels, torch.Tensor)
         if not both or features.ndim != 2 or labels.ndim != 1 or not features.is_floating_point():
@@ -101,13 +106,13 @@ def load_features(folder, device):
 def main(args):
     check_args(args)
     if args.dump_features is not None:
-        utils.check_output_dir(args.dump_features, "--dump_features", FEATURE_FILES)
+        dino_cli.check_output_dir(args.dump_features, "--dump_features", FEATURE_FILES)
     device = utils.init_distributed_mode(args)
     if args.load_features is not None:
         print_accuracies(load_features(args.load_features, device if args.use_cuda else "cpu"), args)
         return
-    inputs = utils.trained_inputs(args.pretrained_weights)
-    transform = dino_data.eval_transform(args.image_size, inputs)
+    inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
+    transform = dino_crops.eval_transform(args.image_size, inputs)
     sets = dino_data.labelled_images(args.data_path, transform, args.exif, inputs=inputs)
     utils.log(f"{len(sets[0])} training and {len(sets[1])} validation images in {len(sets[0].images.classes)} classes")
     utils.fix_random_seeds(0)  # what is called untrained is the same network each time
@@ -149,4 +154,4 @@ def print_table(features, args):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser(), __doc__)
+    dino_cli.run(main, get_args_parser(), __doc__)

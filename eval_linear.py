@@ -23,17 +23,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+import dino_backbones
+import dino_checkpoints
+import dino_cli
+import dino_crops
 import dino_data
 import dino_images
 import utils
-from utils import UserError, at_least, between, bool_flag, positive
+from dino_cli import at_least, between, positive
+from utils import UserError, bool_flag
 
 # ---- arguments ----
 
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parents = [utils.model_flags(), utils.labelled_flags(), utils.process_flags()]
+    parents = [dino_cli.model_flags(), dino_cli.labelled_flags(), dino_cli.process_flags()]
     parser = argparse.ArgumentParser("Linear evaluation", add_help=False, parents=parents)
     # fmt: off
     parser.add_argument("--n_last_blocks", default=4, type=at_least(1), metavar="N", help="""A ViT's features are the
@@ -66,9 +71,9 @@ def get_args_parser():
 def check_args(args):
     if args.linear_weights and not args.evaluate:
         raise UserError("--linear_weights is for --evaluate. Training goes on from what --output_dir holds")
-    if args.image_size < args.patch_size and utils.vit_factory(args.arch):
+    if args.image_size < args.patch_size and dino_backbones.vit_factory(args.arch):
         raise UserError(f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size})")
-    utils.check_arch(args.arch)
+    dino_backbones.check_arch(args.arch)
 
 
 # ---- data ----
@@ -81,8 +86,8 @@ def load_data(args):
     network takes others than photographs, as normalised floats. --evaluate can do without train: then it is None and
     the classes are val's.
     """
-    inputs = utils.trained_inputs(args.pretrained_weights)
-    transform = dino_data.eval_transform(args.image_size, inputs)
+    inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
+    transform = dino_crops.eval_transform(args.image_size, inputs)
     if args.evaluate and dino_data.find_part(args.data_path, "train") is None:
         val = dino_data.labelled_part(args.data_path, "val", args.exif, in_chans=inputs.in_chans)
         return None, dino_data.EvalImages(val, transform, inputs=inputs), None, val.targets, val.classes
@@ -90,7 +95,7 @@ def load_data(args):
     train, val, train_labels, val_labels = sets
     # The crops of training depend on the epoch: MultiCropDataset makes them.
     crop, flip = transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip()
-    decode, finish = functools.partial(dino_images.decode, inputs=inputs), dino_data.to_levels(inputs)
+    decode, finish = functools.partial(dino_images.decode, inputs=inputs), dino_crops.to_levels(inputs)
     augment = transforms.Compose([decode, crop, flip, *finish])
     crops = dino_data.MultiCropDataset(train.images, augment, args.seed, strict=True)
     return crops, val, train_labels, val_labels, train.images.classes
@@ -107,17 +112,17 @@ def build_loader(dataset, sampler, args, device):
 
 def build_model(args, device):
     """The network that `args` name, on the device, and the width of its features. Raises UserError."""
-    if utils.vit_factory(args.arch):
+    if dino_backbones.vit_factory(args.arch):
         with torch.device("meta"):  # only to look at it, before anything is downloaded
-            depth = len(utils.build_backbone(args.arch, args.patch_size)[0].blocks)
+            depth = len(dino_backbones.build_backbone(args.arch, args.patch_size)[0].blocks)
         if args.n_last_blocks > depth:
             raise UserError(f"--n_last_blocks {args.n_last_blocks}: {args.arch} has {depth} blocks. Take at most these")
     elif args.avgpool_patchtokens:
         raise UserError(f"--arch {args.arch} gives no patch tokens to pool. Leave out --avgpool_patchtokens")
     # Stays in evaluation mode for good: no dropout, batch norms keep their statistics.
-    inputs = utils.trained_inputs(args.pretrained_weights)
-    model, width = utils.frozen_backbone(args, device, args.image_size, inputs=inputs)
-    return model, width * (args.n_last_blocks + args.avgpool_patchtokens if utils.is_vit(model) else 1)
+    inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
+    model, width = dino_backbones.frozen_backbone(args, device, args.image_size, inputs=inputs)
+    return model, width * (args.n_last_blocks + args.avgpool_patchtokens if dino_backbones.is_vit(model) else 1)
 
 
 @torch.no_grad()
@@ -128,7 +133,7 @@ def frozen_features(model, images, n_last_blocks=4, avgpool=False):
     is followed by its mean over the patch tokens: the published ViT-B heads take their inputs in this order.
     """
     images = utils.normalize(images)
-    if not utils.is_vit(model):
+    if not dino_backbones.is_vit(model):
         return utils.first_output(model, images).flatten(1)
     layers = model.get_intermediate_layers(images, n_last_blocks)  # n of [B, 1 + patches, D]
     parts = [tokens[:, 0] for tokens in layers]
@@ -156,9 +161,9 @@ class LinearClassifier(nn.Module):
 def load_head(classifier, args):
     """Load the layer that --evaluate is about. Raises UserError if it does not fit the features or the labels."""
     if args.linear_weights:
-        source, file = args.linear_weights, utils.load_checkpoint(args.linear_weights)
+        source, file = args.linear_weights, dino_checkpoints.load_checkpoint(args.linear_weights)
     else:
-        source, file = utils.load_published(args.arch, args.patch_size, "linear", "--linear_weights")
+        source, file = dino_backbones.load_published(args.arch, args.patch_size, "linear", "--linear_weights")
         if file is None:
             where = f"{args.arch} at --patch_size {args.patch_size}"
             raise UserError(f"no linear head was published for {where}. Give --linear_weights")
@@ -260,7 +265,7 @@ def main(args):
     """Train a classifier as `args` say (see get_args_parser), or go on, or --evaluate one. Raises UserError."""
     check_args(args)
     if not args.evaluate:
-        utils.check_output_dir(args.output_dir, files=("checkpoint.pth.tar", "log.txt"))
+        dino_cli.check_output_dir(args.output_dir, files=("checkpoint.pth.tar", "log.txt"))
     device = utils.init_distributed_mode(args)
     utils.fix_random_seeds(args.seed)
 
@@ -304,12 +309,12 @@ def train_classifier(model, classifier, train_set, val_set, args, device):
     progress = {"epoch": 0, "best_acc": 0.0}
     states = {"state_dict": classifier, "optimizer": optimizer, "scheduler": scheduler}
     if os.path.isfile(path):
-        file = utils.load_checkpoint(path)
+        file = dino_checkpoints.load_checkpoint(path)
         ours = isinstance(file, dict) and {*progress, *states} <= file.keys()
         if not ours or not all(type(file[name]) in (int, float) for name in progress):
             raise UserError(f"{path} is of another kind, and would be overwritten. Move it, or take another folder")
         check_settings(path, file, args, SETTINGS)
-    utils.restart_from_checkpoint(path, progress, **states)
+    dino_checkpoints.restart_from_checkpoint(path, progress, **states)
     utils.check_same_everywhere(progress["epoch"], f"the epoch in {path}")
 
     # ---- epochs ----
@@ -336,4 +341,4 @@ def train_classifier(model, classifier, train_set, val_set, args, device):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser(), __doc__)
+    dino_cli.run(main, get_args_parser(), __doc__)

@@ -26,16 +26,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import dino_backbones
+import dino_cli
 import dino_images
 import utils
-from utils import UserError, at_least
+from dino_cli import at_least
+from utils import UserError
 
 # ---- arguments ----
 
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parser = argparse.ArgumentParser("Video object segmentation", add_help=False, parents=[utils.model_flags()])
+    parser = argparse.ArgumentParser("Video object segmentation", add_help=False, parents=[dino_cli.model_flags()])
     # fmt: off
     parser.add_argument("--data_path", default="DAVIS", metavar="DIR",
         help="Folder of DAVIS 2017, with ImageSets, JPEGImages and Annotations in it.")
@@ -55,8 +58,8 @@ def get_args_parser():
 
 
 def check_args(args):
-    utils.check_arch(args.arch)
-    if not utils.vit_factory(args.arch):
+    dino_backbones.check_arch(args.arch)
+    if not dino_backbones.vit_factory(args.arch):
         raise UserError(f"--arch {args.arch} gives no features of single patches. Choose a ViT, such as vit_small")
 
 
@@ -432,9 +435,9 @@ def main(args):
     check_args(args)
     device = utils.pick_device(args.device)
     videos = find_videos(args.data_path, args.output_dir)
-    utils.check_output_dir(args.output_dir, files=("results.json",))
+    dino_cli.check_output_dir(args.output_dir, files=("results.json",))
     utils.fix_random_seeds(0)
-    model, _ = utils.frozen_backbone(args, device)
+    model, _ = dino_backbones.frozen_backbone(args, device)
     scores, scored = {}, 0
     for number, (name, frames, annotations) in enumerate(videos, start=1):
         start = time.time()
@@ -468,4 +471,4 @@ def report(results, output_dir):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser(), __doc__)
+    dino_cli.run(main, get_args_parser(), __doc__)

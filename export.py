@@ -27,8 +27,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import dino_backbones
+import dino_checkpoints
+import dino_cli
 import utils
-from utils import UserError, at_least
+from dino_cli import at_least
+from utils import UserError
 
 # ---- arguments ----
 
@@ -39,7 +43,7 @@ LIBRARIES = {"onnx": ["onnx", "onnxscript", "onnxruntime"], "timm": ["timm"], "h
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parser = argparse.ArgumentParser("Export", add_help=False, parents=[utils.model_flags()])
+    parser = argparse.ArgumentParser("Export", add_help=False, parents=[dino_cli.model_flags()])
     # fmt: off
     parser.add_argument("--to", required=True, choices=list(ENDINGS), help="""backbone: the weights alone, in the layout
         of the published files. onnx: a graph for onnxruntime and others. timm: weights for timm.create_model. hf: a
@@ -57,8 +61,8 @@ def get_args_parser():
 
 def check_args(args):
     """Raise UserError for what can't work; make --image_size, if given, two numbers."""
-    utils.check_arch(args.arch)
-    vit, ending, endings = utils.vit_factory(args.arch), Path(args.output).suffix, ENDINGS[args.to]
+    dino_backbones.check_arch(args.arch)
+    vit, ending, endings = dino_backbones.vit_factory(args.arch), Path(args.output).suffix, ENDINGS[args.to]
     if args.to == "hf" and not vit:
         raise UserError(f"--to hf is for the vit_ networks, not for --arch {args.arch}. Take --to backbone or onnx")
     if endings and ending not in endings:
@@ -88,7 +92,7 @@ def check_libraries(args):
 def check_output(args):
     """Where the export will stand, its parent folder made. Raises UserError if it can't, or must not, be written."""
     output = Path(os.path.realpath(args.output))  # what a link points to, not the link
-    utils.check_output_dir(output.parent, "the folder of --output")
+    dino_cli.check_output_dir(output.parent, "the folder of --output")
     if args.to == "hf" and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {args.output} is there already. Name a new folder, or remove that one")
     if args.to != "hf" and output.is_dir():
@@ -104,9 +108,11 @@ def check_output(args):
 def trained_backbone(args, in_chans=3):
     """The network to export, on the CPU, in eval mode, its attention written out. Raises UserError."""
     utils.fix_random_seeds(0)
-    side = args.image_size[0] if args.image_size and not utils.vit_factory(args.arch) else 224
-    model, _ = utils.build_backbone(args.arch, args.patch_size, side, in_chans=in_chans)
-    matched, _ = utils.load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
+    side = args.image_size[0] if args.image_size and not dino_backbones.vit_factory(args.arch) else 224
+    model, _ = dino_backbones.build_backbone(args.arch, args.patch_size, side, in_chans=in_chans)
+    matched, _ = dino_backbones.load_weights(
+        model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size
+    )
     if not matched and args.pretrained_weights != "random":
         raise UserError(f"there is nothing to export of --arch {args.arch}. Give a checkpoint as --pretrained_weights")
     return model.eval().requires_grad_(False)
@@ -114,7 +120,7 @@ def trained_backbone(args, in_chans=3):
 
 def native_size(model):
     """(height, width) of the images that a network was made for: those whose positions a ViT has learned."""
-    if not utils.is_vit(model):
+    if not dino_backbones.is_vit(model):
         return 224, 224
     return (math.isqrt(model.pos_embed.shape[1] - 1) * model.patch_embed.patch_size,) * 2
 
@@ -122,7 +128,7 @@ def native_size(model):
 def with_fixed_size(model, size):
     """A copy of a network for images of one size: a ViT's positions [1, 1 + patches, D] are those of that size."""
     model = copy.deepcopy(model)
-    if utils.is_vit(model):
+    if dino_backbones.is_vit(model):
         rows, columns = (side // model.patch_embed.patch_size for side in size)
         tokens = torch.empty(1, 1 + rows * columns, 0)  # of which only the number counts
         model.pos_embed = nn.Parameter(model.interpolate_pos_encoding(tokens, *size).detach(), requires_grad=False)
@@ -149,7 +155,7 @@ def write_tensors(state, path):
 def read_tensors(path):
     """The state dict in such a file, and the expression that reads it."""
     if path.suffix == ".pth":
-        return utils.load_checkpoint(path), f'torch.load("{path.name}")'
+        return dino_checkpoints.load_checkpoint(path), f'torch.load("{path.name}")'
     from safetensors.torch import load_file
 
     return load_file(path), f'safetensors.torch.load_file("{path.name}")'
@@ -163,7 +169,7 @@ def read_tensors(path):
 def export_backbone(model, path, size, args, inputs=utils.RGB):
     write_tensors(plain_state(model), path)
     channels = {} if inputs.in_chans == 3 else {"in_chans": inputs.in_chans}
-    opened, _ = utils.build_backbone(args.arch, args.patch_size, size[0], **channels)
+    opened, _ = dino_backbones.build_backbone(args.arch, args.patch_size, size[0], **channels)
     state, expression = read_tensors(path)
     opened.load_state_dict(state, strict=True)
     words = "".join(f", {key}={value}" for key, value in {"img_size": size[0], **channels}.items())
@@ -218,9 +224,9 @@ def timm_network(model, size, args):
     """What timm calls a network, and keywords for `timm.create_model`. Raises UserError if it has none."""
     import timm
 
-    vit = utils.vit_factory(args.arch)
+    vit = dino_backbones.vit_factory(args.arch)
     if not vit:
-        name = utils.timm_name(args.arch) or args.arch
+        name = dino_backbones.timm_name(args.arch) or args.arch
         if not timm.is_model(name):
             raise UserError(f"timm has no network by the name of --arch {args.arch}. Take --to backbone or onnx")
         return name, {"num_classes": 0}
@@ -360,7 +366,7 @@ def main(args):
     check_args(args)
     check_libraries(args)
     output = check_output(args)
-    inputs = utils.trained_inputs(args.pretrained_weights)
+    inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     model = trained_backbone(args, inputs.in_chans)
     size = tuple(args.image_size or native_size(model))
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
@@ -381,4 +387,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser(), __doc__)
+    dino_cli.run(main, get_args_parser(), __doc__)

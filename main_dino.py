@@ -11,8 +11,6 @@ Writes checkpoint.pth (student, teacher, optimiser, center; the run goes on from
 import argparse
 import contextlib
 import functools
-import inspect
-import json
 import math
 import os
 import time
@@ -21,14 +19,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 
+import dino_backbones
+import dino_checkpoints
+import dino_cli
+import dino_crops
 import dino_data
+import dino_health
 import dino_images
-import health
+import dino_run
 import utils
-from knn import OnlineKnn
-from utils import UserError, at_least, between, bool_flag, share
+from dino_cli import at_least, between, share
+from utils import UserError, bool_flag
 from vision_transformer import DINOHead
 
 # ---- arguments ----
@@ -42,7 +44,7 @@ def get_args_parser():
     model.add_argument("--arch", default="vit_small", metavar="NAME", help="""vit_nano (ours, for CPUs), vit_tiny,
         vit_small, vit_base; deit_tiny and deit_small mean the same as the vits; an XCiT such as xcit_small_12_p16; a
         torchvision classification network such as resnet50; or timm:<name>.""")
-    model.add_argument("--list_archs", action=ListArchs, nargs=0, default=argparse.SUPPRESS,
+    model.add_argument("--list_archs", action=dino_backbones.ListArchs, nargs=0, default=argparse.SUPPRESS,
         help="Print every name that --arch knows, and stop.")
     model.add_argument("--patch_size", default=16, type=at_least(1), metavar="PIXELS", help="""Side of a ViT's patches.
         8 instead of 16 gives better features for about five times the compute; fp16 may be unstable then: bf16, or
@@ -198,14 +200,6 @@ def get_args_parser():
     return parser
 
 
-class ListArchs(argparse.Action):
-    """Like --help: print, and be done. Only here, because timm takes seconds to import."""
-
-    def __call__(self, parser, *_):
-        print("\n".join(utils.list_archs()))
-        parser.exit()
-
-
 def check_args(args):
     """Raise UserError for settings that contradict each other or mean nothing, before any work is done."""
     for flag in ("warmup_epochs", "warmup_teacher_temp_epochs"):
@@ -220,38 +214,13 @@ def check_args(args):
             raise UserError(f"--{flag} {low} {high}: the smaller number comes first")
     if args.knn_data is not None and not args.knn_every:
         raise UserError(f"--knn_data {args.knn_data} is for --knn_every. Say every how many epochs, or leave it out")
-    check_inputs(args)
+    dino_data.check_inputs(args)
     if args.augmentation == "fast":
-        dino_data.opencv()
-    if utils.vit_factory(args.arch):
+        dino_crops.opencv()
+    if dino_backbones.vit_factory(args.arch):
         for flag in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
             check_whole_patches(flag, getattr(args, flag), args.patch_size)
-    utils.check_arch(args.arch)
-
-
-def check_inputs(args):
-    """Raise UserError if what the flags say of an image's channels and values does not make sense."""
-    channels = f"--in_chans {args.in_chans}"
-    if args.in_chans != 3 and args.augmentation == "fast":
-        raise UserError(f"--augmentation fast is for 3 channels. With {channels} there is one way to make crops: pil")
-    if args.in_chans == 3 and args.value_range:
-        raise UserError(
-            "--value_range is for grey images and arrays, --in_chans 1 or another number but 3. Leave it out"
-        )
-    if args.value_range and not args.value_range[0] < args.value_range[1]:
-        low, high = args.value_range
-        raise UserError(f"--value_range {low} {high}: give two numbers, the smaller one first")
-    given = [flag for flag in ("mean", "std") if getattr(args, flag)]
-    if given and args.compute_stats:
-        raise UserError(f"--{given[0]} is given, and --compute_stats would measure it. Leave out one of them")
-    if len(given) == 1:
-        raise UserError(f"--{given[0]} is given without --{'std' if given == ['mean'] else 'mean'}. Give both, or none")
-    if not given and args.in_chans != 3 and not args.compute_stats:
-        raise UserError(f"{channels} needs --mean and --std, {args.in_chans} numbers each, or --compute_stats true")
-    for flag in given:
-        number = len(getattr(args, flag))
-        if number != args.in_chans:
-            raise UserError(f"--{flag} has {number} numbers, {channels} needs {args.in_chans}: one each")
+    dino_backbones.check_arch(args.arch)
 
 
 def check_whole_patches(flag, size, patch_size):
@@ -286,15 +255,15 @@ class DataAugmentationDINO:
     ):
         self.local_crops_number, self.as_uint8, self.inputs = local_crops_number, as_uint8, inputs
         augmentation = augmentation if inputs.in_chans == 3 else "planes"
-        self.render = dino_data.RENDERERS[augmentation]
+        self.render = dino_crops.RENDERERS[augmentation]
 
         def crop(size, scale, blur_p, solarization=None):
-            blur = dino_data.GaussianBlur(blur_p, *blur_radius)
-            return dino_data.RandomView(size, scale, blur, solarization, augmentation)
+            blur = dino_crops.GaussianBlur(blur_p, *blur_radius)
+            return dino_crops.RandomView(size, scale, blur, solarization, augmentation)
 
         # The two global crops differ: one is always blurred, the other seldom, but it may be solarised.
         self.global_transfo1 = crop(global_crops_size, global_crops_scale, 1.0)
-        self.global_transfo2 = crop(global_crops_size, global_crops_scale, 0.1, dino_data.Solarization(p=0.2))
+        self.global_transfo2 = crop(global_crops_size, global_crops_scale, 0.1, dino_crops.Solarization(p=0.2))
         self.local_transfo = crop(local_crops_size, local_crops_scale, 0.5)
 
     def __call__(self, image):
@@ -395,12 +364,12 @@ def train_one_epoch(
     and when to stop: then None is returned. A step whose loss is not finite on some process is left out on all;
     UserError (exit code 3) is raised for more than args.max_bad_steps of them in a row.
     """
-    keeper = keeper or RunKeeper()
+    keeper = keeper or dino_run.RunKeeper()
     metrics, done = utils.MetricLogger(), keeper.first_step
     metrics.images = utils.global_batch(vars(args)) or 0
     ln_k = math.log(dino_loss.center.shape[1])
     metrics.add_meters("loss", "lr", "wd", entropy=f"{{median:.6f}} ({{global_avg:.6f}}) of ln K = {ln_k:.4f}")
-    metrics.add_meters("kl", **dict.fromkeys(health.NUMBERS, "{median:.3g}"))
+    metrics.add_meters("kl", **dict.fromkeys(dino_health.NUMBERS, "{median:.3g}"))
     buffers = [*student.buffers(), *teacher.buffers()]  # statistics of batch norms
     metrics.go_on_from(keeper.meters)
     first = epoch * (done + len(data_loader)) + done
@@ -423,8 +392,10 @@ def train_one_epoch(
         if bad:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
-            norms = functools.partial(gradient_norms, student, fp16_scaler.get_scale())
-            leave_out(keeper.bad_steps, loss, loss_terms, norms, data_loader.dataset, indices, epoch, step, args)
+            norms = functools.partial(dino_run.gradient_norms, student, fp16_scaler.get_scale())
+            dino_run.leave_out(
+                keeper.bad_steps, loss, loss_terms, norms, data_loader.dataset, indices, epoch, step, args
+            )
         else:
             # ---- student ----
             fp16_scaler.unscale_(optimizer)
@@ -490,45 +461,9 @@ def compute_gradients(student, teacher, dino_loss, crops, optimizer, step, epoch
             teacher_means.append(teacher_output.float().mean(dim=0))
             if last:
                 total = torch.stack(losses).mean()
-                verdict = utils.agree(total, *keeper.wishes(step))
+                verdict = dino_run.agree(total, *keeper.wishes(step))
             fp16_scaler.scale(loss / passes).backward()
     return total, torch.stack(entropies).mean(), torch.stack(terms), torch.stack(teacher_means), verdict
-
-
-def gradient_norms(student, scale):
-    """L2 norm of each parameter's gradient by its name, as text: NaN and infinity are no JSON. `scale` is fp16's."""
-    return {name: str(p.grad.norm().item() / scale) for name, p in student.named_parameters() if p.grad is not None}
-
-
-def leave_out(bad_steps, loss, loss_terms, norms, dataset, indices, epoch, step, args):
-    """Say that a step is left out; after too many, write what there is to know to bad_step.json and end the run."""
-    losses = utils.gather_objects(loss.item())
-    bad_ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
-    value = losses[bad_ranks[0]]
-    where = f"in epoch {epoch}, step {step}" + f" (rank {', '.join(map(str, bad_ranks))})" * (len(losses) > 1)
-    utils.log(f"warning: the loss is {value} {where}: this step is left out ({bad_steps} in a row)")
-    if bad_steps <= args.max_bad_steps:
-        return
-    found = {
-        "step": step,
-        "epoch": epoch,
-        "loss": str(loss.item()),
-        "loss_terms": [[[str(term) for term in view] for view in views] for views in loss_terms.tolist()],
-        "gradient_norms": norms(),
-        "images": [dataset.images.name(i) for i in indices.tolist()],
-    }
-    everyones, details = utils.gather_objects(found), "bad_step.json has details"
-    if utils.is_main_process():
-        text = json.dumps(everyones, indent=1)
-        try:
-            utils.write_whole(os.path.join(args.output_dir, "bad_step.json"), lambda file: file.write(text.encode()))
-        except OSError as e:
-            details = f"bad_step.json could not be written ({e.strerror})"
-    raise UserError(
-        f"the loss is {value} {where}, after {bad_steps - 1} such steps in a row; {details}. The checkpoints are from "
-        "before; lower --lr or --clip_grad, or try --use_fp16 false",
-        exit_code=3,
-    )
 
 
 # ---- the run ----
@@ -539,281 +474,23 @@ def build_student_and_teacher(args, device, amp_dtype):
     networks = []
     for drop_path_rate in (args.drop_path_rate, 0.0):
         shape = (args.arch, args.patch_size, args.global_crops_size, drop_path_rate, args.in_chans)
-        backbone, width = utils.build_backbone(*shape)
-        utils.use_fused_attention(backbone, device, amp_dtype)
-        if utils.vit_factory(args.arch):
+        backbone, width = dino_backbones.build_backbone(*shape)
+        dino_backbones.use_fused_attention(backbone, device, amp_dtype)
+        if dino_backbones.vit_factory(args.arch):
             backbone.set_cls_only(True)
         # The gain of the teacher's last layer gets no gradient in any case: it is frozen by what the student is.
         head = DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
         networks.append(utils.MultiCropWrapper(backbone, head))
     if args.local_crops_number:  # the global crops were tried when it was built
-        utils.features_width(backbone, args.local_crops_size, args.arch, args.in_chans)
+        dino_backbones.features_width(backbone, args.local_crops_size, args.arch, args.in_chans)
     student, teacher = networks
     if args.grad_checkpointing:
-        utils.checkpoint_activations(student.backbone, args.arch)
+        dino_backbones.checkpoint_activations(student.backbone, args.arch)
     if args.compile:
         for network in networks:
-            utils.compile_in_place(network.backbone)
+            dino_backbones.compile_in_place(network.backbone)
     teacher.load_state_dict(student.state_dict())
     return student.to(device), teacher.to(device).requires_grad_(False)
-
-
-def start_from_weights(student, teacher, args):
-    """Give both networks the weights that --init_from names: the backbone's, and the projection head's if they fit."""
-    state, source = utils.initial_weights(args.init_from, args.arch, args.patch_size)
-    backbone = utils.backbone_state(state)
-    utils.resample_positional_grid(student.backbone, backbone)
-    utils.fit_first_layer(student.backbone, backbone, source)
-    utils.fill_backbone(student.backbone, backbone, source, args.arch)
-    wanted = student.head.state_dict()
-    head = {name: state.get(f"head.{name}") for name in wanted}
-    fits = all(tensor is not None and tensor.shape == wanted[name].shape for name, tensor in head.items())
-    if fits:
-        student.head.load_state_dict(head)
-    what = f"comes from there too ({len(head)} tensors)" if fits else "starts afresh: the file has none that fits"
-    utils.log(f"the projection head {what}")
-    teacher.load_state_dict(student.state_dict())
-
-
-def distribute(student, teacher, device):
-    """Wrap the student for several processes, and let batch norms see the batches of all of them."""
-    if utils.get_world_size() == 1:
-        return student, teacher
-    if utils.has_batchnorms(student):
-        if device.type == "cuda":
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
-        else:
-            utils.log("note: torch synchronises batch norms on GPUs only; each process normalises its own batch")
-    # Buffers are the batch norms': synchronised already, or each process's own. The flag has two names, by torch's age.
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    no_broadcast = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    device_ids = [device] if device.type == "cuda" else None
-    wrapped = DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
-    return wrapped, teacher
-
-
-def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor, epoch, step=0, meters=(), sittings=()):
-    """What a checkpoint holds: the public release's keys and prefixes, and plain types only beside the tensors.
-
-    `epoch` is the one to go on with, `step` how many of its steps are done, `meters` what they have added up,
-    `sittings` who has done them: (processes, images a step in each, steps, lanes of shards) for each start. `doctor` is
-    health.py's.
-    """
-
-    def with_prefix(module):
-        return {f"module.{key.removeprefix('module.')}": value for key, value in module.state_dict().items()}
-
-    state = {
-        "student": with_prefix(student),
-        "teacher": with_prefix(teacher) if utils.has_batchnorms(teacher) else teacher.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "epoch": epoch,
-        "step": step,
-        "meters": list(meters),
-        "sittings": list(sittings),
-        "args": utils.plain_args(args),
-        "dino_loss": dino_loss.state_dict(),
-        "health": doctor.state_dict(),
-    }
-    if fp16_scaler.is_enabled():
-        state["fp16_scaler"] = fp16_scaler.state_dict()
-    return state
-
-
-class RunKeeper:
-    """Where in its epoch a run begins, when it has to be saved, and whether it is to stop.
-
-    `state(epoch, step, meters)` gives what a checkpoint holds; the doctor is health.py's, the neighbours are an
-    OnlineKnn or None. Without arguments one that does nothing.
-    """
-
-    def __init__(
-        self,
-        args=None,
-        student=None,
-        state=None,
-        writer=None,
-        stop=None,
-        doctor=None,
-        neighbours=None,
-        first_step=0,
-        meters=(),
-        sittings=(),
-    ):
-        self.args, self.student, self.state, self.writer, self.stop = args, student, state, writer, stop
-        self.doctor, self.neighbours = doctor, neighbours
-        self.first_step, self.meters, self.sittings = first_step, meters, sittings
-        self.saved_at, self.stopped_by, self.bad_steps, self.lanes = time.monotonic(), 0, 0, 1
-        self.unlogged = []
-
-    def look(self, step, metrics, student, teacher, dino_loss, gradient_norms):
-        """Measure the run's health, on the steps that are logged; rank 0 warns of what it sees."""
-        if self.args is None:
-            return
-        metrics.update(**health.measure(teacher.features, dino_loss, gradient_norms))
-        if utils.is_main_process():
-            numbers = {name: meter.value for name, meter in metrics.meters.items()}
-            self.doctor.curves.add(step, numbers)
-            about = {"feature_dim": teacher.features.shape[1], "images": len(teacher.features) // 2}
-            self.doctor.look(step, {**numbers, **about}, student, teacher)
-
-    def note_bad_images(self, wrong=()):
-        """Take down what could not be read for a batch; UserError is raised when that is too much."""
-        found = dict(text.split("\0", 1) for text in wrong if text)
-        if self.args is None or found.keys() <= self.doctor.bad_images.keys():
-            return
-        for name in found.keys() - self.doctor.bad_images.keys():
-            utils.say(f"warning: {found[name]}. Another is taken in its place")
-        self.doctor.bad_images.update(found)
-        self.check_bad_images()
-
-    def check_bad_images(self):
-        bad, images = self.doctor.bad_images, self.args.images
-        if len(bad) > math.ceil(self.args.max_bad_images * images):
-            self.write_bad_images()
-            raise UserError(
-                f"{len(bad)} of {images} images can't be read, which is more than --max_bad_images "
-                f"{self.args.max_bad_images} allows: {utils.some_of(sorted(bad))}. Repair or remove what stands in "
-                f"{os.path.join(self.args.output_dir, 'bad_images.txt')}, or allow more"
-            )
-
-    def share_bad_images(self):
-        """Let all processes know what any of them could not read. All of them have to call it."""
-        known = len(self.doctor.bad_images)
-        for found in utils.gather_objects(self.doctor.bad_images):
-            self.doctor.bad_images.update(found)
-        if self.doctor.bad_images and utils.is_main_process():
-            self.write_bad_images()
-        if len(self.doctor.bad_images) > known:
-            self.check_bad_images()
-
-    def write_bad_images(self):
-        """bad_images.txt: in each line a name (an odd one as Python writes it), a tab, and what is wrong with it."""
-        lines = []
-        for name, why in sorted(self.doctor.bad_images.items()):
-            why = why.removeprefix(f"can't read the image {name}: ").removesuffix(". Repair or remove it")
-            lines.append(f"{utils.shown(name)}\t{' '.join(why.split())}\n")
-        text = "".join(lines)
-        path = os.path.join(self.args.output_dir, "bad_images.txt")
-        try:
-            utils.write_whole(path, lambda file: file.write(text.encode(errors="replace")))
-        except OSError as e:
-            utils.log(f"warning: {path} could not be written ({e.strerror})")
-
-    def evaluates(self, epoch):
-        """Whether this epoch ends with a look at the neighbours."""
-        return bool(self.neighbours and self.neighbours.due(epoch))
-
-    def end_collapsed(self, epoch, done):
-        what = utils.gather_objects(self.doctor.collapse)[0]
-        self.writer.wait()
-        utils.gather_objects(None)  # nobody ends before rank 0 has written
-        saved = "not saved" if self.writer.failures else "saved"
-        raise UserError(f"stopped in epoch {epoch} after step {done}, {saved}: {what}", exit_code=4)
-
-    def wishes(self, step):
-        """(signal to stop or 0, whether to save, whether the run has collapsed) after this step, as far as is known."""
-        if self.args is None:
-            return 0, False, False
-        minutes = (time.monotonic() - self.saved_at) / 60
-        by_time = self.args.save_every_minutes and minutes >= self.args.save_every_minutes
-        by_step = self.args.saveckp_iters and (step + 1) % self.args.saveckp_iters == 0
-        return self.stop.signal, bool(by_time or by_step), bool(self.args.stop_on_collapse and self.doctor.collapse)
-
-    def check_weights(self):
-        """Raise UserError (exit code 3) rather than save weights that no run can go on from."""
-        if not torch.stack([parameter.isfinite().all() for parameter in self.student.parameters()]).all():
-            raise UserError(
-                "the weights are no longer finite: a gradient was not, in a step whose loss was. The checkpoints are "
-                "from before; lower --lr or --clip_grad, or try --use_fp16 false",
-                exit_code=3,
-            )
-
-    def save(self, epoch, step, meters):
-        self.check_weights()
-        self.share_bad_images()
-        share = utils.global_batch(vars(self.args)) // utils.get_world_size()
-        now = (utils.get_world_size(), share)
-        unknown = [(*now, self.first_step, self.lanes)] if self.first_step else []  # as the sampler took it
-        sitting = (*now, step - self.first_step, self.lanes)
-        self.writer.save(self.state(epoch, step, meters, [*(self.sittings or unknown), sitting]))
-        self.saved_at = time.monotonic()
-
-    def log_epoch(self, stats):
-        """Add a line to log.txt on rank 0. What can't be written now is written with the next."""
-        if not utils.is_main_process():
-            return
-        if self.doctor.warnings:
-            stats["warnings"] = self.doctor.warnings
-            self.doctor.warnings = []
-        self.unlogged.append(stats)
-        try:
-            while self.unlogged:
-                utils.write_log_line(self.args.output_dir, self.unlogged[0])
-                self.unlogged.pop(0)
-        except OSError as e:
-            path = os.path.join(self.args.output_dir, "log.txt")
-            utils.log(f"warning: {path} could not be written ({e.strerror}). The run goes on")
-
-    def save_epoch(self, epoch, best=False):
-        """Save behind a whole epoch, the best and some others under a name of its own too; the next starts afresh."""
-        self.check_weights()
-        copies = [os.path.join(self.args.output_dir, "checkpoint_best.pth")] * best
-        if self.args.saveckp_freq and epoch % self.args.saveckp_freq == 0:
-            copies.append(os.path.join(self.args.output_dir, f"checkpoint{epoch:04}.pth"))
-        self.writer.save(self.state(epoch + 1), *copies)
-        self.saved_at, self.first_step, self.meters, self.sittings = time.monotonic(), 0, (), ()
-
-
-def build_data(args, device):
-    """Loader of this process's crops, and the number of images. With --compute_stats, sets args.mean and args.std."""
-    images = dino_data.find_images(args.data_path, "train", args.data_format, args.exif, in_chans=args.in_chans)
-    if dino_data.holds_both_parts(args.data_path, images):
-        raise UserError(f"--data_path {args.data_path} holds train and val. Training takes the images of train alone")
-    if args.compute_stats:
-        args.mean, args.std = measured_before(args) or measure(images, args)
-    sizes = (args.global_crops_size, args.local_crops_size)
-    scales = (args.global_crops_scale, args.local_crops_scale, args.local_crops_number)
-    how = (args.blur_radius, True, args.augmentation, utils.inputs_of(args))
-    dataset = dino_data.MultiCropDataset(
-        images, DataAugmentationDINO(*scales, *sizes, *how), args.seed, args.strict_images
-    )
-    images_a_step = args.batch_size_per_gpu * args.grad_accum_steps
-    loader = dino_data.train_loader(dataset, images_a_step, args.seed, args.num_workers, device)
-    return loader, len(dataset)
-
-
-def measured_before(args):
-    """(mean, std) that the run in --output_dir has measured, as rank 0 reads them; None if there is none."""
-    checkpoint, _ = utils.load_newest(os.path.join(args.output_dir, "checkpoint.pth"))
-    before = utils.plain_args(checkpoint.get("args")) if isinstance(checkpoint, dict) else {}
-    now = utils.plain_args(args)
-    same = before.get("compute_stats") and all(before.get(name) == now[name] for name in ("in_chans", "value_range"))
-    return utils.gather_objects((before.get("mean"), before.get("std")) if same else None)[0]
-
-
-def measure(images, args):
-    """(mean, std) of the images, two lists, measured by rank 0. Raises UserError on all of them."""
-    found = None
-    if utils.is_main_process():
-        try:
-            inputs = utils.RGB._replace(in_chans=args.in_chans, value_range=args.value_range)
-            found = [list(numbers) for numbers in dino_data.measure_images(images, inputs, args.num_workers)]
-        except UserError as e:
-            found = str(e)
-    found = utils.gather_objects(found)[0]
-    if isinstance(found, str):
-        raise UserError(found)
-    for name, numbers in zip(("mean", "std"), found, strict=True):
-        utils.log(f"measured: --{name} {' '.join(f'{number:.6g}' for number in numbers)}")
-    mean, std = map(np.asarray, found)
-    if args.in_chans != 3 and ((mean + 2 * std < 0.1).all() or (mean - 2 * std > 0.9).all()):
-        utils.log(
-            "warning: nearly all values lie in a tenth of the range: the images are all but black or white. Say what "
-            "counts as 0 and as 1 by --value_range, such as 0 4095 for 12 bits"
-        )
-    return found
 
 
 def build_schedules(args, steps):
@@ -829,26 +506,26 @@ def build_schedules(args, steps):
 def train_dino(args):
     """Train as `args` say (see get_args_parser), or go on with what --output_dir already holds. Raises UserError."""
     check_args(args)
-    utils.check_output_dir(args.output_dir, files=("checkpoint.pth", "log.txt", "run.json", ".lock"))
-    health.check_curves(args)
+    dino_cli.check_output_dir(args.output_dir, files=("checkpoint.pth", "log.txt", "run.json", ".lock"))
+    dino_health.check_curves(args)
     device = utils.init_distributed_mode(args)
     amp_dtype = utils.pick_amp_dtype(device, args.use_fp16, args.amp_dtype)
     utils.fix_random_seeds(args.seed)
 
     # ---- data ----
-    data_loader, args.images = build_data(args, device)
+    data_loader, args.images = dino_data.build_data(args, device)
     args.image_names = dino_images.digest_of_names(data_loader.dataset.images)
-    neighbours = OnlineKnn(args, data_loader.dataset.images, device) if args.knn_every else None
+    neighbours = dino_run.OnlineKnn(args, data_loader.dataset.images, device) if args.knn_every else None
 
     # ---- student and teacher ----
     checkpoint_path = os.path.join(args.output_dir, "checkpoint.pth")
     student, teacher = build_student_and_teacher(args, device, amp_dtype)
-    begun = any(map(os.path.isfile, (checkpoint_path, utils.previous_checkpoint(checkpoint_path))))
+    begun = any(map(os.path.isfile, (checkpoint_path, dino_checkpoints.previous_checkpoint(checkpoint_path))))
     if args.init_from and begun:
         utils.log(f"note: --init_from {args.init_from} is not used: the run in {args.output_dir} goes on")
     elif args.init_from:
-        start_from_weights(student, teacher, args)
-    student, teacher = distribute(student, teacher, device)
+        dino_backbones.start_from_weights(student, teacher, args)
+    student, teacher = utils.distribute(student, teacher, device)
 
     # ---- loss, optimiser, schedules ----
     temperatures = (args.warmup_teacher_temp, args.teacher_temp, args.warmup_teacher_temp_epochs)
@@ -858,17 +535,19 @@ def train_dino(args):
     schedules = build_schedules(args, len(data_loader))
 
     # ---- resume ----
-    lock = utils.lock_output_dir(args.output_dir)
+    lock = dino_checkpoints.lock_output_dir(args.output_dir)
     progress = {"epoch": 0, "step": 0, "meters": [], "sittings": [], "args": {}, "health": {}}
     scaler_if_used = fp16_scaler if fp16_scaler.is_enabled() else None
     trained = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": dino_loss}
-    loaded = utils.restart_from_checkpoint(checkpoint_path, progress, args, **trained, fp16_scaler=scaler_if_used)
+    loaded = dino_checkpoints.restart_from_checkpoint(
+        checkpoint_path, progress, args, **trained, fp16_scaler=scaler_if_used
+    )
     if utils.plain_args(progress["args"]).get("image_names") != args.image_names:
         progress["sittings"] = []  # of other images
-    check_progress(progress, loaded, args.images)
+    dino_checkpoints.check_progress(progress, loaded, args.images)
     utils.check_same_everywhere((progress["epoch"], progress["step"]), f"the epoch or step in {checkpoint_path}")
-    first_step = steps_done(progress, args, len(data_loader))
-    utils.log(describe_run(args, device, amp_dtype, len(data_loader)))
+    first_step = dino_checkpoints.steps_done(progress, args, len(data_loader))
+    utils.log(dino_run.describe_run(args, device, amp_dtype, len(data_loader)))
     if loaded:
         utils.log(f"going on in epoch {progress['epoch']} behind step {first_step}")
     if progress["epoch"] >= args.epochs:
@@ -876,18 +555,20 @@ def train_dino(args):
 
     # ---- epochs ----
     start = time.time()
-    curves = health.Curves(args)
-    doctor = health.Doctor(args, len(data_loader), curves, progress["health"])
+    curves = dino_health.Curves(args)
+    doctor = dino_health.Doctor(args, len(data_loader), curves, progress["health"])
     doctor.bad_images = dino_images.still_bad(doctor.bad_images, data_loader.dataset.images, utils.inputs_of(args))
     if utils.plain_args(progress["args"]).get("knn_data") != args.knn_data:
         doctor.best_knn, doctor.best_epoch = -1.0, None  # of other images
     doctor.look_at_settings()
-    health.write_environment(args, get_args_parser())
-    state = functools.partial(run_state, student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor)
-    writer = utils.CheckpointWriter(checkpoint_path, keep_previous=loaded in (None, checkpoint_path))
-    with lock, utils.StopRequest() as stop, contextlib.closing(curves), writer:
+    dino_health.write_environment(args, get_args_parser())
+    state = functools.partial(
+        dino_checkpoints.run_state, student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor
+    )
+    writer = dino_checkpoints.CheckpointWriter(checkpoint_path, keep_previous=loaded in (None, checkpoint_path))
+    with lock, dino_run.StopRequest() as stop, contextlib.closing(curves), writer:
         before = (first_step, progress["meters"], progress["sittings"])
-        keeper = RunKeeper(args, student, state, writer, stop, doctor, neighbours, *before)
+        keeper = dino_run.RunKeeper(args, student, state, writer, stop, doctor, neighbours, *before)
         for epoch in range(progress["epoch"], args.epochs):
             data_loader.sampler.set_epoch(epoch, keeper.first_step, keeper.sittings)
             keeper.lanes = data_loader.sampler.lanes
@@ -931,52 +612,5 @@ def train_dino(args):
         stop.leave(keeper.stopped_by)
 
 
-def check_progress(progress, path, images):
-    """Raise UserError if what a checkpoint says of its epoch can't be; `images` is how many there are."""
-
-    def count(value, least=0, most=2**53):
-        return type(value) is int and least <= value <= most
-
-    def is_sitting(sitting):
-        numbers = isinstance(sitting, list | tuple) and len(sitting) in (3, 4) and all(map(count, sitting))
-        processes, batch_size, _, lanes = (*sitting, 1)[:4] if numbers else (0,) * 4
-        return count(processes * batch_size * lanes, 1, images)
-
-    def is_total(total):
-        return isinstance(total, list | tuple) and len(total) == 2 and is_number(total[0]) and count(total[1])
-
-    def is_number(value):
-        return type(value) is float or (type(value) is int and abs(value) < 2**53)
-
-    def are_totals(totals):
-        return isinstance(totals, dict) and all(map(is_total, totals.values()))
-
-    if not (
-        all(count(progress[name]) for name in ("epoch", "step"))
-        and all(isinstance(progress[name], list | tuple) for name in ("meters", "sittings"))
-        and all(map(are_totals, progress["meters"]))
-        and all(map(is_sitting, progress["sittings"]))
-    ):
-        raise UserError(
-            f"{path} says of its epoch what can't be: it is damaged, or was made by something else. Remove it, or give "
-            "another --output_dir"
-        )
-
-
-def steps_done(progress, args, steps):
-    """How many of an epoch's `steps` the checkpoint has behind it, also if a step was of another number of images."""
-    now, before = utils.global_batch(vars(args)), utils.global_batch(utils.plain_args(progress["args"]))
-    return min(math.ceil(progress["step"] * (before or now) / now), steps)  # no image twice
-
-
-def describe_run(args, device, amp_dtype, steps):
-    precision = str(amp_dtype).removeprefix("torch.") if amp_dtype else "float32"
-    flags = "\n".join(f"{k}: {v}" for k, v in sorted(vars(args).items()))
-    return (
-        f"{flags}\n{args.arch} on {args.world_size} × {device.type} in {precision}: {args.images} images, "
-        f"{steps} steps of {utils.global_batch(vars(args))} in each of {args.epochs} epochs"
-    )
-
-
 if __name__ == "__main__":
-    utils.run(train_dino, get_args_parser(), __doc__)
+    dino_cli.run(train_dino, get_args_parser(), __doc__)

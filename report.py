@@ -27,10 +27,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 
+import dino_backbones
+import dino_checkpoints
+import dino_cli
+import dino_crops
 import dino_data
+import dino_features
 import dino_images
 import utils
-from utils import UserError, at_least
+from dino_cli import at_least
+from utils import UserError
 
 # ---- arguments ----
 
@@ -85,10 +91,10 @@ def read_run(name, folder):
     epochs = {line["epoch"]: line for line in lines if type(line.get("epoch")) is int and 0 <= line["epoch"] < 1e9}
     info, checkpoint, teacher = parse(info), None, None
     try:
-        checkpoint, source = utils.load_newest(str(folder / "checkpoint.pth"))
+        checkpoint, source = dino_checkpoints.load_newest(str(folder / "checkpoint.pth"))
         if checkpoint is None:
             raise UserError(f"there is no checkpoint.pth in {folder}")
-        teacher, source = utils.pick_state_dict(checkpoint, "teacher", source)
+        teacher, source = dino_checkpoints.pick_state_dict(checkpoint, "teacher", source)
     except UserError as e:
         source = str(e)
         utils.log(f"note: there will be no pictures: {source}")
@@ -320,7 +326,7 @@ class Sample(NamedTuple):
         if isinstance(image, torch.Tensor):
             shown = image[: 3 if len(image) > 2 else 1]
             image = to_pil_image((255 * shown).round().byte()).convert("RGB")
-        return dino_data.eval_transform(size)(image)
+        return dino_crops.eval_transform(size)(image)
 
 
 def images_of_runs(runs, number, inputs):
@@ -357,7 +363,7 @@ def pictures(run, samples, args, device):
     except UserError as e:
         return [f"<p>No pictures: {escape(str(e))}.</p>"]
     neighbours = neighbours_section(model, samples, size, args)
-    if not utils.is_vit(model):
+    if not dino_backbones.is_vit(model):
         return ["<p>No attention and no patch features: the network is none of our ViTs.</p>", neighbours]
     return [attention_section(model, evenly(samples, SHOWN), size, device), neighbours]
 
@@ -370,13 +376,13 @@ def build_teacher(run, device):
     if not isinstance(arch, str):
         raise UserError(f"{run.source} does not say which network it is")
     patch_size, size = patch_size or 16, size or 224
-    model, _ = utils.build_backbone(arch, patch_size, size, in_chans=utils.inputs_of(run.args).in_chans)
-    state = utils.backbone_state(run.teacher)
+    model, _ = dino_backbones.build_backbone(arch, patch_size, size, in_chans=utils.inputs_of(run.args).in_chans)
+    state = dino_checkpoints.backbone_state(run.teacher)
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"{run.source} has weights that are not finite: the run has diverged")
-    utils.adopt_positional_grid(model, state)
-    utils.fill_backbone(model, state, run.source, arch, size)
-    utils.use_fused_attention(model, device)
+    dino_backbones.adopt_positional_grid(model, state)
+    dino_backbones.fill_backbone(model, state, run.source, arch, size)
+    dino_backbones.use_fused_attention(model, device)
     return model.to(device).eval().requires_grad_(False), size
 
 
@@ -386,14 +392,14 @@ def attention_section(model, samples, size, device):
 
     patch_size = model.patch_embed.patch_size
     size = max(2 * size // patch_size, 1) * patch_size  # finer maps than in training
-    transform = dino_data.eval_transform(size, samples[0].inputs)
+    transform = dino_crops.eval_transform(size, samples[0].inputs)
     images = [transform(sample.load()) for sample in samples]
     maps, tokens = [], []
     for image in images:  # one by one: large ones have many tokens
         batch = utils.normalize(image[None].to(device))
-        maps.append(utils.cls_attention(model, batch)[0].float().cpu())  # [heads, h, w]
+        maps.append(dino_features.cls_attention(model, batch)[0].float().cpu())  # [heads, h, w]
         tokens.append(model.get_intermediate_layers(batch)[0][0, 1:].float().cpu())  # [h · w, D]
-    utils.check_finite_features(*maps, *tokens)
+    dino_features.check_finite_features(*maps, *tokens)
     colours = main_components(torch.stack(tokens)).unflatten(1, maps[0].shape[1:]).mul(255).byte()  # [N, h, w, 3]
     header, rows = ["image", "patches", "mean", *(f"head {i}" for i in range(len(maps[0])))], []
     for sample, colour, heads in zip(samples, colours, maps, strict=True):
@@ -429,10 +435,10 @@ def main_components(tokens):
 def neighbours_section(model, samples, size, args):
     """A row a query: the images with the most similar features, the best first."""
     inputs, chosen = samples[0].inputs, samples[0].images.take([sample.number for sample in samples])
-    images = dino_data.EvalImages(chosen, dino_data.eval_transform(size, inputs), inputs=inputs)
+    images = dino_data.EvalImages(chosen, dino_crops.eval_transform(size, inputs), inputs=inputs)
     loader = DataLoader(images, batch_size=64, num_workers=args.num_workers)
-    features = F.normalize(utils.extract_features(model, loader, use_cuda=False), dim=1)
-    utils.check_finite_features(features)
+    features = F.normalize(dino_features.extract_features(model, loader, use_cuda=False), dim=1)
+    dino_features.check_finite_features(features)
     similarity = (features @ features.T).fill_diagonal_(-math.inf)  # an image is no neighbour of itself
     best, nearest = (found.tolist() for found in similarity.topk(min(NEIGHBOURS, len(samples) - 1), dim=1))
     rows = []
@@ -553,7 +559,7 @@ def main(args):
         raise UserError("the charts are drawn by Bokeh, which is not installed: pip install bokeh")
     runs = [read_run(name, folder) for name, folder in zip("AB", args.run_dir, strict=False)]
     output = Path(args.output or runs[0].folder / "report.html")
-    utils.check_output_dir(output.parent, "--output", [output.name])
+    dino_cli.check_output_dir(output.parent, "--output", [output.name])
     device = utils.pick_device(args.device)
     samples = []
     if args.data_path or any(run.teacher for run in runs):
@@ -569,4 +575,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser(), __doc__)
+    dino_cli.run(main, get_args_parser(), __doc__)

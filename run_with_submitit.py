@@ -24,9 +24,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+import dino_cli
 import main_dino
 import utils
-from utils import UserError, at_least, positive
+from dino_cli import at_least, positive
+from utils import UserError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
@@ -348,7 +350,7 @@ def main(args):
     folder = os.path.abspath(args.shared_dir or args.output_dir)
     executor = build_executor(folder, args)
     for flag, path in (("--output_dir", args.output_dir), ("--shared_dir", folder)):
-        utils.check_output_dir(fixed_part(path), flag)
+        dino_cli.check_output_dir(fixed_part(path), flag)
     waits = args.wait or args.cluster == "debug"
 
     job = submit(executor, Task(main_dino.train_dino, training_args(args)), job_parameters(args, args.nodes))
@@ -373,4 +375,4 @@ def end_unless_done(job, cluster):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser(), __doc__)
+    dino_cli.run(main, get_args_parser(), __doc__)

@@ -22,10 +22,14 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, resize
 
+import dino_backbones
+import dino_cli
 import dino_data
+import dino_features
 import dino_images
 import utils
-from utils import UserError, at_least, between, share
+from dino_cli import at_least, between, share
+from utils import UserError
 
 # ---- arguments ----
 
@@ -43,7 +47,7 @@ OWN_RATE = 30.0  # frames a second where the input has no rate of its own, as fo
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    flags = utils.model_flags(patch_size=8)
+    flags = dino_cli.model_flags(patch_size=8)
     parser = argparse.ArgumentParser("Video of self-attention", add_help=False, parents=[flags])
     # fmt: off
     parser.add_argument("--input_path", required=True, metavar="PATH", help="""A video, or a folder of frames, which are
@@ -71,8 +75,8 @@ def check_args(args):
             raise UserError(f"--resize {sizes}: give the shorter side, or height and width")
         if args.video_only:
             raise UserError("--video_only takes the images as they are: leave out --resize")
-    utils.check_arch(args.arch)
-    if not utils.vit_factory(args.arch):
+    dino_backbones.check_arch(args.arch)
+    if not dino_backbones.vit_factory(args.arch):
         raise UserError(f"--arch {args.arch} has no CLS token that attends to patches. Take one of the vit_ networks")
 
 
@@ -87,10 +91,10 @@ def check_paths(args):
     written = [(target / name).resolve() for name in ("attention", "masks", video)]
     if not args.video_only and source.resolve() in written:
         raise UserError(f"--input_path {source} would be overwritten. Name another --output_path")
-    utils.check_output_dir(target, "--output_path", [video])
+    dino_cli.check_output_dir(target, "--output_path", [video])
     for name in ("frames", "attention", "masks"):
         if (target / name).exists():
-            utils.check_output_dir(target / name, "--output_path")
+            dino_cli.check_output_dir(target / name, "--output_path")
 
 
 # ---- frames ----
@@ -192,11 +196,13 @@ def attention_images(model, paths, folder, args, device):
     for start in range(0, len(paths), FRAMES_AT_ONCE):
         batch = paths[start : start + FRAMES_AT_ONCE]
         frames = torch.stack([prepare(path, args.resize, args.patch_size) for path in batch])  # [B, 3, H, W]
-        attention = utils.cls_attention(model, utils.normalize(frames.to(device))).float().cpu()  # [B, heads, h, w]
+        attention = (
+            dino_features.cls_attention(model, utils.normalize(frames.to(device))).float().cpu()
+        )  # [B, heads, h, w]
         if not attention.isfinite().all():
             raise UserError("the attention is not finite: the network has diverged, or its weights are damaged")
         means = attention.mean(dim=1)
-        masks = utils.largest_mass(means, args.threshold) if args.threshold else [None] * len(batch)
+        masks = dino_features.largest_mass(means, args.threshold) if args.threshold else [None] * len(batch)
         for path, frame, mean, mask in zip(batch, frames, means, masks, strict=True):
             from_0_to_1 = (mean - mean.min()) / (mean.max() - mean.min()).clamp(min=1e-12)
             image = to_pixels(colormaps["inferno"](from_0_to_1.numpy(), bytes=True)[..., :3], args.patch_size)
@@ -298,7 +304,7 @@ def main(args):
             check_frames(paths, args.resize)
             prepare(paths[0], args.resize, args.patch_size)  # too small a frame is named before any work
             utils.fix_random_seeds(0)  # an untrained network is the same each time
-            model, _ = utils.frozen_backbone(args, device, part="attention")
+            model, _ = dino_backbones.frozen_backbone(args, device, part="attention")
             images = attention_images(model, paths, building, args, device)
         number = write_video(video, images, fps)
         publish(building, args.output_path)
@@ -306,4 +312,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser(), __doc__)
+    dino_cli.run(main, get_args_parser(), __doc__)

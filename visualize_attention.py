@@ -20,17 +20,23 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, resize
 from torchvision.utils import save_image
 
+import dino_backbones
+import dino_checkpoints
+import dino_cli
+import dino_crops
 import dino_data
+import dino_features
 import dino_images
 import utils
-from utils import UserError, at_least, between
+from dino_cli import at_least, between
+from utils import UserError
 
 # ---- arguments ----
 
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    flags = utils.model_flags(patch_size=8)
+    flags = dino_cli.model_flags(patch_size=8)
     parser = argparse.ArgumentParser("Visualise self-attention", add_help=False, parents=[flags])
     # fmt: off
     parser.add_argument("--image_path", default=None, nargs="+", metavar="PATH", help="""Images, or folders of them.
@@ -47,8 +53,8 @@ def get_args_parser():
 
 def check_args(args):
     """Raise UserError for what can't work; make --image_size two numbers."""
-    utils.check_arch(args.arch)
-    if not utils.vit_factory(args.arch):
+    dino_backbones.check_arch(args.arch)
+    if not dino_backbones.vit_factory(args.arch):
         raise UserError(f"--arch {args.arch} has no CLS token that attends to patches. Take one of the vit_ networks")
     if len(args.image_size) > 2:
         sizes = " ".join(map(str, args.image_size))
@@ -100,7 +106,7 @@ def check_folders(folders, names, inputs):
     """Make the folders; raise UserError if files of these names can't be written there, or are inputs."""
     inputs = {path.resolve() for path in inputs}
     for folder in folders:
-        utils.check_output_dir(folder, files=names)
+        dino_cli.check_output_dir(folder, files=names)
         for name in names:
             if Path(folder, name).resolve() in inputs:
                 raise UserError(f"--image_path {Path(folder, name)} would be overwritten. Name another --output_dir")
@@ -121,7 +127,7 @@ def load(path, args, inputs):
     height, width = (side - side % args.patch_size for side in args.image_size)
     values = dino_images.planes(dino_images.open_image(path), inputs)
     values = resize(values, args.image_size, antialias=True)[:, :height, :width]
-    return (255 * values).round().byte().expand(3, -1, -1), inputs.normalize(dino_data.levels(values))
+    return (255 * values).round().byte().expand(3, -1, -1), inputs.normalize(dino_crops.levels(values))
 
 
 # ---- pictures ----
@@ -148,7 +154,7 @@ def write_pictures(folder, image, attention, patch_size, threshold=None):
         for head in attention:
             imsave(next(paths), to_pixels(head, patch_size), cmap="viridis")
         if threshold is not None:
-            for mask in utils.largest_mass(attention, threshold):
+            for mask in dino_features.largest_mass(attention, threshold):
                 Image.fromarray(draw_mask(pixels, to_pixels(mask, patch_size))).save(next(paths))
         draw_overview(pixels, attention).savefig(next(paths))
         for name in names:
@@ -198,7 +204,7 @@ def main(args):
     """Write the pictures that `args` (see get_args_parser) ask for. Raises UserError."""
     check_args(args)
     paths = find_images(args.image_path)
-    inputs = utils.trained_inputs(args.pretrained_weights)
+    inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     if inputs.in_chans not in (1, 3):
         raise UserError(
             f"--pretrained_weights {args.pretrained_weights} takes images of {inputs.in_chans} channels, and pictures "
@@ -206,15 +212,15 @@ def main(args):
         )
     for path in paths:  # a damaged one is named before any work
         dino_images.decode(dino_images.open_image(path), inputs)
-    utils.check_output_dir(args.output_dir)
+    dino_cli.check_output_dir(args.output_dir)
     device = utils.pick_device(args.device)
     utils.fix_random_seeds(0)  # an untrained network is the same each time
-    model, _ = utils.frozen_backbone(args, device, part="attention", inputs=inputs)
+    model, _ = dino_backbones.frozen_backbone(args, device, part="attention", inputs=inputs)
     folders = output_folders(paths, args.output_dir)
     check_folders(folders, picture_names(model.blocks[-1].attn.num_heads, args.threshold), paths)
     for path, folder in zip(paths, folders, strict=True):
         image, seen = load(path, args, inputs)
-        attention = utils.cls_attention(model, seen[None].to(device))[0].float().cpu()
+        attention = dino_features.cls_attention(model, seen[None].to(device))[0].float().cpu()
         if not attention.isfinite().all():
             raise UserError(
                 f"the attention on {path} is not finite: the network has diverged, or its weights are damaged"
@@ -224,4 +230,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser(), __doc__)
+    dino_cli.run(main, get_args_parser(), __doc__)

@@ -16,6 +16,8 @@ import time
 import zlib
 from pathlib import Path
 
+import dino_cli
+
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests themselves run side by side
 import numpy as np
 import pytest
@@ -114,18 +116,18 @@ def tiny_root(sample_root, tmp_path_factory):
 
 def arguments_of(script, *flags):
     """The arguments that a script (its module) makes of these flags."""
-    import utils
 
-    return utils.parse_args(utils.OneLineParser(parents=[script.get_args_parser()]), [str(flag) for flag in flags])
+    return dino_cli.parse_args(
+        dino_cli.OneLineParser(parents=[script.get_args_parser()]), [str(flag) for flag in flags]
+    )
 
 
 def ending(monkeypatch, capsys, script, *flags):
     """(exit code, error line) of a script's run in this process that ends with an error."""
-    import utils
 
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
     with pytest.raises(SystemExit) as ended:
-        utils.run(script.main, script.get_args_parser(), "")
+        dino_cli.run(script.main, script.get_args_parser(), "")
     line = capsys.readouterr().err.strip()
     line = line[max(line.find("error: "), 0) :]  # a bar of progress may stand in front
     assert "\n" not in line

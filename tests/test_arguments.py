@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT, run_script
 
-import utils
+import dino_cli
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "def get_args_parser" in path.read_text())
 REQUIRED = {
@@ -21,7 +21,7 @@ KINDS = ("int", "float", "share_or_none")
 
 def parser_of(script):
     flags = importlib.import_module(script).get_args_parser()
-    return utils.OneLineParser(parents=[flags], formatter_class=utils.HelpFormatter)
+    return dino_cli.OneLineParser(parents=[flags], formatter_class=dino_cli.HelpFormatter)
 
 
 def numbers_of(script):
@@ -62,7 +62,7 @@ def refusal(script, flag, number, capsys):
     words = [f"{flag.option_strings[0]}", *[number] * (flag.nargs if isinstance(flag.nargs, int) else 1)]
     words = [f"{words[0]}={number}"] if flag.nargs is None else words
     with pytest.raises(SystemExit) as ended:
-        utils.parse_args(parser_of(script), [*REQUIRED.get(script, []), *words])
+        dino_cli.parse_args(parser_of(script), [*REQUIRED.get(script, []), *words])
     assert ended.value.code == 2
     return capsys.readouterr().err
 
@@ -83,11 +83,11 @@ def test_a_word_that_is_no_such_number_is_refused(script, flag, capsys):
 
 
 def test_types_of_numbers_have_the_range_that_they_check():
-    assert utils.share.range == "between 0 and 1"
-    assert utils.at_least(1).range == "at least 1"
-    assert utils.positive.range == "above 0"
-    assert utils.between(1, 5)("5") == 5
-    assert utils.at_least(0, float)("0") == 0.0
+    assert dino_cli.share.range == "between 0 and 1"
+    assert dino_cli.at_least(1).range == "at least 1"
+    assert dino_cli.positive.range == "above 0"
+    assert dino_cli.between(1, 5)("5") == 5
+    assert dino_cli.at_least(0, float)("0") == 0.0
 
 
 @pytest.mark.parametrize("script", ["main_dino", "eval_knn", "eval_linear"])

@@ -14,6 +14,9 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
+import dino_checkpoints
+import dino_cli
+import dino_crops
 import dino_data
 import dino_images
 import main_dino
@@ -53,7 +56,7 @@ def plain(image, size=224, **changes):
 
 def both(image, view):
     """The view by PIL and by the fast way, as numbers."""
-    slow, fast = (dino_data.RENDERERS[kind](image, [view])[0] for kind in ("pil", "fast"))
+    slow, fast = (dino_crops.RENDERERS[kind](image, [view])[0] for kind in ("pil", "fast"))
     assert slow.shape == fast.shape == (3, view.size, view.size)
     assert slow.dtype == fast.dtype == torch.uint8
     assert slow.is_contiguous()
@@ -138,7 +141,7 @@ def test_the_turn_of_the_hue_is_torchvisions_for_colours_of_all_kinds(factor):
     levels[:64] = grid[: 64 * 256].reshape(64, 256, 3)
     levels[64:68] = np.arange(256, dtype=np.uint8)[:, None]  # greys
     image = Image.fromarray(levels)
-    assert dino_data.pil_hue(image, factor).tobytes() == TF.adjust_hue(image, factor).tobytes()
+    assert dino_crops.pil_hue(image, factor).tobytes() == TF.adjust_hue(image, factor).tobytes()
 
 
 def test_the_way_back_from_hsv_is_pils_for_every_hue_saturation_and_value(monkeypatch):
@@ -148,7 +151,7 @@ def test_the_way_back_from_hsv_is_pils_for_every_hue_saturation_and_value(monkey
         image = Image.frombytes("HSV", (256, 256), levels.tobytes())
         want = image.convert("RGB")
         monkeypatch.setattr(image, "convert", lambda mode, image=image: image)  # is in HSV already
-        assert dino_data.pil_hue(image, 0.0).tobytes() == want.tobytes(), hue
+        assert dino_crops.pil_hue(image, 0.0).tobytes() == want.tobytes(), hue
 
 
 def test_each_transform_takes_a_pil_image_of_any_mode(photographs):
@@ -218,8 +221,8 @@ def test_fast_blur_is_pils_to_a_level(photographs, radius):
 
 def test_fast_blur_keeps_the_light():
     for radius in np.linspace(0, 2, 41):
-        assert dino_data.blur_kernel(radius).sum() == 1
-    assert dino_data.blur_kernel(0.0).tolist() == [1]
+        assert dino_crops.blur_kernel(radius).sum() == 1
+    assert dino_crops.blur_kernel(0.0).tolist() == [1]
 
 
 def test_fast_blur_of_a_wide_radius_is_pils_too(photographs):
@@ -278,7 +281,7 @@ def test_jpegs_are_decoded_to_pils_pixels_and_not_turned(tmp_path, photographs):
     exif[0x0112] = 6  # to be shown turned by a quarter
     for settings in ({}, {"progressive": True}, {"subsampling": 0}, {"exif": exif}):
         path = jpeg(tmp_path / "x.jpg", photographs[2], **settings)
-        pixels = dino_data.decode(dino_images.open_image(path), [plain(photographs[2])])
+        pixels = dino_crops.decode(dino_images.open_image(path), [plain(photographs[2])])
         assert pixels.shape == (1, 3, photographs[2].height, photographs[2].width)
         np.testing.assert_array_equal(pixels[0].permute(1, 2, 0), np.asarray(dino_images.load_image(path)))
 
@@ -288,7 +291,7 @@ def test_jpegs_in_other_colours_are_pils_pixels_too(tmp_path, photographs, mode)
     levels = np.random.RandomState(0).randint(0, 256, (40, 50, 4), dtype=np.uint8)
     image = photographs[2].convert("L") if mode == "L" else Image.frombytes("CMYK", (50, 40), levels.tobytes())
     path = jpeg(tmp_path / "x.jpg", image)
-    pixels = dino_data.decode(dino_images.open_image(path), [plain(image)])
+    pixels = dino_crops.decode(dino_images.open_image(path), [plain(image)])
     np.testing.assert_array_equal(pixels[0].permute(1, 2, 0), np.asarray(dino_images.load_image(path)))
 
 
@@ -345,7 +348,7 @@ def large(tmp_path_factory):
 def test_a_jpeg_is_decoded_as_small_as_leaves_every_crop_twice_its_pixels(large, sides, size, decoded):
     boxes = [(0, 0, sides[0], sides[1]), (0, 0, 1800, 1800)]
     views = [View(size, box, False, (), False, None, False) for box in boxes]
-    shape = dino_data.decode(dino_images.open_image(large), views).shape
+    shape = dino_crops.decode(dino_images.open_image(large), views).shape
     assert abs(shape[-1] - decoded) <= 1
     assert abs(shape[-2] - decoded * 1801 / 3001) <= 1
 
@@ -354,9 +357,9 @@ def test_reduced_decoding_shows_in_a_level_or_so(large):
     whole = dino_images.load_image(large)
     for box in ((1500, 700, 2413, 1599), (3, 1, 2994, 1793)):
         view = View(96, box, False, (), False, None, False)
-        assert dino_data.decode(dino_images.open_image(large), [view]).shape[-1] < 1501
+        assert dino_crops.decode(dino_images.open_image(large), [view]).shape[-1] < 1501
         slow, fast = (r(i, [view])[0].int() for r, i in (
-            (dino_data.render_pil, whole), (dino_data.render_fast, dino_images.open_image(large))))  # fmt: skip
+            (dino_crops.render_pil, whole), (dino_crops.render_fast, dino_images.open_image(large))))  # fmt: skip
         assert (slow - fast).abs().float().mean() <= 1.5
         assert abs((fast - slow).float().mean()) <= 0.3
 
@@ -364,14 +367,16 @@ def test_reduced_decoding_shows_in_a_level_or_so(large):
 def test_other_formats_are_not_reduced(tmp_path, large):
     dino_images.load_image(large).resize((900, 900)).save(tmp_path / "x.png", compress_level=1)
     view = View(32, (0, 0, 900, 900), False, (), False, None, False)
-    assert dino_data.decode(dino_images.open_image(tmp_path / "x.png"), [view]).shape[-1] == 900
+    assert dino_crops.decode(dino_images.open_image(tmp_path / "x.png"), [view]).shape[-1] == 900
 
 
 def test_a_damaged_large_jpeg_is_an_error(tmp_path, large):
     path = tmp_path / "cut.jpg"
     path.write_bytes(large.read_bytes()[:100_000])
     with pytest.raises(UserError, match=r"cut\.jpg"):
-        dino_data.render_fast(dino_images.open_image(path), [View(32, (0, 0, 900, 900), False, (), False, None, False)])
+        dino_crops.render_fast(
+            dino_images.open_image(path), [View(32, (0, 0, 900, 900), False, (), False, None, False)]
+        )
 
 
 # ---- runs ----
@@ -397,7 +402,7 @@ def test_a_run_asks_for_fast_crops_of_files_that_are_not_decoded(tiny_root):
     batches = {}
     for kind in ("pil", "fast"):
         args = arguments_of(main_dino, *flags, "--augmentation", kind)
-        loader, _ = main_dino.build_data(args, torch.device("cpu"))
+        loader, _ = dino_data.build_data(args, torch.device("cpu"))
         loader.sampler.set_epoch(0)
         batches[kind] = next(iter(loader))
         assert loader.dataset.images.open(0).tile  # what is decoded, and how far, depends on the crops
@@ -408,16 +413,16 @@ def test_a_run_asks_for_fast_crops_of_files_that_are_not_decoded(tiny_root):
 
 def test_pil_is_the_default():
     assert arguments_of(main_dino).augmentation == "pil"
-    assert main_dino.DataAugmentationDINO((0.4, 1), (0.05, 0.4), 0).render is dino_data.render_pil
+    assert main_dino.DataAugmentationDINO((0.4, 1), (0.05, 0.4), 0).render is dino_crops.render_pil
 
 
 def test_without_opencv_the_remedy_is_named_before_the_work(monkeypatch, capsys, tmp_path):
-    dino_data.opencv.cache_clear()
+    dino_crops.opencv.cache_clear()
     monkeypatch.setitem(sys.modules, "cv2", None)
     flags = ["--device", "cpu", "--augmentation", "fast", "--output_dir", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", ["main_dino.py", *flags])
     with pytest.raises(SystemExit) as ended:
-        utils.run(main_dino.train_dino, main_dino.get_args_parser(), "")
+        dino_cli.run(main_dino.train_dino, main_dino.get_args_parser(), "")
     assert ended.value.code == 2
     remedy = "--augmentation fast takes OpenCV, 4.11 or newer: pip install opencv-python-headless"
     assert capsys.readouterr().err == f"error: {remedy}\n"
@@ -425,29 +430,29 @@ def test_without_opencv_the_remedy_is_named_before_the_work(monkeypatch, capsys,
 
 
 def test_an_old_opencv_is_as_good_as_none(monkeypatch):
-    dino_data.opencv.cache_clear()
+    dino_crops.opencv.cache_clear()
     monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace())
     with pytest.raises(UserError, match=r"4\.11 or newer: pip install"):
-        dino_data.opencv()
+        dino_crops.opencv()
 
 
 def test_what_opencv_can_not_decode_is_left_to_pil(monkeypatch, tmp_path, photographs):
     whole = jpeg(tmp_path / "x.jpg", photographs[2]).read_bytes()
-    assert dino_data.decode_whole_jpeg(io.BytesIO(whole)).shape == (photographs[2].height, photographs[2].width, 3)
+    assert dino_crops.decode_whole_jpeg(io.BytesIO(whole)).shape == (photographs[2].height, photographs[2].width, 3)
     for data in (b"no JPEG" + b"\xff\xd9", b"", whole[:-2], whole + b"more"):
-        assert dino_data.decode_whole_jpeg(io.BytesIO(data)) is None
+        assert dino_crops.decode_whole_jpeg(io.BytesIO(data)) is None
 
     def refuse(*_):
         raise cv2.error("too large")
 
     monkeypatch.setattr(cv2, "imdecode", refuse)
-    assert dino_data.decode_whole_jpeg(io.BytesIO(whole)) is None
+    assert dino_crops.decode_whole_jpeg(io.BytesIO(whole)) is None
 
 
 def test_opencv_makes_no_threads():
-    dino_data.opencv.cache_clear()
+    dino_crops.opencv.cache_clear()
     cv2.setNumThreads(2)
-    assert dino_data.opencv() is cv2
+    assert dino_crops.opencv() is cv2
     assert cv2.getNumThreads() == 1
 
 
@@ -456,6 +461,6 @@ def test_a_run_does_not_go_on_with_the_other_crops_unasked():
     networks = {name: {"norm.weight": torch.zeros(1)} for name in ("student", "teacher")}
     checkpoint = {**networks, "epoch": 1, "args": utils.plain_args(before)}
     with pytest.raises(UserError, match=r"made with --augmentation pil; this run has --augmentation fast, .*result"):
-        utils.check_resumable("x.pth", checkpoint, now)
+        dino_checkpoints.check_resumable("x.pth", checkpoint, now)
     now.allow_changed_args = True
-    utils.check_resumable("x.pth", checkpoint, now)
+    dino_checkpoints.check_resumable("x.pth", checkpoint, now)

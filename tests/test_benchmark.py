@@ -16,6 +16,7 @@ import torch
 from conftest import FORKS, arguments_of, assert_near, ending, run_script, start_forks
 
 import benchmark
+import dino_backbones
 import dino_data
 import dino_images
 import eval_knn
@@ -268,7 +269,7 @@ def test_a_contender_works_in_a_process_of_its_own_and_tells_its_peak_of_memory(
     ("contender", "says"),
     [
         ((os._exit, 1), "has died"),
-        ((utils.check_arch, "vit_smal"), "unknown --arch vit_smal"),
+        ((dino_backbones.check_arch, "vit_smal"), "unknown --arch vit_smal"),
         ((open, "/no/such\nfile"), "failed: FileNotFoundError: "),
     ],
 )

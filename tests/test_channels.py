@@ -13,6 +13,9 @@ import torch
 from conftest import SMALL_RUN, arguments_of, ending, run_script, tensor
 from PIL import Image
 
+import dino_backbones
+import dino_checkpoints
+import dino_crops
 import dino_data
 import dino_images
 import eval_copy_detection
@@ -21,7 +24,7 @@ import main_dino
 import utils
 import vision_transformer
 from dino_data import View
-from knn import OnlineKnn
+from dino_run import OnlineKnn
 from utils import Inputs, UserError
 
 RANDOM = np.random.default_rng(0)
@@ -228,7 +231,7 @@ def slow_view(image, view):
     if view.grey:
         crop = np.stack([sum(crop) / len(crop)] * len(crop))
     if view.blur is not None:
-        kernel = dino_data.exact_blur_kernel(view.blur)
+        kernel = dino_crops.exact_blur_kernel(view.blur)
         reach, blurred = len(kernel) // 2, np.zeros_like(crop)
         edges = np.arange(view.size)
         for i, a in enumerate(kernel):
@@ -265,14 +268,14 @@ CHANGES = {
 def test_a_crop_is_that_of_the_slow_obvious_way(in_chans, change):
     image = RANDOM.random((in_chans, 30, 40))
     view = PLAIN._replace(**CHANGES[change])
-    (got,) = dino_data.render_planes(torch.from_numpy(image).float(), [view])
+    (got,) = dino_crops.render_planes(torch.from_numpy(image).float(), [view])
     assert got.dtype == torch.int16
     np.testing.assert_allclose((got.numpy() + 32768.0) / 65535, slow_view(image, view), atol=2e-5)
 
 
 @pytest.mark.parametrize("radius", [0.1, 0.5, 1.0, 2.0, 7.0])
 def test_a_blur_has_the_radius_as_its_standard_deviation(radius):
-    kernel = dino_data.exact_blur_kernel(radius)
+    kernel = dino_crops.exact_blur_kernel(radius)
     places = np.arange(len(kernel)) - len(kernel) // 2
     assert kernel.sum() == pytest.approx(1)
     assert kernel @ places**2 == pytest.approx(radius**2)
@@ -282,11 +285,11 @@ def test_crops_of_a_grey_image_are_pils_to_a_level():
     image = Image.open(*dino_data.find_photographs(["brick.png"])).convert("L").resize((80, 64))
     values = torch.from_numpy(np.array(image))[None].float() / 255
     photograph, off = Image.merge("RGB", [image] * 3), []
-    view = dino_data.RandomView(32, (0.4, 1), dino_data.GaussianBlur(), dino_data.Solarization(0.2))
+    view = dino_crops.RandomView(32, (0.4, 1), dino_crops.GaussianBlur(), dino_crops.Solarization(0.2))
     for seed in range(60):
         utils.fix_random_seeds(seed)
         drawn = view.draw(photograph)
-        (slow,), (got,) = dino_data.render_pil(photograph, [drawn]), dino_data.render_planes(values, [drawn])
+        (slow,), (got,) = dino_crops.render_pil(photograph, [drawn]), dino_crops.render_planes(values, [drawn])
         off.append((slow[0].float() - (got[0].float() + 32768) / 257).abs())
     off = torch.stack(off)
     assert off.mean() < 1  # PIL rounds, or cuts off, a level in each of its steps
@@ -294,7 +297,7 @@ def test_crops_of_a_grey_image_are_pils_to_a_level():
 
 
 def test_an_array_gets_the_boxes_and_flips_of_a_photograph_of_its_size():
-    view = dino_data.RandomView(16, (0.4, 1), dino_data.GaussianBlur(), dino_data.Solarization(0.2))
+    view = dino_crops.RandomView(16, (0.4, 1), dino_crops.GaussianBlur(), dino_crops.Solarization(0.2))
     for seed in range(20):
         drawn = []
         for image in (Image.new("RGB", (50, 40)), torch.zeros(4, 40, 50)):
@@ -332,8 +335,8 @@ def test_evaluation_takes_the_centre_of_an_array_as_of_a_photograph():
     # Grey enough that no level is cut off: PIL would do so after each of its two passes, and round (0.5 levels each).
     image = Image.fromarray(RANDOM.integers(80, 176, (20, 30)).astype(np.uint8)).resize((60, 40))
     values = torch.from_numpy(np.array(image))[None].float() / 255
-    got = dino_data.eval_transform(28, Inputs(1, (0.5,), (0.25,)))(values)
-    want = dino_data.eval_transform(28)(Image.merge("RGB", [image] * 3))
+    got = dino_crops.eval_transform(28, Inputs(1, (0.5,), (0.25,)))(values)
+    want = dino_crops.eval_transform(28)(Image.merge("RGB", [image] * 3))
     assert (255 * (got[0] * 0.25 + 0.5) - want[0]).abs().max() < 1.2
 
 
@@ -426,7 +429,7 @@ def test_what_a_checkpoint_says_of_its_inputs_must_fit():
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet18", "swin_t", "xcit_nano_12_p16", "timm:convnext_atto"])
 @pytest.mark.parametrize("in_chans", [1, 5])
 def test_networks_take_any_number_of_channels(arch, in_chans):
-    model, width = utils.build_backbone(arch, 16, 64, in_chans=in_chans)
+    model, width = dino_backbones.build_backbone(arch, 16, 64, in_chans=in_chans)
     images = torch.randn(2, in_chans, 64, 64, generator=torch.Generator().manual_seed(0))
     features = utils.first_output(model.eval(), images)
     assert features.shape == (2, width)
@@ -438,27 +441,27 @@ def test_networks_take_any_number_of_channels(arch, in_chans):
 
 def test_a_new_first_convolution_is_as_spread_as_the_old_one():
     torch.manual_seed(0)
-    old, new = (utils.build_convnet("resnet18", in_chans=n).conv1.weight for n in (3, 12))
+    old, new = (dino_backbones.build_convnet("resnet18", in_chans=n).conv1.weight for n in (3, 12))
     assert new.shape == (64, 12, 7, 7)
     assert new.std().item() == pytest.approx(old.std().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet18"])
 def test_weights_for_colours_are_added_up_for_grey_images(arch):
-    colour, grey = (utils.build_backbone(arch, 16, 32, in_chans=n)[0].eval() for n in (3, 1))
+    colour, grey = (dino_backbones.build_backbone(arch, 16, 32, in_chans=n)[0].eval() for n in (3, 1))
     state = colour.state_dict()
-    utils.fit_first_layer(grey, state, "a file")
-    utils.fill_backbone(grey, state, "a file", arch)
+    dino_backbones.fit_first_layer(grey, state, "a file")
+    dino_backbones.fill_backbone(grey, state, "a file", arch)
     images = tensor("grey", (2, 1, 32, 32))
     same = utils.first_output(colour, images.expand(-1, 3, -1, -1))
     torch.testing.assert_close(utils.first_output(grey, images), same, atol=1e-4, rtol=1e-4)
 
 
 def test_for_many_channels_the_first_layer_starts_afresh_and_says_so(capsys):
-    colour, many = (utils.build_backbone("vit_nano", 16, 32, in_chans=n)[0] for n in (3, 4))
+    colour, many = (dino_backbones.build_backbone("vit_nano", 16, 32, in_chans=n)[0] for n in (3, 4))
     fresh, state = many.patch_embed.proj.weight.clone(), colour.state_dict()
-    utils.fit_first_layer(many, state, "a file")
-    utils.fill_backbone(many, state, "a file", "vit_nano")
+    dino_backbones.fit_first_layer(many, state, "a file")
+    dino_backbones.fill_backbone(many, state, "a file", "vit_nano")
     assert torch.equal(many.patch_embed.proj.weight, fresh)
     assert torch.equal(many.blocks[0].attn.qkv.weight, colour.blocks[0].attn.qkv.weight)
     assert "patch_embed.proj starts afresh: it is for 3 channels in a file, for 4 here" in capsys.readouterr().out
@@ -507,7 +510,7 @@ def given(bands, folder):
 
 def test_the_network_sees_crops_less_the_mean_over_the_std(bands, tmp_path, monkeypatch):
     args, seen = given(bands, tmp_path), []
-    loader, _ = main_dino.build_data(args, torch.device("cpu"))
+    loader, _ = dino_data.build_data(args, torch.device("cpu"))
     crops, *_ = next(iter(loader))
     embed = vision_transformer.PatchEmbed.forward
 
@@ -544,9 +547,9 @@ def test_a_resumed_run_takes_mean_and_std_from_its_checkpoint(run, bands, tmp_pa
 def test_with_another_range_of_values_they_are_measured_anew(run, bands, tmp_path):
     shutil.copy(run / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
     args = arguments_of(main_dino, *ON_BANDS, "--compute_stats", "true", "--output_dir", tmp_path)
-    assert main_dino.measured_before(args)
+    assert dino_data.measured_before(args)
     args.value_range = [args.value_range[0], 2 * args.value_range[1]] if args.value_range else [0.0, 2.0]
-    assert main_dino.measured_before(args) is None
+    assert dino_data.measured_before(args) is None
 
 
 @pytest.mark.parametrize("said", [False, True])
@@ -558,13 +561,13 @@ def test_a_run_of_photographs_goes_on_with_imagenets_statistics_alone(said):
     networks = {name: {"norm.weight": torch.zeros(1)} for name in ("student", "teacher")}
     checkpoint = {**networks, "epoch": 1, "args": before}
     for flags in ([], imagenet):
-        utils.check_resumable("x.pth", checkpoint, arguments_of(main_dino, *flags))
+        dino_checkpoints.check_resumable("x.pth", checkpoint, arguments_of(main_dino, *flags))
     others = ["--mean", 0.1, 0.1, 0.1, "--std", *utils.IMAGENET_STD]
     with pytest.raises(UserError, match=r"made with --mean \[0.485, .*this run has --mean \[0.1, .*result"):
-        utils.check_resumable("x.pth", checkpoint, arguments_of(main_dino, *others))
+        dino_checkpoints.check_resumable("x.pth", checkpoint, arguments_of(main_dino, *others))
     grey = arguments_of(main_dino, "--in_chans", 1, "--mean", 0.5, "--std", 0.2)
     with pytest.raises(UserError, match=r"made with --in_chans 3, this run has --in_chans 1"):
-        utils.check_resumable("x.pth", checkpoint, grey)
+        dino_checkpoints.check_resumable("x.pth", checkpoint, grey)
 
 
 @pytest.mark.parametrize(("largest", "warns"), [(4095, True), (65535, False)])
@@ -573,7 +576,7 @@ def test_images_that_fill_a_small_part_of_their_range_are_a_warning(tmp_path, ca
         deep = np.random.default_rng(i).integers(0, largest, (20, 20), dtype=np.uint16)
         Image.fromarray(deep).save(tmp_path / f"{i}.png")
     args = arguments_of(main_dino, "--in_chans", 1, "--compute_stats", "true", "--num_workers", 0)
-    main_dino.measure(dino_data.find_images(tmp_path, in_chans=1), args)
+    dino_data.measure(dino_data.find_images(tmp_path, in_chans=1), args)
     assert ("by --value_range, such as 0 4095" in capsys.readouterr().out) == warns
 
 
@@ -599,7 +602,7 @@ def test_linear_evaluation_normalises_its_random_crops_and_its_validation_images
     args, found = arguments_of(eval_linear, *EVALUATED, "--image_size", 32, "--data_path", bands), []
     for mean, std in ((0.0, 1.0), (0.25, 0.5)):
         kind = Inputs(4, (mean,) * 4, (std,) * 4)
-        monkeypatch.setattr(utils, "trained_inputs", lambda _, kind=kind: kind)
+        monkeypatch.setattr(dino_checkpoints, "trained_inputs", lambda _, kind=kind: kind)
         train, val, *_ = eval_linear.load_data(args)
         found.append((train[0, 5][0], val[5][0]))
     for plain, normalised in zip(*found, strict=True):
@@ -612,9 +615,9 @@ def test_an_export_of_many_channels_is_opened_again(run, tmp_path):
     done = run_script("export.py", *flags, "--output", tmp_path / "plain.pth")
     assert "in_chans=4" in done.stdout
     assert "4 channels of values from 0 to 1, less the mean (0." in done.stdout
-    model, _ = utils.build_backbone("vit_nano", 16)
+    model, _ = dino_backbones.build_backbone("vit_nano", 16)
     with pytest.raises(UserError, match="Name the training checkpoint, which says how many channels"):
-        utils.load_weights(model, tmp_path / "plain.pth", arch="vit_nano")
+        dino_backbones.load_weights(model, tmp_path / "plain.pth", arch="vit_nano")
 
 
 def test_a_report_shows_the_first_channels(run, bands, tmp_path):

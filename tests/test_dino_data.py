@@ -16,6 +16,7 @@ from conftest import ROOT
 from PIL import Image
 from torchvision import transforms
 
+import dino_crops
 import dino_data
 import dino_images
 import main_dino
@@ -29,7 +30,7 @@ def test_blur_and_solarisation_draw_from_python_random_as_published(sample_root)
     image = dino_images.load_image(next((sample_root / "train" / "coffee").iterdir()))
     for seed in range(8):
         random.seed(seed)
-        blurred = dino_data.GaussianBlur(p=0.5)(image)
+        blurred = dino_crops.GaussianBlur(p=0.5)(image)
         after = random.random()
         random.seed(seed)
         if random.random() <= 0.5:
@@ -44,9 +45,9 @@ def test_blur_and_solarisation_draw_from_python_random_as_published(sample_root)
 
 def test_solarisation_inverts_the_bright_half():
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    levels = np.asarray(dino_data.Solarization(p=1.0)(image)).ravel()
+    levels = np.asarray(dino_crops.Solarization(p=1.0)(image)).ravel()
     assert levels.tolist() == [v if v < 128 else 255 - v for v in range(256)]
-    assert dino_data.Solarization(p=0.0)(image) is image
+    assert dino_crops.Solarization(p=0.0)(image) is image
 
 
 @pytest.mark.parametrize(("size", "resized"), [(224, 256), (64, 73), (448, 512)])
@@ -56,7 +57,7 @@ def test_eval_transform_is_the_centre_of_the_resized_image(size, resized):
     whole = image.resize((width, resized), Image.Resampling.BICUBIC)
     top, left = round((resized - size) / 2), round((width - size) / 2)
     expected = np.asarray(whole)[top : top + size, left : left + size]
-    got = dino_data.eval_transform(size)(image)
+    got = dino_crops.eval_transform(size)(image)
     assert got.dtype == torch.uint8
     np.testing.assert_array_equal(got.permute(1, 2, 0), expected)
 

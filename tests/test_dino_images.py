@@ -29,6 +29,8 @@ from conftest import ROOT, SMALL_RUN, arguments_of, ending, log_without_times
 from PIL import Image
 from torchvision import datasets
 
+import dino_cli
+import dino_crops
 import dino_data
 import dino_images
 import eval_knn
@@ -339,7 +341,7 @@ def test_train_and_val_may_be_lists(tmp_path):
             draw(tmp_path / "files" / f"{part}{name}.png")
             rows.append(f"files/{part}{name}.png,{name}\n")
         (tmp_path / f"{part}.csv").write_text("".join(rows))
-    _, val, train_labels, val_labels = dino_data.labelled_images(tmp_path, dino_data.eval_transform(8))
+    _, val, train_labels, val_labels = dino_data.labelled_images(tmp_path, dino_crops.eval_transform(8))
     assert (train_labels.tolist(), val_labels.tolist()) == ([0, 1], [1])
     assert val[0][0].shape == (3, 8, 8)
     (tmp_path / "train.csv").write_text("files/traina.png\n")
@@ -561,7 +563,7 @@ def test_bad_images_do_not_end_a_run_that_looks_at_neighbours(tmp_path, capsys):
     result(root, tmp_path / "run", "--knn_every", 1)
     assert all("knn_top1" in line for line in log_without_times(tmp_path / "run"))
     assert capsys.readouterr().out.count("It is taken for a black one") == 2 * 4
-    for dataset in dino_data.find_labelled(str(root), dino_data.eval_transform(8), False, "--knn_data")[:2]:
+    for dataset in dino_data.find_labelled(str(root), dino_crops.eval_transform(8), False, "--knn_data")[:2]:
         with pytest.raises(dino_images.BadImage):
             list(dataset)
 
@@ -728,12 +730,12 @@ def test_a_shortage_is_one_line_and_any_other_error_keeps_its_traceback(monkeypa
 
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(SystemExit) as ended:
-        utils.run(short_of_something, argparse.ArgumentParser(add_help=False), "")
+        dino_cli.run(short_of_something, argparse.ArgumentParser(add_help=False), "")
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(says)
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):
-        utils.run(short_of_something, argparse.ArgumentParser(add_help=False), "")
+        dino_cli.run(short_of_something, argparse.ArgumentParser(add_help=False), "")
 
 
 def hand_over(pipe):
@@ -758,7 +760,7 @@ def ending_of_a_lost_handover(monkeypatch, capsys, wrap=lambda e: e):
 
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(SystemExit) as ended:
-        utils.run(take, argparse.ArgumentParser(add_help=False), "")
+        dino_cli.run(take, argparse.ArgumentParser(add_help=False), "")
     return ended.value.code, capsys.readouterr().err
 
 

@@ -12,6 +12,7 @@ import torch
 from conftest import arguments_of, assert_near, ending, run_script, shared, tensor
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
+import dino_cli
 import dino_data
 import dino_images
 import eval_copy_detection as copy_detection
@@ -135,7 +136,7 @@ def figures(output):
 
 
 def test_flags_have_the_published_names_and_defaults():
-    args = vars(utils.OneLineParser(parents=[copy_detection.get_args_parser()]).parse_args([]))
+    args = vars(dino_cli.OneLineParser(parents=[copy_detection.get_args_parser()]).parse_args([]))
     published = {"arch": "vit_base", "patch_size": 8, "imsize": 320, "batch_size_per_gpu": 16, "use_cuda": True}
     published |= {"pretrained_weights": "", "checkpoint_key": "teacher", "num_workers": 10}
     assert published.items() <= args.items()

@@ -13,7 +13,9 @@ from conftest import ending, run_script, shared
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision import transforms
 
+import dino_cli
 import dino_data
+import dino_features
 import dino_images
 import eval_image_retrieval as retrieval
 import utils
@@ -90,7 +92,7 @@ def error(monkeypatch, capsys, *flags):
 
 
 def test_flags_have_the_published_names_and_defaults():
-    args = vars(utils.OneLineParser(parents=[retrieval.get_args_parser()]).parse_args([]))
+    args = vars(dino_cli.OneLineParser(parents=[retrieval.get_args_parser()]).parse_args([]))
     published = {"dataset": "roxford5k", "multiscale": False, "imsize": 224, "pretrained_weights": "", "use_cuda": True}
     published |= {"arch": "vit_small", "patch_size": 16, "checkpoint_key": "teacher", "num_workers": 10}
     assert published.items() <= args.items()
@@ -152,10 +154,10 @@ def test_figures_of_random_rankings_equal_a_slow_loop(seed):
 
 
 def test_average_precision_of_simple_rankings():
-    assert utils.compute_ap([0, 1, 2], 3) == 1
-    assert utils.compute_ap([0, 1], 4) == pytest.approx(0.5)  # half of them found, at once
-    assert utils.compute_ap([1], 1) == pytest.approx((0 + 1 / 2) / 2)
-    assert utils.compute_ap([], 3) == 0
+    assert dino_features.compute_ap([0, 1, 2], 3) == 1
+    assert dino_features.compute_ap([0, 1], 4) == pytest.approx(0.5)  # half of them found, at once
+    assert dino_features.compute_ap([1], 1) == pytest.approx((0 + 1 / 2) / 2)
+    assert dino_features.compute_ap([], 3) == 0
 
 
 def test_junk_counts_as_if_it_were_not_there():
@@ -247,7 +249,7 @@ def test_features_that_are_not_numbers_give_no_figure(monkeypatch, capsys, data,
     parts = [torch.ones(15, 128), torch.ones(5, 128)]
     for i in diverged:
         parts[i][2, 3] = np.nan
-    monkeypatch.setattr(utils, "extract_features", lambda *_: parts.pop(0))
+    monkeypatch.setattr(dino_features, "extract_features", lambda *_: parts.pop(0))
     flags = ("--data_path", data, "--pretrained_weights", "random")
     assert "the features hold NaN or infinite numbers" in error(monkeypatch, capsys, *flags)
 
@@ -264,8 +266,8 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, data):
     def broken(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(utils, "extract_features", broken)
-    parser = utils.OneLineParser(parents=[retrieval.get_args_parser()])
+    monkeypatch.setattr(dino_features, "extract_features", broken)
+    parser = dino_cli.OneLineParser(parents=[retrieval.get_args_parser()])
     with pytest.raises(RuntimeError, match="a bug"):
         retrieval.main(parser.parse_args([*SMALL, "--data_path", str(data), "--pretrained_weights", "random"]))
 
@@ -349,7 +351,7 @@ def test_printed_figures_equal_a_slow_evaluation(data, weights, multiscale):
 @pytest.mark.parametrize("flags", [("--num_workers", "2"), ("--use_cuda", "false")])
 def test_figures_do_not_depend_on_how_they_are_computed(capsys, data, weights, flags):
     def run(*more):
-        parser = utils.OneLineParser(parents=[retrieval.get_args_parser()])
+        parser = dino_cli.OneLineParser(parents=[retrieval.get_args_parser()])
         words = (*SMALL, "--data_path", data, "--pretrained_weights", weights, *more)
         retrieval.main(parser.parse_args([str(word) for word in words]))
         return figures(capsys.readouterr().out)

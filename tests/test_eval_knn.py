@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from conftest import ROOT, SMALL_RUN, run_script, shared
 from torchvision import datasets
 
+import dino_backbones
+import dino_cli
+import dino_crops
+import dino_features
 import eval_knn
-import knn
 import main_dino
 import utils
 from utils import UserError
@@ -88,7 +91,7 @@ def test_a_low_temperature_does_not_overflow():
 def test_chunks_change_nothing(monkeypatch):
     train, test = features(70, 8, 1, 6), features(45, 8, 2, 6)
     whole = eval_knn.knn_accuracies(*train, *test, [3, 10], 0.07)
-    monkeypatch.setattr(knn, "NUMBERS_AT_ONCE", 100)
+    monkeypatch.setattr(dino_features, "NUMBERS_AT_ONCE", 100)
     assert eval_knn.knn_accuracies(*train, *test, [3, 10], 0.07) == whole
     assert whole == {k: eval_knn.knn_classifier(*train, *test, k, 0.07) for k in (3, 10)}
 
@@ -109,7 +112,7 @@ def test_memory_does_not_grow_with_the_number_of_neighbours(monkeypatch):
         return topk(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "topk", spy)
-    monkeypatch.setattr(knn, "NUMBERS_AT_ONCE", 1000)
+    monkeypatch.setattr(dino_features, "NUMBERS_AT_ONCE", 1000)
     eval_knn.knn_classifier(*features(300, 4, 1, 3), *features(50, 4, 2, 3), 300, 0.07)
     assert max(largest) <= 1000
 
@@ -120,7 +123,7 @@ def test_memory_does_not_grow_with_the_number_of_neighbours(monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tiny_root, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained")
-    parser = utils.OneLineParser(parents=[main_dino.get_args_parser()])
+    parser = dino_cli.OneLineParser(parents=[main_dino.get_args_parser()])
     flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", output]
     main_dino.train_dino(parser.parse_args([str(flag) for flag in flags]))
     return output / "checkpoint.pth"
@@ -129,7 +132,7 @@ def trained(tiny_root, tmp_path_factory):
 def evaluate(monkeypatch, *flags):
     fixed = ["--arch", "vit_nano", "--image_size", 32, "--nb_knn", 1, 5, "--num_workers", 0, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["eval_knn.py", *map(str, [*fixed, *flags])])
-    utils.run(eval_knn.main, eval_knn.get_args_parser(), "")
+    dino_cli.run(eval_knn.main, eval_knn.get_args_parser(), "")
 
 
 RESULT = re.compile(r"^(\d+)-NN classifier result: Top1: ([\d.]+), Top5: ([\d.]+)$", re.M)
@@ -142,14 +145,13 @@ def test_a_checkpoint_is_evaluated_and_the_tensors_are_counted(monkeypatch, caps
     assert [int(k) for k, _, _ in RESULT.findall(out)] == [1, 5]
 
     # The same accuracies from features made image by image.
-    import dino_data
 
-    model, _ = utils.build_backbone("vit_nano", 16, 32)
-    utils.load_weights(model.eval(), str(trained))
+    model, _ = dino_backbones.build_backbone("vit_nano", 16, 32)
+    dino_backbones.load_weights(model.eval(), str(trained))
     tensors = []
     for part in ("train", "val"):
         folder = datasets.ImageFolder(tiny_root / part)
-        transform = dino_data.eval_transform(32)
+        transform = dino_crops.eval_transform(32)
         with torch.no_grad():
             rows = [model(utils.normalize(transform(image))[None])[0] for image, _ in folder]
         tensors += [F.normalize(torch.stack(rows), dim=1), torch.tensor(folder.targets)]

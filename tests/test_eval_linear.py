@@ -13,6 +13,8 @@ from PIL import Image
 from torch import nn
 from torchvision import datasets, transforms
 
+import dino_backbones
+import dino_cli
 import eval_linear
 import hubconf
 import utils
@@ -48,7 +50,7 @@ def checkpoint_of(folder):
 
 def backbone(arch="vit_nano", seed=1):
     torch.manual_seed(seed)
-    return utils.build_backbone(arch, 16, 32)[0].eval()
+    return dino_backbones.build_backbone(arch, 16, 32)[0].eval()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def trained(data, tmp_path_factory):
 
 
 def test_flags_have_the_published_names_and_defaults():
-    args = vars(utils.OneLineParser(parents=[eval_linear.get_args_parser()]).parse_args(["--local-rank", "3"]))
+    args = vars(dino_cli.OneLineParser(parents=[eval_linear.get_args_parser()]).parse_args(["--local-rank", "3"]))
     published = {
         "arch": "vit_small",
         "patch_size": 16,

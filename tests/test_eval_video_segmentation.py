@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from conftest import arguments_of, assert_near, ending, fill, run_script, shared, tensor
 from PIL import Image
 
+import dino_cli
 import dino_data
 import dino_images
 import eval_video_segmentation as evs
-import utils
 import vision_transformer as vits
 from utils import UserError
 
@@ -101,7 +101,7 @@ def small_model(patch_size=32):
 
 
 def test_flags_have_the_published_names_and_defaults():
-    args = vars(utils.OneLineParser(parents=[evs.get_args_parser()]).parse_args([]))
+    args = vars(dino_cli.OneLineParser(parents=[evs.get_args_parser()]).parse_args([]))
     published = {
         "output_dir": ".",
         "pretrained_weights": "",

@@ -13,6 +13,9 @@ from conftest import arguments_of, assert_near, ending, fill, run_script, tensor
 from PIL import Image
 from torch import nn
 
+import dino_backbones
+import dino_cli
+import dino_crops
 import dino_data
 import export
 import hubconf
@@ -86,7 +89,7 @@ def said_usage(capsys):
 
 def test_flags_are_those_of_an_evaluation_and_three_more():
     args = vars(arguments("--to", "onnx", "--output", "a.onnx"))
-    assert set(args) == set(vars(utils.model_flags().parse_args([]))) | {"to", "output", "image_size"}
+    assert set(args) == set(vars(dino_cli.model_flags().parse_args([]))) | {"to", "output", "image_size"}
     assert (args["checkpoint_key"], args["device"], args["image_size"]) == ("teacher", "cpu", None)
 
 
@@ -226,7 +229,7 @@ def test_older_torch_with_its_traced_exporter_writes_a_file_as_good(tmp_path, na
 
 def test_a_convnet_becomes_onnx_at_224_pixels(tmp_path):
     pytest.importorskip("onnxscript")
-    model, _ = utils.build_backbone("resnet18")
+    model, _ = dino_backbones.build_backbone("resnet18")
     fill(model, "resnet").eval()
     torch.save(model.state_dict(), tmp_path / "resnet.pth")
     run(
@@ -271,7 +274,7 @@ def test_timm_has_a_network_for_each_vit(arch, patch_size, name):
     timm = pytest.importorskip("timm")
     args = arguments("--arch", arch, "--patch_size", patch_size, "--to", "timm", "--output", "a.pth")
     with torch.device("meta"):
-        model, _ = utils.build_backbone(arch, patch_size)
+        model, _ = dino_backbones.build_backbone(arch, patch_size)
         got, keywords = export.timm_network(model, (224, 224), args)
         theirs = timm.create_model(got, **keywords)
     assert got == name
@@ -309,7 +312,7 @@ def test_timms_own_converter_takes_plain_weights_and_interpolates_to_another_gri
 @pytest.mark.parametrize("arch", ["resnet18", "xcit_nano_12_p16", "timm:resnet10t"])
 def test_networks_that_timm_shares_go_there_and_into_plain_files(tmp_path, capsys, monkeypatch, arch):
     timm = pytest.importorskip("timm")
-    model, _ = utils.build_backbone(arch)
+    model, _ = dino_backbones.build_backbone(arch)
     fill(model, "shared").eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     flags = ["--arch", arch, "--pretrained_weights", tmp_path / "weights.pth"]
@@ -393,7 +396,7 @@ def test_transformers_prepares_a_photograph_as_the_evaluations_do(folder, transf
     photograph = Image.open(dino_data.find_photographs()[0]).convert("RGB").resize((100, 70))
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     got = torch.as_tensor(np.asarray(processor(photograph, return_tensors="np")["pixel_values"]))
-    want = utils.normalize(dino_data.eval_transform(48)(photograph)[None])
+    want = utils.normalize(dino_crops.eval_transform(48)(photograph)[None])
     assert_near(got, want, 0.02)
 
 

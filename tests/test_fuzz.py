@@ -18,6 +18,8 @@ from conftest import SMALL_RUN
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import dino_checkpoints
+import dino_cli
 import dino_images
 import dino_shards
 import main_dino
@@ -86,9 +88,9 @@ def damaged(draw, wholes):
 
 def read_arguments(argv):
     """Parse and check a command line, as far as that goes."""
-    code, parser = 0, utils.OneLineParser(parents=[main_dino.get_args_parser()])
+    code, parser = 0, dino_cli.OneLineParser(parents=[main_dino.get_args_parser()])
     try:
-        args = answers(utils.parse_args, parser, argv)
+        args = answers(dino_cli.parse_args, parser, argv)
         if args is not None:
             answers(main_dino.check_args, args)
     except SystemExit as e:
@@ -111,8 +113,8 @@ def test_checkpoints(tmp_path):
 
     def read(content):
         path.write_bytes(content)
-        answers(utils.load_checkpoint, str(path))
-        answers(utils.load_newest, str(path))
+        answers(dino_checkpoints.load_checkpoint, str(path))
+        answers(dino_checkpoints.load_newest, str(path))
 
     fuzz(damaged(checkpoints()) | st.binary(max_size=400), read)
 
@@ -128,7 +130,7 @@ def test_pickles_in_checkpoints(tmp_path):
         with zipfile.ZipFile(path, "w") as new:
             for name, part in parts.items():
                 new.writestr(name, content if name == pickled else part)
-        answers(utils.load_checkpoint, str(path), True)
+        answers(dino_checkpoints.load_checkpoint, str(path), True)
 
     fuzz(damaged([parts[pickled]]) | st.binary(max_size=400), read)
 
@@ -144,11 +146,11 @@ def test_checkpoints_of_any_plain_content(tmp_path):
 
     def read(content):
         torch.save(content, path)
-        checkpoint = answers(utils.load_checkpoint, path)
+        checkpoint = answers(dino_checkpoints.load_checkpoint, path)
         if checkpoint is not None:
-            answers(utils.check_resumable, path, checkpoint, args)
+            answers(dino_checkpoints.check_resumable, path, checkpoint, args)
             if isinstance(checkpoint, dict):
-                answers(main_dino.check_progress, {**progress, **checkpoint}, path, 100)
+                answers(dino_checkpoints.check_progress, {**progress, **checkpoint}, path, 100)
                 assert utils.global_batch(utils.plain_args(checkpoint.get("args"))) is None
 
     fuzz(values | st.dictionaries(keys, values), read)

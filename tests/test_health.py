@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, arguments_of, log_without_times, run_script, tensor
 
-import health
+import dino_health
 import main_dino
 from main_dino import DINOLoss
 
@@ -52,12 +52,12 @@ def test_the_loss_is_the_teachers_entropy_and_the_divergence():
 def test_numbers_are_those_of_the_definitions():
     features, norms = tensor("health/features", (16, 32)) + 3, torch.tensor([0.5, 4.0, 2.0])
     loss = SimpleNamespace(top_prototype=torch.tensor(0.25), center=torch.tensor([[3.0, 4.0]]))
-    found = health.measure(features, loss, norms)
+    found = dino_health.measure(features, loss, norms)
     unit = features.double().numpy() / np.linalg.norm(features.double().numpy(), axis=1, keepdims=True)
     assert found["feature_std"] == pytest.approx(unit.std(axis=0).mean(), rel=1e-5)
     assert (found["center_norm"], found["grad_norm"], found["grad_norm_max"]) == (5, 2, 4)
     assert found["top_prototype"] == 0.25
-    assert "grad_norm_max" not in health.measure(features, loss, torch.tensor([1.0, 2.0, math.inf]))
+    assert "grad_norm_max" not in dino_health.measure(features, loss, torch.tensor([1.0, 2.0, math.inf]))
 
 
 def test_every_line_of_the_log_splits_the_loss(tiny_root, tmp_path):
@@ -69,7 +69,7 @@ def test_every_line_of_the_log_splits_the_loss(tiny_root, tmp_path):
     for line in lines:
         assert line["train_entropy"] + line["train_kl"] == pytest.approx(line["train_loss"], abs=1e-5)
         assert line["train_ln_k"] == pytest.approx(math.log(64))
-        assert set(health.NUMBERS) <= {name.removeprefix("train_") for name in line}
+        assert set(dino_health.NUMBERS) <= {name.removeprefix("train_") for name in line}
         assert "warnings" not in line
     assert "of ln K = 4.1589  kl: " in said
     whole = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
@@ -84,7 +84,7 @@ WELL |= {"ln_k": math.log(64), "warm": True, "images": 32}
 
 
 def test_a_healthy_step_shows_nothing():
-    assert health.ill_conditions(WELL) == {}
+    assert dino_health.ill_conditions(WELL) == {}
 
 
 @pytest.mark.parametrize(
@@ -98,18 +98,18 @@ def test_a_healthy_step_shows_nothing():
 )
 def test_each_condition_has_its_limit(number, well, ill, name):
     numbers = {**WELL, "top_prototype": 0.5}
-    assert health.ill_conditions({**numbers, number: well}) == {}
-    assert list(health.ill_conditions({**numbers, number: ill})) == [name]
+    assert dino_health.ill_conditions({**numbers, number: well}) == {}
+    assert list(dino_health.ill_conditions({**numbers, number: ill})) == [name]
 
 
 def test_sharp_and_balanced_assignments_and_views_of_one_image_are_no_collapse():
-    assert health.ill_conditions({**WELL, "entropy": 0.01, "top_prototype": 0.03}) == {}
-    assert health.ill_conditions({**WELL, "feature_std": 0.0, "images": 1}) == {}
+    assert dino_health.ill_conditions({**WELL, "entropy": 0.01, "top_prototype": 0.03}) == {}
+    assert dino_health.ill_conditions({**WELL, "feature_std": 0.0, "images": 1}) == {}
 
 
 def test_curves_that_can_not_be_written_do_not_end_a_run(tmp_path, capsys):
     pytest.importorskip("tensorboard")
-    curves = health.Curves(arguments_of(main_dino, "--tensorboard", "on", "--output_dir", tmp_path))
+    curves = dino_health.Curves(arguments_of(main_dino, "--tensorboard", "on", "--output_dir", tmp_path))
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -122,11 +122,11 @@ def test_curves_that_can_not_be_written_do_not_end_a_run(tmp_path, capsys):
 
 
 def test_before_the_end_of_the_warm_up_a_uniform_teacher_is_no_sign():
-    assert health.ill_conditions({**WELL, "entropy": math.log(64), "warm": False}) == {}
+    assert dino_health.ill_conditions({**WELL, "entropy": math.log(64), "warm": False}) == {}
 
 
 def doctor(*flags, steps=100):
-    return health.Doctor(arguments_of(main_dino, "--out_dim", 64, "--warmup_epochs", 0, *flags), steps)
+    return dino_health.Doctor(arguments_of(main_dino, "--out_dim", 64, "--warmup_epochs", 0, *flags), steps)
 
 
 def moving(step):
@@ -155,7 +155,7 @@ def test_a_run_that_goes_on_says_what_one_without_a_stop_would(capsys):
     watching.look(1, sick, *moving(1))
     kept = watching.state_dict()
     watching.look(2, sick, *moving(2))
-    going_on = health.Doctor(watching.args, watching.steps, state=kept)
+    going_on = dino_health.Doctor(watching.args, watching.steps, state=kept)
     assert "0.08 is more than 0.07" in going_on.warnings[0]  # it was not in the log yet
     going_on.look_at_settings()
     going_on.look(2, sick, *moving(2))
@@ -175,7 +175,7 @@ def test_what_a_strange_checkpoint_says_of_health_is_left_aside():
         [],
         {"best_knn": "x", "bad_images": [1], "norms": 3.0, "seen": 4, "streaks": [], "warnings": {}},
     ):
-        assert health.Doctor(doctor().args, 5, state=odd).state_dict() == doctor().state_dict()
+        assert dino_health.Doctor(doctor().args, 5, state=odd).state_dict() == doctor().state_dict()
 
 
 @pytest.mark.parametrize(("share", "speed", "warns"), [(0.3, 31.0, True), (0.2, 15.0, False), (0.3, 33.0, False)])
@@ -343,7 +343,7 @@ def test_a_sick_run_raises_the_right_warning_within_70_steps(monkeypatch, images
         monkeypatch.setattr(DINOLoss, "update_center", lambda self, logits: None)
     try:
         found = warnings_of_a_run(images, tmp_path, "--stop_on_collapse", "true", *flags)
-    except health.UserError as stop:  # at the warning: the steps that are left are not needed
+    except dino_health.UserError as stop:  # at the warning: the steps that are left are not needed
         found = [str(stop)]
     assert any(warning in what for what in found), found
 
@@ -363,7 +363,7 @@ def test_a_collapse_ends_the_run_with_code_4_and_a_checkpoint_if_that_is_wanted(
 def test_a_collapse_that_is_seen_with_the_last_step_is_one_too(images, tmp_path):
     flags = ["--teacher_temp", 1, "--warmup_teacher_temp", 1, "--stop_on_collapse", "true", "--batch_size_per_gpu", 106]
     with pytest.raises(
-        health.UserError, match="all epochs are done and saved, but: the teacher's entropy is"
+        dino_health.UserError, match="all epochs are done and saved, but: the teacher's entropy is"
     ) as raised:
         warnings_of_a_run(images, tmp_path, *flags)  # 21 steps, of which the first, the middle and the last are logged
     assert raised.value.exit_code == 4
@@ -387,9 +387,9 @@ def test_run_json_says_what_was_run_where(tiny_root, tmp_path):
 
 def test_a_copy_without_git_has_no_commit(monkeypatch, tmp_path):
     shutil.copy(ROOT / "health.py", tmp_path)
-    monkeypatch.setattr(health, "__file__", str(tmp_path / "health.py"))
+    monkeypatch.setattr(dino_health, "__file__", str(tmp_path / "health.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert health.git_state() is None
+    assert dino_health.git_state() is None
 
 
 def test_curves_go_to_tensorboard(tiny_root, tmp_path):
@@ -400,7 +400,7 @@ def test_curves_go_to_tensorboard(tiny_root, tmp_path):
     run_script("main_dino.py", *SMALL_RUN, *flags)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert {"loss", "entropy", "kl", "lr", *health.NUMBERS} <= set(events.Tags()["scalars"])
+    assert {"loss", "entropy", "kl", "lr", *dino_health.NUMBERS} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [0, 4, 5, 9]  # the first and last of 5 steps an epoch
 
 
@@ -409,6 +409,6 @@ def test_curves_go_to_tensorboard(tiny_root, tmp_path):
 )
 def test_what_is_not_installed_is_named_with_the_command_that_gets_it(monkeypatch, tmp_path, module, flags):
     monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(health.UserError, match="pip install"):
-        health.check_curves(arguments_of(main_dino, *flags, "--output_dir", tmp_path))
-    health.Curves(arguments_of(main_dino, "--tensorboard", "off", "--output_dir", tmp_path)).close()
+    with pytest.raises(dino_health.UserError, match="pip install"):
+        dino_health.check_curves(arguments_of(main_dino, *flags, "--output_dir", tmp_path))
+    dino_health.Curves(arguments_of(main_dino, "--tensorboard", "off", "--output_dir", tmp_path)).close()

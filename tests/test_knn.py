@@ -16,9 +16,10 @@ import torch
 from conftest import ROOT, SMALL_RUN, arguments_of, log_without_times, run_script
 from PIL import Image
 
+import dino_crops
 import dino_data
+import dino_health
 import eval_knn
-import health
 import main_dino
 import utils
 
@@ -234,10 +235,10 @@ def test_the_best_of_other_images_is_forgotten(tiny_root, labelled, tmp_path):
 
 def test_a_run_that_goes_on_remembers_the_best(capsys):
     args = arguments_of(main_dino)
-    curves = health.Curves(arguments_of(main_dino, "--tensorboard", "off"))
-    first = health.Doctor(args, 5, curves)
+    curves = dino_health.Curves(arguments_of(main_dino, "--tensorboard", "off"))
+    first = dino_health.Doctor(args, 5, curves)
     first.look_at_epoch({"epoch": 3, "knn_top1": 40.0})
-    second = health.Doctor(args, 5, curves, first.state_dict())
+    second = dino_health.Doctor(args, 5, curves, first.state_dict())
     second.look_at_epoch({"epoch": 4, "knn_top1": 39.0})
     assert (second.best_knn, second.best_epoch) == (40.0, 3)
     second.look_at_epoch({"epoch": 5, "knn_top1": 40.5})
@@ -247,7 +248,7 @@ def test_a_run_that_goes_on_remembers_the_best(capsys):
 def test_features_that_are_not_finite_are_an_error(tiny_root):
     network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 4))
     torch.nn.init.constant_(network[2].weight, float("nan"))
-    sets = dino_data.find_labelled(str(tiny_root), dino_data.eval_transform(32), False, "--knn_data")
+    sets = dino_data.find_labelled(str(tiny_root), dino_crops.eval_transform(32), False, "--knn_data")
     features = eval_knn.labelled_features(network, sets, 8, 0, torch.device("cpu"))
     with pytest.raises(utils.UserError, match="the features hold NaN"):
         eval_knn.knn_accuracies(*features, [20], 0.07)

@@ -21,7 +21,11 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
+import dino_backbones
+import dino_checkpoints
+import dino_cli
 import dino_data
+import dino_run
 import main_dino
 import utils
 import vision_transformer as vits
@@ -29,8 +33,8 @@ from vision_transformer import DINOHead
 
 
 def arguments(*flags):
-    parser = utils.OneLineParser(parents=[main_dino.get_args_parser()])
-    return utils.parse_args(parser, [str(flag) for flag in flags])
+    parser = dino_cli.OneLineParser(parents=[main_dino.get_args_parser()])
+    return dino_cli.parse_args(parser, [str(flag) for flag in flags])
 
 
 def train(root, output, *flags):
@@ -124,7 +128,7 @@ def fails(monkeypatch, capsys, *flags):
     """Exit code and the one line of a run that must not start."""
     monkeypatch.setattr(sys, "argv", ["main_dino.py", *map(str, flags)])
     with pytest.raises(SystemExit) as stop:
-        utils.run(main_dino.train_dino, main_dino.get_args_parser(), "")
+        dino_cli.run(main_dino.train_dino, main_dino.get_args_parser(), "")
     error = capsys.readouterr().err.strip()
     assert error.count("\n") == 0, error
     assert error.startswith("error: ")
@@ -511,7 +515,7 @@ def test_what_is_written_of_a_bad_step_has_all_its_passes_and_true_gradients(tmp
     torch.nn.functional.mse_loss(student(torch.ones(1, 2)), torch.zeros(1, 1)).backward()
     true = student.bias.grad.abs().item()
     student.bias.grad *= 2**16
-    assert float(main_dino.gradient_norms(student, 2.0**16)["bias"]) == pytest.approx(true, rel=1e-6)
+    assert float(dino_run.gradient_norms(student, 2.0**16)["bias"]) == pytest.approx(true, rel=1e-6)
     flags = ["--grad_accum_steps", 2, "--batch_size_per_gpu", 4, "--max_bad_steps", 0, "--lr", "1e20"]
     done = run_script(
         "main_dino.py", *SMALL_RUN, *flags, "--warmup_epochs", 0, "--data_path", tiny_root / "train",
@@ -621,7 +625,7 @@ def test_batch_norms_are_synchronised_on_gpus_and_left_alone_on_cpus(monkeypatch
     monkeypatch.setattr(main_dino.DistributedDataParallel, "__new__", lambda kind, module, **kwargs: (module, kwargs))
     for device, kind, notes in (("cuda", nn.SyncBatchNorm, 0), ("cpu", nn.BatchNorm2d, 1)):
         networks = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)) for _ in range(2)]
-        (student, settings), teacher = main_dino.distribute(*networks, torch.device(device))
+        (student, settings), teacher = utils.distribute(*networks, torch.device(device))
         assert type(student[1]) is type(teacher[1]) is kind
         assert [value for name, value in settings.items() if "buffers" in name] == [False]
         assert capsys.readouterr().out.count("each process normalises its own batch") == notes
@@ -751,7 +755,7 @@ def test_compiling_without_a_compiler_is_an_error_before_the_work(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(utils.UserError, match="--compile needs"):
-        utils.compile_in_place(vits.vit_nano())
+        dino_backbones.compile_in_place(vits.vit_nano())
 
 
 def test_without_local_crops_the_two_global_ones_train(tiny_root, tmp_path):
@@ -866,9 +870,9 @@ SOUND = {"epoch": 0, "step": 3, "meters": [{"loss": (1.5, 3), "lr": (2, 3)}], "s
     ],
 )
 def test_progress_that_can_not_be_is_refused(name, value):
-    main_dino.check_progress(SOUND, "checkpoint.pth", 96)
+    dino_checkpoints.check_progress(SOUND, "checkpoint.pth", 96)
     with pytest.raises(utils.UserError, match=r"checkpoint\.pth says of its epoch what can't be"):
-        main_dino.check_progress({**SOUND, name: value}, "checkpoint.pth", 96)
+        dino_checkpoints.check_progress({**SOUND, name: value}, "checkpoint.pth", 96)
 
 
 def test_steps_of_which_nobody_knows_who_did_them_are_noted_as_done_by_as_many_processes():
@@ -881,7 +885,7 @@ def test_steps_of_which_nobody_knows_who_did_them_are_noted_as_done_by_as_many_p
         (3, (), [(1, 8, 3, 2), (1, 8, 4, 2)]),
         (3, [(2, 4, 3, 1)], [(2, 4, 3, 1), (1, 8, 4, 2)]),
     ):
-        keeper = main_dino.RunKeeper(args, first_step=first_step, sittings=sittings)
+        keeper = dino_run.RunKeeper(args, first_step=first_step, sittings=sittings)
         keeper.writer, keeper.state, keeper.lanes = writer, lambda *state: state[-1], 2
         keeper.check_weights = keeper.share_bad_images = lambda: None
         keeper.save(0, 7, [])
@@ -982,12 +986,12 @@ def test_initial_weights_that_are_missing_or_do_not_fit_are_one_line(monkeypatch
 def test_list_archs_prints_a_name_a_line_that_arch_knows(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["main_dino.py", "--list_archs"])
     with pytest.raises(SystemExit) as ended:
-        utils.run(main_dino.train_dino, main_dino.get_args_parser(), "")
+        dino_cli.run(main_dino.train_dino, main_dino.get_args_parser(), "")
     assert ended.value.code == 0
     names = capsys.readouterr().out.split("\n")
     assert {"vit_small", "xcit_small_12_p16", "xcit_medium_24_p8", "resnet50", "timm:convnext_tiny"} <= set(names)
     for name in names[:-1:40]:
-        utils.check_arch(name)
+        dino_backbones.check_arch(name)
     assert "list_archs" not in vars(arguments())
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, log_without_times, run_script
 
+import dino_checkpoints
 import utils
 
 # ---- terminals ----
@@ -310,7 +311,7 @@ def test_other_processes_show_none(monkeypatch):
 
 def test_what_the_background_writer_says_stands_above_the_bar(tmp_path):
     with contextlib.redirect_stdout(Terminal()) as terminal, utils.Bar("Loop:", 0, 5):
-        writer = utils.CheckpointWriter(str(tmp_path / "missing" / "checkpoint.pth"))
+        writer = dino_checkpoints.CheckpointWriter(str(tmp_path / "missing" / "checkpoint.pth"))
         writer.save({"weights": torch.zeros(2)})
         writer.wait()
         warning, bar = screen(terminal.getvalue(), 1000)

@@ -12,7 +12,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import utils
+import dino_cli
 
 README = (ROOT / "README.md").read_text()
 BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
@@ -28,8 +28,8 @@ def test_every_command_in_the_readme_is_one_that_exists(command, monkeypatch):
         return
     (script,) = (word for word in words if word.endswith(".py"))
     module = importlib.import_module(script.removesuffix(".py"))
-    parser = utils.OneLineParser(parents=[module.get_args_parser()])
-    module.check_args(utils.parse_args(parser, words[words.index(script) + 1 :]))
+    parser = dino_cli.OneLineParser(parents=[module.get_args_parser()])
+    module.check_args(dino_cli.parse_args(parser, words[words.index(script) + 1 :]))
 
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "def get_args_parser" in path.read_text())

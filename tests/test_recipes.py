@@ -10,7 +10,9 @@ import pytest
 import yaml
 from conftest import ROOT, arguments_of, run_script
 
-import health
+import dino_backbones
+import dino_cli
+import dino_health
 import main_dino
 import run_with_submitit
 import utils
@@ -157,9 +159,9 @@ def test_a_recipe_changes_of_the_defaults_what_it_should_and_nothing_else(recipe
 def test_a_recipe_holds_no_contradiction_and_draws_no_warning(recipe, monkeypatch):
     args = arguments_of(main_dino, "--config", recipe)
     main_dino.check_args(args)
-    utils.check_arch(args.arch)
+    dino_backbones.check_arch(args.arch)
     args.world_size = processes(recipe)
-    doctor = health.Doctor(args, CHANGES[recipe.stem][0] // utils.global_batch(vars(args)))
+    doctor = dino_health.Doctor(args, CHANGES[recipe.stem][0] // utils.global_batch(vars(args)))
     doctor.look_at_settings()
     assert doctor.warnings == []
 
@@ -468,7 +470,7 @@ def test_under_slurm_the_first_task_prints(printed, monkeypatch):
 def test_mistakes_are_the_same_with_print_config(monkeypatch, capsys, words, says):
     monkeypatch.setattr(sys, "argv", ["main_dino.py", "--print_config", *words])
     with pytest.raises(SystemExit) as ended:
-        utils.run(main_dino.train_dino, main_dino.get_args_parser(), "")
+        dino_cli.run(main_dino.train_dino, main_dino.get_args_parser(), "")
     out, err = capsys.readouterr()
     assert ended.value.code == 2
     assert out == ""

@@ -22,7 +22,8 @@ from conftest import SMALL_RUN, arguments_of, assert_near, ending, run_script
 from matplotlib import colormaps
 from PIL import Image
 
-import dino_data
+import dino_backbones
+import dino_crops
 import dino_images
 import report
 import utils
@@ -61,7 +62,7 @@ ARGS = {"arch": "vit_nano", "patch_size": 16, "global_crops_size": 32, "epochs":
 def teacher(seed=1):
     """An untrained network that attends to some patches much more than to others."""
     torch.manual_seed(seed)
-    model = utils.build_backbone("vit_nano", 16, 32)[0].eval()
+    model = dino_backbones.build_backbone("vit_nano", 16, 32)[0].eval()
     for block in model.blocks:
         block.attn.qkv.weight.data *= 6
     return model
@@ -354,7 +355,7 @@ def test_main_components_are_those_of_a_singular_value_decomposition():
 def test_attention_maps_have_a_pixel_a_patch_in_the_colours_of_viridis(page, images):
     maps = page.pictures("PNG")
     path = sorted((images / "brick").iterdir())[0]
-    image = dino_data.eval_transform(64)(dino_images.load_image(path))  # twice the size of training
+    image = dino_crops.eval_transform(64)(dino_images.load_image(path))  # twice the size of training
     with torch.no_grad():
         attention = teacher().get_last_selfattention(utils.normalize(image[None]))[0, :, 0, 1:].double().numpy()
     heads = dict(
@@ -372,7 +373,7 @@ def test_attention_maps_have_a_pixel_a_patch_in_the_colours_of_viridis(page, ima
 def test_patch_colours_are_the_components_of_all_images_together(page, images):
     model, tokens, names = teacher(), [], []
     for path in sorted(images.glob("*/*")):
-        image = dino_data.eval_transform(64)(dino_images.load_image(path))
+        image = dino_crops.eval_transform(64)(dino_images.load_image(path))
         tokens.append(model.get_intermediate_layers(utils.normalize(image[None]))[0][0, 1:].detach())
         names.append(f"patches of {path.parent.name}/{path.name}")
     want = 255 * report.main_components(torch.stack(tokens)).numpy().reshape(6, 4, 4, 3)
@@ -382,7 +383,7 @@ def test_patch_colours_are_the_components_of_all_images_together(page, images):
 
 def test_neighbours_are_the_images_with_the_highest_cosine(page, images):
     paths = sorted(images.glob("*/*"))
-    batch = torch.stack([dino_data.eval_transform(32)(dino_images.load_image(path)) for path in paths])
+    batch = torch.stack([dino_crops.eval_transform(32)(dino_images.load_image(path)) for path in paths])
     with torch.no_grad():
         features = teacher()(utils.normalize(batch)).double().numpy()
     features /= np.linalg.norm(features, axis=1, keepdims=True)
@@ -439,7 +440,7 @@ def test_a_checkpoint_alone_makes_a_page_without_curves(tmp_path, images):
 
 
 def test_a_convnet_has_neighbours_only(tmp_path, images):
-    model = utils.build_backbone("squeezenet1_1", 16, 32)[0]
+    model = dino_backbones.build_backbone("squeezenet1_1", 16, 32)[0]
     page = page_of(make_run(tmp_path, model=model, args={**ARGS, "arch": "squeezenet1_1"}), images=images)
     assert "the network is none of our ViTs" in page.text
     assert "Nearest neighbours" in page.text

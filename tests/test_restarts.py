@@ -19,8 +19,11 @@ import pytest
 import torch
 from conftest import FORKS, ROOT, SMALL_RUN, free_port, log_without_times, run_script, start_forks, use_small_heads
 
+import dino_checkpoints
+import dino_cli
 import dino_data
 import dino_images
+import dino_run
 import main_dino
 import utils
 
@@ -55,7 +58,7 @@ def signal_in_step(at, number, rank=0):
 
 def when_saved(act):
     """`act` as a function that first waits for what is being written in the background."""
-    writers, save = [], utils.CheckpointWriter.save
+    writers, save = [], dino_checkpoints.CheckpointWriter.save
 
     def save_and_note(self, *args):
         writers[:] = [self]
@@ -66,7 +69,7 @@ def when_saved(act):
             writer.wait()
         act()
 
-    utils.CheckpointWriter.save = save_and_note
+    dino_checkpoints.CheckpointWriter.save = save_and_note
     return wait_and_act
 
 
@@ -231,14 +234,14 @@ def note_images(file, then="nothing", *args):
 
 
 def leave_slowly(seconds):
-    leave = utils.StopRequest.leave
+    leave = dino_run.StopRequest.leave
 
     def slowly(*args):
         print("leaving", flush=True)
         time.sleep(seconds)
         leave(*args)
 
-    utils.StopRequest.leave = slowly
+    dino_run.StopRequest.leave = slowly
     slow_steps(0)
 
 
@@ -305,7 +308,7 @@ def train(flags, spoil="nothing", *args):
     torch.set_num_threads(1)
     use_small_heads()
     globals()[spoil](*args)
-    utils.run(main_dino.train_dino, main_dino.get_args_parser(), "")
+    dino_cli.run(main_dino.train_dino, main_dino.get_args_parser(), "")
 
 
 def enter(screen, environment, *args):
@@ -665,7 +668,7 @@ def test_after_an_error_that_all_processes_end_with_its_exit_code_stands_too(err
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     try:
         signal.signal(signal.SIGTERM, utils.terminate)
-        with pytest.raises(type(error)), utils.StopRequest():
+        with pytest.raises(type(error)), dino_run.StopRequest():
             raise error
         assert signal.getsignal(signal.SIGTERM) is (signal.SIG_IGN if deaf else utils.terminate)
     finally:
@@ -842,7 +845,7 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unnoticed_that_changes_what_it_hold
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
         try:
-            assert_same(utils.load_checkpoint(path, verify=True), small)
+            assert_same(dino_checkpoints.load_checkpoint(path, verify=True), small)
         except utils.UserError as e:
             noticed += "can't be read" in str(e)
     assert noticed > len(whole) / 7 / 3  # the rest is padding and what zip files say twice

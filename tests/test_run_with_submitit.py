@@ -16,6 +16,8 @@ import submitit
 import torch
 from conftest import ROOT, SMALL_RUN, assert_near, log_without_times, run_script
 
+import dino_cli
+import dino_run
 import eval_knn
 import main_dino
 import run_with_submitit
@@ -29,7 +31,9 @@ LOCAL = ["run_with_submitit.py", *TWO_PROCESSES, "--cluster", "local"]
 
 
 def parsed(*flags):
-    return utils.parse_args(utils.OneLineParser(parents=[run_with_submitit.get_args_parser()]), list(map(str, flags)))
+    return dino_cli.parse_args(
+        dino_cli.OneLineParser(parents=[run_with_submitit.get_args_parser()]), list(map(str, flags))
+    )
 
 
 def checked(*flags):
@@ -400,7 +404,7 @@ def test_a_second_signal_is_handed_over_too_when_the_first_was_sigterm():
     try:
         for number in before:
             signal.signal(number, lambda number, _: came.append(number))
-        with utils.StopRequest() as stop:
+        with dino_run.StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGUSR2)
             assert stop.signal == signal.SIGTERM

@@ -10,7 +10,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import zipfile
 import zlib
 
 import numpy as np
@@ -19,12 +18,13 @@ import torch
 from conftest import SMALL_RUN, arguments_of
 from PIL import EpsImagePlugin, Image
 
+import dino_checkpoints
+import dino_cli
 import dino_images
 import eval_image_retrieval
 import eval_linear
 import eval_video_segmentation
 import export
-import utils
 import video_generation
 from utils import UserError
 
@@ -72,7 +72,7 @@ def refusal(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            utils.run(main, module.get_args_parser(), "")
+            dino_cli.run(main, module.get_args_parser(), "")
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert ended.value.code == 2
         assert line.startswith("error: ")
@@ -157,7 +157,7 @@ def test_a_file_that_would_run_code_is_refused_by_name_and_runs_nothing(tmp_path
     state = {"teacher": {"w": torch.ones(1)}, "extra": Malicious(function, argument)}
     torch.save(state, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=rf"c\.pth holds a \S*{function.__name__}\b.*was not loaded"):
-        utils.load_checkpoint(tmp_path / "c.pth")
+        dino_checkpoints.load_checkpoint(tmp_path / "c.pth")
 
 
 def test_a_plain_pickle_and_an_array_of_objects_are_refused_and_run_nothing(tmp_path, canary):
@@ -167,7 +167,7 @@ def test_a_plain_pickle_and_an_array_of_objects_are_refused_and_run_nothing(tmp_
         np.save(file, np.array([Malicious(os.mkdir, str(canary))], dtype=object))
     for name in ("c.pth", "c.npy"):
         with pytest.raises(UserError, match=rf"{name}"):
-            utils.load_checkpoint(tmp_path / name)
+            dino_checkpoints.load_checkpoint(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_graph_is_no_linear_layer(refusal, graph, tiny_root):
 def test_a_graph_by_another_name_is_refused_without_advice_to_load_it_in_full(graph, name):
     path = shutil.copy(graph, graph.with_name(name))
     with pytest.raises(UserError, match=rf"{name} can't be read as a checkpoint; is it complete\?") as refused:
-        utils.load_checkpoint(path)
+        dino_checkpoints.load_checkpoint(path)
     assert "weights_only" not in str(refused.value)
     assert SECRET.decode() not in str(refused.value)
 
@@ -323,7 +323,7 @@ def test_recipes_are_not_merged_from_themselves_again_and_again(tmp_path):
         text = f"{{? !!merge '<<' : [&a{i} {text}, {', '.join([f'*a{i}'] * 9)}]}}"
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=r"can't read the recipe --config .*mine\.yaml: could not determine a constr"):
-        utils.read_recipe(tmp_path / "mine.yaml", {"lr"})
+        dino_cli.read_recipe(tmp_path / "mine.yaml", {"lr"})
 
 
 # ---- images and videos ----
@@ -405,5 +405,3 @@ def test_a_video_that_is_a_list_of_others_opens_none_of_them(refusal, tmp_path, 
 
 
 # ---- links ----
-
-

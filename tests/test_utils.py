@@ -24,6 +24,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models, transforms
 
+import dino_backbones
+import dino_checkpoints
+import dino_cli
+import dino_features
+import dino_run
 import hubconf
 import utils
 from utils import UserError
@@ -76,7 +81,7 @@ def parse(tmp_path):
         if recipe is not None:
             (tmp_path / "recipe.yaml").write_text(recipe)
             words = ("--config", str(tmp_path / "recipe.yaml"), *words)
-        return utils.parse_args(utils.OneLineParser(parents=[flags()]), words)
+        return dino_cli.parse_args(dino_cli.OneLineParser(parents=[flags()]), words)
 
     return parse
 
@@ -146,8 +151,8 @@ def test_a_wrong_value_on_the_command_line_is_not_blamed_on_the_recipe(parse, ca
 
 def test_mistakes_made_after_a_recipe_was_read_are_not_blamed_on_it(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("epochs: 7\n")
-    parser = utils.OneLineParser(parents=[flags()])
-    utils.parse_args(parser, ["--config", str(tmp_path / "recipe.yaml")])
+    parser = dino_cli.OneLineParser(parents=[flags()])
+    dino_cli.parse_args(parser, ["--config", str(tmp_path / "recipe.yaml")])
     with pytest.raises(SystemExit):
         parser.parse_args(["--lr", "high"])
     assert "recipe.yaml" not in capsys.readouterr().err
@@ -180,7 +185,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["script.py", *words])
         code = 0
         try:
-            utils.run(main, flags(), "What the script does.\n\n    two commands\n")
+            dino_cli.run(main, flags(), "What the script does.\n\n    two commands\n")
         except SystemExit as e:
             code = e.code
         return code, *capsys.readouterr()
@@ -250,14 +255,14 @@ def test_help_prints_the_description_as_it_stands_and_the_defaults(run):
 
 
 def test_an_output_dir_is_made_with_its_parents_and_left_empty(tmp_path):
-    utils.check_output_dir(tmp_path / "a" / "b")
+    dino_cli.check_output_dir(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 def test_an_output_dir_under_a_file_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--output_dir .*file/runs"):
-        utils.check_output_dir(tmp_path / "file" / "runs")
+        dino_cli.check_output_dir(tmp_path / "file" / "runs")
 
 
 # ---- randomness ----
@@ -691,7 +696,7 @@ def test_a_copy_for_the_host_is_the_numbers_themselves():
 
 @pytest.mark.parametrize(("loss", "bad"), [(1.0, 0), (math.nan, 1), (math.inf, 1), (-math.inf, 1)])
 def test_one_process_agrees_with_itself(loss, bad):
-    assert utils.agree(torch.tensor(loss, requires_grad=True), 15, False).read() == [bad, 15, 0]
+    assert dino_run.agree(torch.tensor(loss, requires_grad=True), 15, False).read() == [bad, 15, 0]
 
 
 def log_lines(folder):
@@ -731,7 +736,7 @@ def test_lines_of_others_in_the_log_stay(tmp_path):
 def test_a_folder_where_a_file_is_to_go_is_a_user_error(tmp_path):
     (tmp_path / "log.txt").mkdir()
     with pytest.raises(UserError, match=r"--there .* has a folder named log\.txt"):
-        utils.check_output_dir(tmp_path, "--there", ("log.txt",))
+        dino_cli.check_output_dir(tmp_path, "--there", ("log.txt",))
 
 
 def test_an_interrupted_script_ends_with_130_and_no_traceback(monkeypatch, capsys):
@@ -740,7 +745,7 @@ def test_an_interrupted_script_ends_with_130_and_no_traceback(monkeypatch, capsy
 
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(SystemExit) as stop:
-        utils.run(interrupted, argparse.ArgumentParser(add_help=False), "")
+        dino_cli.run(interrupted, argparse.ArgumentParser(add_help=False), "")
     assert stop.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -995,7 +1000,7 @@ def test_a_checkpoint_comes_back_as_plain_types_and_tensors(tmp_path):
     state = {"teacher": {"w": torch.arange(3.0)}, "epoch": 4, "args": {"arch": "vit_nano", "scale": [0.4, 1.0]}}
     utils.save_on_master(state, tmp_path / "c.pth")
     torch.load(tmp_path / "c.pth", weights_only=True)
-    loaded = utils.load_checkpoint(tmp_path / "c.pth")
+    loaded = dino_checkpoints.load_checkpoint(tmp_path / "c.pth")
     assert torch.equal(loaded.pop("teacher")["w"], torch.arange(3.0))
     assert loaded == {"epoch": 4, "args": {"arch": "vit_nano", "scale": [0.4, 1.0]}}
 
@@ -1027,7 +1032,7 @@ def test_a_public_checkpoint_with_a_namespace_and_numpy_learning_rates_is_read(t
         return changed
 
     rewrite_pickle(tmp_path / "c.pth", spell)
-    loaded = utils.load_checkpoint(tmp_path / "c.pth")
+    loaded = dino_checkpoints.load_checkpoint(tmp_path / "c.pth")
     assert loaded["args"] == args
     assert loaded["optimizer"]["param_groups"] == groups
 
@@ -1039,17 +1044,17 @@ def test_safetensors_are_read_and_a_torn_file_is_named(tmp_path):
     state = tiny_vit(4).state_dict()
     save_file(state, path)
     target = tiny_vit(5)
-    utils.load_weights(target, str(path))
+    dino_backbones.load_weights(target, str(path))
     assert same_state(target, state)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"weights\.safetensors can't be read"):
-        utils.load_checkpoint(path)
+        dino_checkpoints.load_checkpoint(path)
 
 
 def test_without_safetensors_its_files_are_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match="pip install safetensors"):
-        utils.load_checkpoint(tmp_path / "weights.safetensors")
+        dino_checkpoints.load_checkpoint(tmp_path / "weights.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 0.5, -1])
@@ -1058,12 +1063,12 @@ def test_a_torn_checkpoint_is_a_user_error(tmp_path, keep):
     whole = (tmp_path / "c.pth").read_bytes()
     (tmp_path / "c.pth").write_bytes(whole[: int(keep * len(whole)) if 0 < keep < 1 else keep])
     with pytest.raises(UserError, match=r"c\.pth can't be read as a checkpoint; is it complete\?"):
-        utils.load_checkpoint(tmp_path / "c.pth")
+        dino_checkpoints.load_checkpoint(tmp_path / "c.pth")
 
 
 def test_a_missing_checkpoint_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*nowhere\.pth"):
-        utils.load_checkpoint(tmp_path / "nowhere.pth")
+        dino_checkpoints.load_checkpoint(tmp_path / "nowhere.pth")
 
 
 # ---- resuming ----
@@ -1089,7 +1094,9 @@ def test_resuming_does_not_mind_the_module_prefix(tmp_path, in_file, in_model):
     torch.save({"student": prefixed(state) if in_file else state, "epoch": 7}, tmp_path / "c.pth")
     progress = {"epoch": 0, "best": 1}
     model = Wrapped(target) if in_model else target
-    assert utils.restart_from_checkpoint(tmp_path / "c.pth", progress, student=model) == str(tmp_path / "c.pth")
+    assert dino_checkpoints.restart_from_checkpoint(tmp_path / "c.pth", progress, student=model) == str(
+        tmp_path / "c.pth"
+    )
     assert same_state(target, source)
     assert progress == {"epoch": 7, "best": 1}
 
@@ -1107,7 +1114,7 @@ def test_resuming_restores_the_optimizer(tmp_path):
     _, optimizer = trained(3)
     utils.save_on_master({"optimizer": optimizer.state_dict()}, tmp_path / "c.pth")
     _, fresh = trained(0)
-    utils.restart_from_checkpoint(tmp_path / "c.pth", optimizer=fresh)
+    dino_checkpoints.restart_from_checkpoint(tmp_path / "c.pth", optimizer=fresh)
     for p, q in zip(optimizer.param_groups[0]["params"], fresh.param_groups[0]["params"], strict=True):
         assert torch.equal(optimizer.state[p]["exp_avg_sq"], fresh.state[q]["exp_avg_sq"])
         assert fresh.state[q]["step"] == 3
@@ -1116,14 +1123,16 @@ def test_resuming_restores_the_optimizer(tmp_path):
 def test_nothing_to_resume_from_changes_nothing(tmp_path):
     target, progress = nn.Linear(3, 2), {"epoch": 0}
     before = {key: value.clone() for key, value in target.state_dict().items()}
-    assert utils.restart_from_checkpoint(tmp_path / "nowhere.pth", progress, student=target) is None
+    assert dino_checkpoints.restart_from_checkpoint(tmp_path / "nowhere.pth", progress, student=target) is None
     assert same_state(target, before)
     assert progress == {"epoch": 0}
 
 
 def test_what_a_checkpoint_lacks_starts_afresh_with_a_warning(tmp_path, capsys):
     torch.save({"epoch": 2}, tmp_path / "c.pth")
-    utils.restart_from_checkpoint(tmp_path / "c.pth", {"epoch": 0}, student=nn.Linear(1, 1), fp16_scaler=None)
+    dino_checkpoints.restart_from_checkpoint(
+        tmp_path / "c.pth", {"epoch": 0}, student=nn.Linear(1, 1), fp16_scaler=None
+    )
     out = capsys.readouterr().out
     assert "warning" in out
     assert "'student'" in out
@@ -1145,7 +1154,7 @@ RUN = {
 def resume(path, before, now):
     network = nn.Sequential(nn.Linear(3, 2))
     torch.save({"epoch": 1, "args": before, "student": network.state_dict(), "teacher": network.state_dict()}, path)
-    return utils.restart_from_checkpoint(path, args=argparse.Namespace(**now), student=network)
+    return dino_checkpoints.restart_from_checkpoint(path, args=argparse.Namespace(**now), student=network)
 
 
 @pytest.mark.parametrize("kind", [dict, lambda settings: argparse.Namespace(**settings)])
@@ -1186,7 +1195,9 @@ def test_an_older_name_of_the_same_network_can_be_gone_on_with(tmp_path):
 def test_a_file_that_is_no_training_checkpoint_is_not_taken_for_one(tmp_path, content):
     torch.save(content, tmp_path / "c.pth")
     with pytest.raises(UserError, match="no training checkpoint, and would be overwritten"):
-        utils.restart_from_checkpoint(tmp_path / "c.pth", args=argparse.Namespace(**RUN), student=nn.Linear(2, 2))
+        dino_checkpoints.restart_from_checkpoint(
+            tmp_path / "c.pth", args=argparse.Namespace(**RUN), student=nn.Linear(2, 2)
+        )
 
 
 def test_an_optimizer_state_of_an_older_torch_keeps_the_fused_kernels(tmp_path):
@@ -1200,7 +1211,7 @@ def test_an_optimizer_state_of_an_older_torch_keeps_the_fused_kernels(tmp_path):
     for values in state["state"].values():
         values["step"] = int(values["step"])
     torch.save({"optimizer": state}, tmp_path / "c.pth")
-    utils.restart_from_checkpoint(tmp_path / "c.pth", optimizer=optimizer)
+    dino_checkpoints.restart_from_checkpoint(tmp_path / "c.pth", optimizer=optimizer)
     for group in optimizer.param_groups:
         assert group["fused"]
         assert group["lr"] == 0.25
@@ -1219,7 +1230,7 @@ def test_a_checkpoint_of_another_network_is_a_user_error(tmp_path, target):
         state = torch.optim.SGD([nn.Parameter(torch.ones(1)) for _ in range(5)]).state_dict()
     torch.save({"student": state}, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"c\.pth does not fit this run: student: "):
-        utils.restart_from_checkpoint(tmp_path / "c.pth", student=target)
+        dino_checkpoints.restart_from_checkpoint(tmp_path / "c.pth", student=target)
 
 
 # ---- backbones ----
@@ -1237,7 +1248,7 @@ def test_a_checkpoint_of_another_network_is_a_user_error(tmp_path, target):
 )
 def test_vits_are_built_by_either_name(arch, width, depth):
     with torch.device("meta"):
-        model, features = utils.build_backbone(arch, patch_size=8, img_size=64, drop_path_rate=0.2)
+        model, features = dino_backbones.build_backbone(arch, patch_size=8, img_size=64, drop_path_rate=0.2)
     assert (features, model.embed_dim, len(model.blocks)) == (width, width, depth)
     assert model.pos_embed.shape == (1, 65, width)
     assert model.patch_embed.patch_size == 8
@@ -1249,10 +1260,10 @@ def test_vits_are_built_by_either_name(arch, width, depth):
     ("arch", "width"), [("resnet50", 2048), ("mobilenet_v3_small", 1024), ("convnext_tiny", 768), ("densenet121", 1024)]
 )
 def test_convnets_are_built_without_their_classifier(arch, width):
-    model, features = utils.build_backbone(arch)
+    model, features = dino_backbones.build_backbone(arch)
     assert features == width
     assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, width)
-    assert not utils.is_vit(model)
+    assert not dino_backbones.is_vit(model)
 
 
 @pytest.mark.parametrize(
@@ -1270,7 +1281,7 @@ def test_convnets_are_built_without_their_classifier(arch, width):
     ],
 )
 def test_backbones_of_every_kind_give_pooled_features_of_the_width_said(arch, width):
-    model, features = utils.build_backbone(arch, img_size=224)
+    model, features = dino_backbones.build_backbone(arch, img_size=224)
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         alone = model.eval()(images)
@@ -1283,7 +1294,7 @@ def test_backbones_of_every_kind_give_pooled_features_of_the_width_said(arch, wi
 
 @pytest.mark.parametrize("arch", ["timm:vit_tiny_patch16_224", "xcit_nano_12_p16", "timm:swin_tiny_patch4_window7_224"])
 def test_transformers_of_timm_take_crops_of_two_sizes(arch):
-    model, width = utils.build_backbone(arch, img_size=64)
+    model, width = dino_backbones.build_backbone(arch, img_size=64)
     wrapped = utils.MultiCropWrapper(model, nn.Identity()).eval()
     with torch.no_grad():
         assert wrapped([torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 32, 32)]).shape == (2, width)
@@ -1293,11 +1304,11 @@ def test_drop_path_reaches_networks_of_timm_that_have_it():
     rates = [
         module.drop_prob
         for rate in (0.0, 0.3)
-        for module in utils.build_backbone("timm:vit_tiny_patch16_224", drop_path_rate=rate)[0].modules()
+        for module in dino_backbones.build_backbone("timm:vit_tiny_patch16_224", drop_path_rate=rate)[0].modules()
         if type(module).__name__ == "DropPath"
     ]
     assert max(rates) == pytest.approx(0.3)
-    assert utils.build_backbone("timm:mixnet_s", img_size=64, drop_path_rate=0.3)[1] == 1536
+    assert dino_backbones.build_backbone("timm:mixnet_s", img_size=64, drop_path_rate=0.3)[1] == 1536
 
 
 @pytest.mark.parametrize(
@@ -1311,21 +1322,21 @@ def test_drop_path_reaches_networks_of_timm_that_have_it():
 )
 def test_networks_that_can_not_be_used_say_so(arch, size, says):
     with pytest.raises(UserError) as raised:
-        utils.build_backbone(arch, img_size=size)
+        dino_backbones.build_backbone(arch, img_size=size)
     assert says in str(raised.value)
 
 
 def test_a_network_without_pooled_features_says_so():
     with pytest.raises(UserError, match="--arch some_net gives no pooled features"):
-        utils.features_width(nn.Conv2d(3, 4, 3), 16, "some_net")
+        dino_backbones.features_width(nn.Conv2d(3, 4, 3), 16, "some_net")
 
 
 def test_without_timm_its_networks_are_a_user_error_and_the_others_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     for arch in ("xcit_small_12_p16", "timm:resnet18"):
         with pytest.raises(UserError, match="pip install timm"):
-            utils.build_backbone(arch)
-    assert utils.build_backbone("vit_nano")[1] == 128
+            dino_backbones.build_backbone(arch)
+    assert dino_backbones.build_backbone("vit_nano")[1] == 128
 
 
 def test_the_width_is_found_without_a_trace_in_the_network():
@@ -1334,14 +1345,14 @@ def test_the_width_is_found_without_a_trace_in_the_network():
     torch.manual_seed(3)
     drawn = torch.rand(1)
     torch.manual_seed(3)
-    assert utils.features_width(model, 8, "some_net") == 4
+    assert dino_backbones.features_width(model, 8, "some_net") == 4
     assert torch.equal(torch.rand(1), drawn)
     assert model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_a_convnet_in_the_wrapper_gives_its_features_to_the_head():
-    model, width = utils.build_backbone("mobilenet_v3_small")
+    model, width = dino_backbones.build_backbone("mobilenet_v3_small")
     wrapped = utils.MultiCropWrapper(model, nn.Linear(width, 5)).eval()
     assert wrapped([torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 32, 32)]).shape == (4, 5)
 
@@ -1351,12 +1362,12 @@ def test_a_convnet_in_the_wrapper_gives_its_features_to_the_head():
 )
 def test_an_unknown_backbone_is_named_with_its_nearest_neighbours(arch, near):
     with pytest.raises(UserError, match=f"unknown --arch {arch}.*{near}"):
-        utils.build_backbone(arch)
+        dino_backbones.build_backbone(arch)
 
 
 def test_a_network_without_a_classifier_is_a_user_error():
     with pytest.raises(UserError, match="some_net does not end in a classifier"):
-        utils.take_off_classifier(nn.Sequential(nn.Linear(3, 3)), "some_net")
+        dino_backbones.take_off_classifier(nn.Sequential(nn.Linear(3, 3)), "some_net")
 
 
 @pytest.mark.parametrize("name", ["fc", "classifier", "head", "heads"])
@@ -1364,7 +1375,7 @@ def test_a_network_without_a_classifier_is_a_user_error():
 def test_the_last_linear_is_taken_off_under_each_of_its_names(name, nested):
     model, last = nn.Module(), nn.Linear(6, 4)
     setattr(model, name, nn.Sequential(nn.Linear(3, 6), last) if nested else last)
-    assert utils.take_off_classifier(model, "some_net") is model
+    assert dino_backbones.take_off_classifier(model, "some_net") is model
     layer = getattr(model, name)
     assert isinstance(layer[1] if nested else layer, nn.Identity)
     assert not nested or isinstance(layer[0], nn.Linear)
@@ -1376,12 +1387,12 @@ def test_the_last_linear_is_taken_off_under_each_of_its_names(name, nested):
 )
 def test_fused_attention_is_on_except_in_half_precision_on_a_cpu(device, amp_dtype, fused):
     model = tiny_vit(depth=2)
-    utils.use_fused_attention(model, torch.device(device), amp_dtype)
+    dino_backbones.use_fused_attention(model, torch.device(device), amp_dtype)
     assert [block.attn.fused for block in model.blocks] == [fused, fused]
 
 
 def test_fused_attention_leaves_convnets_alone():
-    utils.use_fused_attention(nn.Linear(1, 1), torch.device("cpu"))
+    dino_backbones.use_fused_attention(nn.Linear(1, 1), torch.device("cpu"))
 
 
 def test_batch_norms_are_found_wherever_they_are():
@@ -1419,14 +1430,14 @@ def save(tmp_path):
 
 def test_an_xcit_trained_with_its_authors_code_is_loaded(save):
     torch.manual_seed(0)
-    target, _ = utils.build_backbone("xcit_nano_12_p16", img_size=32)
+    target, _ = dino_backbones.build_backbone("xcit_nano_12_p16", img_size=32)
     state = {key: torch.randn_like(value) for key, value in target.state_dict().items() if value.is_floating_point()}
     published = {key.replace("pos_embed.", "pos_embeder."): value for key, value in state.items()}
     for block in (0, 1):
         for kind in ("weight", "bias"):
             three = [published.pop(f"cls_attn_blocks.{block}.attn.{part}.{kind}") for part in "qkv"]
             published[f"cls_attn_blocks.{block}.attn.qkv.{kind}"] = torch.cat(three)
-    utils.load_weights(
+    dino_backbones.load_weights(
         target, save({"student": prefixed({f"backbone.{k}": v for k, v in published.items()})}), "student"
     )
     assert all(torch.equal(value, target.state_dict()[key]) for key, value in state.items())
@@ -1434,11 +1445,11 @@ def test_an_xcit_trained_with_its_authors_code_is_loaded(save):
 
 def test_the_head_of_a_backbone_is_not_taken_for_the_projection_head(save):
     """ConvNeXt of timm keeps its last norm in a `head`, as the wrapper keeps the projection head."""
-    source, target = (utils.build_backbone("timm:convnext_atto", img_size=64)[0] for _ in range(2))
+    source, target = (dino_backbones.build_backbone("timm:convnext_atto", img_size=64)[0] for _ in range(2))
     wrapped = utils.MultiCropWrapper(source, DINOHead(320, 5, hidden_dim=8, bottleneck_dim=4))
     nn.init.constant_(source.head.norm.weight, 3.0)
     assert "backbone.head.norm.weight" in wrapped.state_dict()
-    utils.load_weights(target, save({"teacher": wrapped.state_dict()}))
+    dino_backbones.load_weights(target, save({"teacher": wrapped.state_dict()}))
     assert same_state(target, source)
 
 
@@ -1447,19 +1458,21 @@ def test_the_head_of_a_backbone_is_not_taken_for_the_projection_head(save):
 
 def test_initial_weights_are_the_teachers_or_the_only_network_of_the_file(save):
     checkpoint = training_checkpoint(tiny_vit())
-    state, source = utils.initial_weights(save(checkpoint), "vit_tiny", 16)
+    state, source = dino_backbones.initial_weights(save(checkpoint), "vit_tiny", 16)
     assert source.endswith("[teacher]")
     assert torch.equal(state["head.last_layer.weight_v"], checkpoint["teacher"]["head.last_layer.weight_v"])
-    state, source = utils.initial_weights(save({"model": tiny_vit(2).state_dict(), "epoch": 7}), "vit_tiny", 16)
+    state, source = dino_backbones.initial_weights(
+        save({"model": tiny_vit(2).state_dict(), "epoch": 7}), "vit_tiny", 16
+    )
     assert source.endswith("[model]")
     assert torch.equal(state["cls_token"], tiny_vit(2).cls_token)
     plain = tiny_vit(3).state_dict()
-    assert utils.initial_weights(save(plain), "vit_tiny", 16)[0].keys() == plain.keys()
+    assert dino_backbones.initial_weights(save(plain), "vit_tiny", 16)[0].keys() == plain.keys()
 
 
 def test_initial_weights_that_nobody_published_are_an_error():
     with pytest.raises(UserError, match="no weights were published for --arch vit_nano --patch_size 16"):
-        utils.initial_weights("published", "vit_nano", 16)
+        dino_backbones.initial_weights("published", "vit_nano", 16)
 
 
 @pytest.mark.parametrize(
@@ -1480,11 +1493,11 @@ def test_timms_weights_are_asked_for_by_timms_name_and_fit(monkeypatch, arch, pa
 
     real = timm.create_model
     monkeypatch.setattr(timm, "create_model", create)
-    state, source = utils.initial_weights("timm", arch, patch_size)
+    state, source = dino_backbones.initial_weights("timm", arch, patch_size)
     monkeypatch.undo()
     assert source == f"{arch if arch.startswith(('timm', 'xcit')) else 'timm:' + name} [pretrained]"
-    model, _ = utils.build_backbone(arch, patch_size)
-    matched, number = utils.fill_backbone(model, state, source, arch)
+    model, _ = dino_backbones.build_backbone(arch, patch_size)
+    matched, number = dino_backbones.fill_backbone(model, state, source, arch)
     assert matched == number
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
@@ -1497,7 +1510,7 @@ def test_without_a_connection_timms_weights_are_a_user_error(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", create)
     with pytest.raises(UserError, match="can't get timm's weights of timm:vit_tiny_patch16_224: no route"):
-        utils.initial_weights("timm", "vit_tiny", 16)
+        dino_backbones.initial_weights("timm", "vit_tiny", 16)
 
 
 def test_positions_are_resampled_to_the_grid_of_the_network():
@@ -1506,7 +1519,7 @@ def test_positions_are_resampled_to_the_grid_of_the_network():
     larger = 2 * side
     ramp = torch.arange(larger).float()[None, :, None].expand(larger, larger, 16).reshape(1, -1, 16)
     state = {"pos_embed": torch.cat((torch.full((1, 1, 16), 7.0), ramp), dim=1)}
-    utils.resample_positional_grid(model, state)
+    dino_backbones.resample_positional_grid(model, state)
     assert state["pos_embed"].shape == model.pos_embed.shape
     assert (state["pos_embed"][:, 0] == 7).all()
     rows = state["pos_embed"][0, 1:].view(side, side, 16)
@@ -1519,21 +1532,21 @@ def test_a_teacher_is_loaded_without_its_prefix_and_head(save, capsys):
     source, target = tiny_vit(0), tiny_vit(1)
     path = save(training_checkpoint(source))
     number = len(target.state_dict())
-    assert utils.load_weights(target, path) == (number, number)
+    assert dino_backbones.load_weights(target, path) == (number, number)
     assert same_state(target, source)
     assert capsys.readouterr().out == f"loaded {number} of {number} tensors from {path} [teacher]\n"
 
 
 def test_a_student_is_loaded_without_both_prefixes(save):
     source, target = tiny_vit(0), tiny_vit(1)
-    utils.load_weights(target, save(training_checkpoint(source)), "student")
+    dino_backbones.load_weights(target, save(training_checkpoint(source)), "student")
     assert same_state(target, {key: value + 1 for key, value in source.state_dict().items()})
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
 def test_a_plain_state_dict_is_loaded_under_any_wrapper(save, prefix):
     source, target = tiny_vit(0), tiny_vit(1)
-    utils.load_weights(target, save(prefixed(source.state_dict(), prefix)))
+    dino_backbones.load_weights(target, save(prefixed(source.state_dict(), prefix)))
     assert same_state(target, source)
 
 
@@ -1543,7 +1556,7 @@ def test_a_convnets_weights_are_loaded_with_the_buffers_of_its_batch_norms(save)
 
     source, target = net(), net()
     source(torch.rand(2, 3, 4, 4))
-    utils.load_weights(target, save({"teacher": prefixed(source.state_dict(), "module.backbone.")}))
+    dino_backbones.load_weights(target, save({"teacher": prefixed(source.state_dict(), "module.backbone.")}))
     assert same_state(target, source)
     assert target[1].num_batches_tracked == 1
 
@@ -1552,20 +1565,20 @@ def test_a_missing_tensor_is_named_and_nothing_is_loaded(save):
     source, target = tiny_vit(0).state_dict(), tiny_vit(1)
     del source["norm.bias"]
     with pytest.raises(UserError, match=r"has only 17 of the 18 tensors .*it lacks norm\.bias"):
-        utils.load_weights(target, save(source))
+        dino_backbones.load_weights(target, save(source))
     assert same_state(target, tiny_vit(1))
 
 
 def test_left_over_tensors_are_named(save, capsys):
     source, target = tiny_vit(0), tiny_vit(1)
-    assert utils.load_weights(target, save({**source.state_dict(), "mask_token": torch.zeros(1)})) == (18, 18)
+    assert dino_backbones.load_weights(target, save({**source.state_dict(), "mask_token": torch.zeros(1)})) == (18, 18)
     assert same_state(target, source)
     assert "warning: in the file but not in the model: mask_token\n" in capsys.readouterr().out
 
 
 def test_weights_of_another_network_altogether_are_a_user_error(save):
     with pytest.raises(UserError, match=r"none of the 18 tensors of vit_tiny .*it has weight, bias.*--checkpoint_key"):
-        utils.load_weights(tiny_vit(), save(nn.Linear(2, 2).state_dict()), arch="vit_tiny")
+        dino_backbones.load_weights(tiny_vit(), save(nn.Linear(2, 2).state_dict()), arch="vit_tiny")
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes_and_nothing_is_loaded(save):
@@ -1573,30 +1586,30 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes_and_nothing_is_load
     before = {key: value.clone() for key, value in target.state_dict().items()}
     path = save({**tiny_vit(0).state_dict(), "blocks.0.mlp.fc2.weight": torch.zeros(16, 48)})
     with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc2\.weight is \[16, 48\] in .* but \[16, 64\] in vit_tiny"):
-        utils.load_weights(target, path, arch="vit_tiny")
+        dino_backbones.load_weights(target, path, arch="vit_tiny")
     assert same_state(target, before)
 
 
 def test_a_wrong_checkpoint_key_is_answered_with_the_networks_in_the_file(save):
     path = save(training_checkpoint(tiny_vit()))
     with pytest.raises(UserError, match=r"'techer'; --checkpoint_key could be one of student, teacher$"):
-        utils.load_weights(tiny_vit(), path, "techer")
+        dino_backbones.load_weights(tiny_vit(), path, "techer")
 
 
 def test_a_checkpoint_key_that_holds_no_network_is_a_user_error(save):
     with pytest.raises(UserError, match="epoch"):
-        utils.load_weights(tiny_vit(), save(training_checkpoint(tiny_vit())), "epoch")
+        dino_backbones.load_weights(tiny_vit(), save(training_checkpoint(tiny_vit())), "epoch")
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.ones(3)])
 def test_a_file_without_a_state_dict_is_a_user_error(save, content):
     with pytest.raises(UserError, match=f"holds a {type(content).__name__}, not a state dict"):
-        utils.load_weights(tiny_vit(), save(content))
+        dino_backbones.load_weights(tiny_vit(), save(content))
 
 
 def test_the_positional_grid_of_the_file_is_adopted(save):
     source, target = tiny_vit(0, img_size=[48]), tiny_vit(1, img_size=[32])
-    utils.load_weights(target, save(source.state_dict()))
+    dino_backbones.load_weights(target, save(source.state_dict()))
     assert same_state(target, source)
     assert (target.patch_embed.num_patches, target.patch_embed.img_size) == (36, 48)
     for size in (48, 32, 40):
@@ -1606,7 +1619,7 @@ def test_the_positional_grid_of_the_file_is_adopted(save):
 
 def test_an_adopted_grid_keeps_precision_and_freezing_of_the_model(save):
     target = tiny_vit(1).double().requires_grad_(False)
-    utils.load_weights(target, save(tiny_vit(0, img_size=[48]).state_dict()))
+    dino_backbones.load_weights(target, save(tiny_vit(0, img_size=[48]).state_dict()))
     assert target.pos_embed.dtype == torch.float64
     assert not target.pos_embed.requires_grad
 
@@ -1615,12 +1628,12 @@ def test_an_adopted_grid_keeps_precision_and_freezing_of_the_model(save):
 def test_positions_that_fit_no_grid_are_a_shape_error(save, shape):
     path = save({**tiny_vit().state_dict(), "pos_embed": torch.zeros(shape)})
     with pytest.raises(UserError, match=r"pos_embed is \[1, .* but \[1, 17, 16\]"):
-        utils.load_weights(tiny_vit(), path)
+        dino_backbones.load_weights(tiny_vit(), path)
 
 
 def test_random_weights_are_left_as_they_are_and_said_so(capsys):
     target = tiny_vit()
-    assert utils.load_weights(target, "random") == (0, len(target.state_dict()))
+    assert dino_backbones.load_weights(target, "random") == (0, len(target.state_dict()))
     assert same_state(target, tiny_vit())
     assert "random weights, as asked for" in capsys.readouterr().out
 
@@ -1645,7 +1658,7 @@ def test_without_a_file_the_published_weights_are_taken(downloads, capsys, arch)
     source, target = tiny_vit(0), tiny_vit(1)
     downloads.hold(source.state_dict())
     number = len(target.state_dict())
-    assert utils.load_weights(target, "", arch=arch, patch_size=8) == (number, number)
+    assert dino_backbones.load_weights(target, "", arch=arch, patch_size=8) == (number, number)
     url = hubconf.BASE_URL + "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
     assert downloads.urls == [url]
     assert same_state(target, source)
@@ -1657,7 +1670,7 @@ def test_without_a_file_the_published_weights_are_taken(downloads, capsys, arch)
 )
 def test_where_nothing_was_published_random_weights_are_kept_with_a_warning(downloads, capsys, arch, patch_size, named):
     target = tiny_vit()
-    assert utils.load_weights(target, "", arch=arch, patch_size=patch_size) == (0, len(target.state_dict()))
+    assert dino_backbones.load_weights(target, "", arch=arch, patch_size=patch_size) == (0, len(target.state_dict()))
     assert downloads.urls == []
     assert same_state(target, tiny_vit())
     assert f"warning: no weights were published for {named}:" in capsys.readouterr().out
@@ -1669,11 +1682,11 @@ def test_a_download_that_fails_is_a_user_error(monkeypatch):
 
     monkeypatch.setattr(hubconf, "_download", unreachable)
     with pytest.raises(UserError, match=r"can't download https.*name resolution failed.*--pretrained_weights"):
-        utils.load_weights(tiny_vit(), "", arch="vit_small", patch_size=16)
+        dino_backbones.load_weights(tiny_vit(), "", arch="vit_small", patch_size=16)
 
 
 def test_the_public_name_of_load_weights_is_the_same_function():
-    assert utils.load_pretrained_weights is utils.load_weights
+    assert dino_backbones.load_pretrained_weights is dino_backbones.load_weights
 
 
 # ---- multi-crop ----
@@ -1810,7 +1823,7 @@ def expected_features(number):
 @pytest.mark.parametrize("as_tuple", [False, True])
 def test_features_come_in_the_order_of_the_data_set(dtype, as_tuple):
     loader = DataLoader(Levels(11, dtype), batch_size=3, sampler=[7, 2, 10, 0, 1, 9, 8, 3, 4, 6, 5])
-    features = utils.extract_features(FirstPixel(as_tuple), loader)
+    features = dino_features.extract_features(FirstPixel(as_tuple), loader)
     assert features.dtype == torch.float32
     assert not features.requires_grad
     assert_near(features, expected_features(11), 1e-6)
@@ -1824,12 +1837,12 @@ def test_multi_scale_features_are_the_normalised_mean_over_three_scales():
         middle = F.interpolate(images, scale_factor=1 / math.sqrt(2), mode="bilinear", align_corners=False)
         assert (half.shape[2:], middle.shape[2:]) == ((32, 24), (45, 33))
         want = (network(images) + network(middle) + network(half)).double() / 3
-        assert_near(utils.multi_scale(images, network), want / want.norm(dim=1, keepdim=True), 1e-6)
+        assert_near(dino_features.multi_scale(images, network), want / want.norm(dim=1, keepdim=True), 1e-6)
 
 
 @pytest.mark.parametrize("as_tuple", [False, True])
 def test_features_over_scales_are_extracted_on_demand(as_tuple):
-    features = utils.extract_features(FirstPixel(as_tuple), DataLoader(Levels(3, torch.uint8)), multiscale=True)
+    features = dino_features.extract_features(FirstPixel(as_tuple), DataLoader(Levels(3, torch.uint8)), multiscale=True)
     want = np.array(expected_features(3))  # images of one level look the same at each scale
     assert_near(features, want / np.linalg.norm(want, axis=1, keepdims=True), 1e-6)
 
@@ -1939,9 +1952,9 @@ def test_an_output_folder_below_a_file_is_named(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"can't write to --output_dir {path}: a file is in its way"):
-            utils.check_output_dir(path)
+            dino_cli.check_output_dir(path)
 
 
 def test_timm_has_no_weights_of_our_smallest_vit():
     with pytest.raises(UserError, match="timm has no weights of vit_nano_patch8_224"):
-        utils.initial_weights("timm", "vit_nano", 8)
+        dino_backbones.initial_weights("timm", "vit_nano", 8)

@@ -11,7 +11,10 @@ import torch
 from conftest import ROOT, arguments_of, assert_near, ending, run_script, shared
 from PIL import Image
 
+import dino_backbones
+import dino_cli
 import dino_data
+import dino_features
 import utils
 import video_generation
 
@@ -34,7 +37,7 @@ def end(monkeypatch, capsys, *flags):
 def weights(tmp_path_factory):
     """The state dict of a network whose attention differs from patch to patch."""
     torch.manual_seed(1)
-    model, _ = utils.build_backbone("vit_nano", 16, 48)
+    model, _ = dino_backbones.build_backbone("vit_nano", 16, 48)
     for block in model.blocks:
         block.attn.qkv.weight.data.mul_(6)
     path = tmp_path_factory.mktemp("weights") / "nano.pth"
@@ -90,7 +93,7 @@ def decode(path):
 
 def mean_attention(weights, path):
     """Mean over heads of what CLS attends to in a frame without its last rows and columns: float64 [4, 6]."""
-    model, _ = utils.build_backbone("vit_nano", 16, 48)
+    model, _ = dino_backbones.build_backbone("vit_nano", 16, 48)
     model.load_state_dict(torch.load(weights, weights_only=True))
     pixels = read(path)[:64, :96].transpose(2, 0, 1) / 255
     mean, std = (np.array(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
@@ -117,7 +120,7 @@ def difference(a, b):
 
 
 def test_flags_have_the_published_names_and_defaults():
-    args = utils.OneLineParser(parents=[video_generation.get_args_parser()]).parse_args(["--input_path", "in"])
+    args = dino_cli.OneLineParser(parents=[video_generation.get_args_parser()]).parse_args(["--input_path", "in"])
     assert vars(args) == {
         "arch": "vit_small",
         "patch_size": 8,
@@ -141,7 +144,7 @@ def test_without_weights_the_published_ones_for_attention_are_taken(monkeypatch,
         asked.append((args.pretrained_weights, kwargs))
         raise utils.UserError("enough")
 
-    monkeypatch.setattr(utils, "frozen_backbone", stop)
+    monkeypatch.setattr(dino_backbones, "frozen_backbone", stop)
     with pytest.raises(utils.UserError, match="enough"):
         run("--input_path", frames, "--output_path", tmp_path)
     assert asked == [("", {"part": "attention"})]
@@ -198,8 +201,10 @@ def test_the_index_of_an_mp4_stands_in_front(from_folder):
 
 def test_batches_give_what_single_frames_give(monkeypatch, from_folder, weights, frames, tmp_path):
     seen = []
-    whole = utils.cls_attention
-    monkeypatch.setattr(utils, "cls_attention", lambda model, images: seen.append(len(images)) or whole(model, images))
+    whole = dino_features.cls_attention
+    monkeypatch.setattr(
+        dino_features, "cls_attention", lambda model, images: seen.append(len(images)) or whole(model, images)
+    )
     for number in (1, 5):
         monkeypatch.setattr(video_generation, "FRAMES_AT_ONCE", number)
         run("--pretrained_weights", weights, "--input_path", frames, "--output_path", tmp_path)
@@ -247,7 +252,7 @@ def test_odd_patches_make_a_video_of_even_size(frames, tmp_path):
 
 
 def test_a_map_without_differences_is_black(monkeypatch, tmp_path, frames):
-    monkeypatch.setattr(utils, "cls_attention", lambda model, images: torch.full((len(images), 1, 4, 6), 0.04))
+    monkeypatch.setattr(dino_features, "cls_attention", lambda model, images: torch.full((len(images), 1, 4, 6), 0.04))
     args = arguments("--input_path", frames, "--patch_size", 16)
     paths = video_generation.frame_files(frames)
     for image in video_generation.attention_images(None, paths, tmp_path, args, torch.device("cpu")):
@@ -347,7 +352,7 @@ def test_a_real_video_is_read_in_full(tmp_path):
 
 
 def test_video_only_puts_images_together_in_natural_order_without_a_network(monkeypatch, tmp_path):
-    monkeypatch.setattr(utils, "frozen_backbone", None)
+    monkeypatch.setattr(dino_backbones, "frozen_backbone", None)
     (tmp_path / "in").mkdir()
     for i in range(11):  # growing brighter; odd sides
         Image.new("RGB", (33, 21), (20 * i, 20 * i, 20 * i)).save(tmp_path / "in" / f"attn-{i}.png")

@@ -8,6 +8,9 @@ import torch
 from conftest import ROOT, arguments_of, assert_near, ending, run_script, shared
 from PIL import Image
 
+import dino_backbones
+import dino_cli
+import dino_features
 import utils
 import visualize_attention
 
@@ -30,7 +33,7 @@ def end(monkeypatch, capsys, *flags):
 def backbone():
     """A network whose attention differs from patch to patch."""
     torch.manual_seed(1)
-    model = utils.build_backbone("vit_nano", 16, 48)[0].eval()
+    model = dino_backbones.build_backbone("vit_nano", 16, 48)[0].eval()
     for block in model.blocks:
         block.attn.qkv.weight.data.mul_(6)
     return model
@@ -113,7 +116,7 @@ def read(path):
 
 
 def test_flags_have_the_published_names_and_defaults():
-    args = vars(utils.OneLineParser(parents=[visualize_attention.get_args_parser()]).parse_args([]))
+    args = vars(dino_cli.OneLineParser(parents=[visualize_attention.get_args_parser()]).parse_args([]))
     assert args == {
         "arch": "vit_small",
         "patch_size": 8,
@@ -134,7 +137,7 @@ def test_without_weights_the_published_ones_for_attention_are_taken(monkeypatch,
         asked.append((args.pretrained_weights, kwargs))
         raise utils.UserError("enough")
 
-    monkeypatch.setattr(utils, "frozen_backbone", stop)
+    monkeypatch.setattr(dino_backbones, "frozen_backbone", stop)
     with pytest.raises(utils.UserError, match="enough"):
         run("--output_dir", tmp_path)
     assert asked == [("", {"part": "attention", "inputs": utils.RGB})]
@@ -146,25 +149,25 @@ def test_without_weights_the_published_ones_for_attention_are_taken(monkeypatch,
 def test_cls_attention_is_the_softmax_over_all_tokens_without_that_of_cls_itself(photograph):
     model, image = backbone(), seen_by_the_network(photograph)
     want = attention_of_cls(model, image)
-    got = utils.cls_attention(model, torch.from_numpy(image).float()[None])
+    got = dino_features.cls_attention(model, torch.from_numpy(image).float()[None])
     assert got.shape == (1, 4, 4, 6)
     assert_near(got[0], want, 1e-5)
     assert want.std() / want.mean() > 0.5  # not a flat map, in which anything would do
     model.set_fused_attention(True)
-    assert_near(utils.cls_attention(model, torch.from_numpy(image).float()[None])[0], want, 1e-5)
+    assert_near(dino_features.cls_attention(model, torch.from_numpy(image).float()[None])[0], want, 1e-5)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.37, 0.6, 0.95])
 def test_largest_mass_takes_the_fewest_patches_that_hold_the_share(share):
     attention = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(3)) ** 4
-    got = utils.largest_mass(attention, share)
+    got = dino_features.largest_mass(attention, share)
     want = [[largest(head.numpy().astype(np.float64), share) for head in heads] for heads in attention]
     assert np.array_equal(got.numpy(), want)
     assert 0 < got.sum() < got.numel()
 
 
 def test_all_of_the_mass_is_all_patches():
-    assert utils.largest_mass(torch.rand(1, 4, 4) + 0.1, 1.0).all()
+    assert dino_features.largest_mass(torch.rand(1, 4, 4) + 0.1, 1.0).all()
 
 
 # ---- the pictures ----

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import SMALL_RUN, arguments_of, run_script
 
-import health
+import dino_health
 import main_dino
 
 needs_client = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
@@ -75,7 +75,7 @@ def test_the_numbers_of_the_log_arrive(nobody, tiny_root, tmp_path):
     assert (settings["arch"], settings["out_dim"]) == ("vit_nano", 64)
     assert list(history) == [0, 4, 5, 9]  # the first and last of 5 steps an epoch
     for numbers in history.values():
-        assert set(health.NUMBERS) <= set(numbers)
+        assert set(dino_health.NUMBERS) <= set(numbers)
         assert numbers["entropy"] + numbers["kl"] == pytest.approx(numbers["loss"], abs=1e-5)
     first_of_epochs = [float(loss) for loss in re.findall(r"\[0/5\].*? loss: ([\d.]+)", said)]
     assert first_of_epochs == pytest.approx([history[0]["loss"], history[5]["loss"]], abs=1e-6)
@@ -152,8 +152,8 @@ def args(tmp_path):
 
 
 def test_what_the_client_says_is_passed_on_in_one_line(client, args):
-    with pytest.raises(health.UserError) as error:
-        health.check_curves(args)
+    with pytest.raises(dino_health.UserError) as error:
+        dino_health.check_curves(args)
     assert re.fullmatch("--wandb test can't log in: nobody is there. Run `wandb login`.*sync`", str(error.value))
 
 
@@ -161,28 +161,28 @@ def test_a_client_that_does_not_fit_is_named(monkeypatch, args, tmp_path):
     (tmp_path / "wandb.py").write_text("import numpy\nnumpy.no_longer_there")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(health.UserError, match=r"pip install --upgrade wandb \(module 'numpy' has no "):
-        health.check_curves(args)
+    with pytest.raises(dino_health.UserError, match=r"pip install --upgrade wandb \(module 'numpy' has no "):
+        dino_health.check_curves(args)
 
 
 @pytest.mark.parametrize("mode", ["offline", "disabled", "dryrun"])
 def test_without_a_server_nobody_logs_in(client, args, monkeypatch, mode):
     monkeypatch.setenv("WANDB_MODE", mode)
-    health.check_curves(args)
+    dino_health.check_curves(args)
     assert client.asked == 0
 
 
 def test_the_first_process_logs_in_for_all(client, args, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    health.check_curves(args)
+    dino_health.check_curves(args)
     assert client.asked == 0
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(health.UserError):
-        health.check_curves(args)
+    with pytest.raises(dino_health.UserError):
+        dino_health.check_curves(args)
     assert client.asked == 1
 
 
 def test_without_the_flag_the_client_is_left_alone(client, tmp_path):
-    health.check_curves(arguments_of(main_dino, "--output_dir", tmp_path))
+    dino_health.check_curves(arguments_of(main_dino, "--output_dir", tmp_path))
     assert client.asked == 0

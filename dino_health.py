@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import dino_backbones
 import utils
 from utils import UserError
 
@@ -161,7 +162,7 @@ def unwise_optimisation(args, batch, images):
         )
     if not args.use_fp16 and args.amp_dtype != "auto":
         found["precision"] = f"--amp_dtype {args.amp_dtype} has no effect with --use_fp16 false. Leave one of them out"
-    if args.use_fp16 and args.amp_dtype == "fp16" and args.patch_size <= 8 and utils.vit_factory(args.arch):
+    if args.use_fp16 and args.amp_dtype == "fp16" and args.patch_size <= 8 and dino_backbones.vit_factory(args.arch):
         found["precision"] = (
             f"fp16 is known to be unstable with patches of {args.patch_size}. Take --amp_dtype bf16, or --use_fp16 "
             "false"
@@ -187,7 +188,7 @@ def unwise_crops(args, batch, images):
             f"--local_crops_size {args.local_crops_size} is larger than --global_crops_size {size}: each step costs "
             "more than with global crops alone. About 0.43 of it is usual"
         )
-    if utils.vit_factory(args.arch) and size < 2 * args.patch_size:
+    if dino_backbones.vit_factory(args.arch) and size < 2 * args.patch_size:
         found["patches"] = (
             f"--global_crops_size {size} is a single patch of --patch_size {args.patch_size}: there is nothing for "
             "attention to attend to. Take larger crops or smaller patches"

@@ -1,0 +1,451 @@
+"""A network by its name, and weights into it."""
+
+import argparse
+import math
+import os
+import re
+import shutil
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import dino_checkpoints
+import utils
+import vision_transformer as vits
+from utils import UserError
+
+# ---- names ----
+
+
+def vit_names():
+    return [name for name in vars(vits) if name.startswith("vit_")]
+
+
+def vit_factory(arch):
+    """The function that builds one of our ViTs, under either of its names; None for any other network."""
+    name = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}.get(arch, arch)
+    return vars(vits)[name] if name in vit_names() else None
+
+
+def convnet_names():
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def import_timm(arch):
+    try:
+        import timm
+    except ImportError as e:
+        raise UserError(f"--arch {arch} comes from timm, which is not installed: pip install timm") from e
+    return timm
+
+
+def timm_name(arch):
+    """What timm calls the network `arch`, or None if it is not one of timm's: `timm:<name>`, or an XCiT.
+
+    The public names of the XCiTs end in the patch size; timm's, which are known too, in the image size they are for.
+    """
+    if arch.startswith("xcit_"):
+        return arch if re.search(r"_p\d+_\d+", arch) else f"{arch}_224"
+    return arch.removeprefix("timm:") if arch.startswith("timm:") else None
+
+
+def list_archs():
+    """Every name that `build_backbone` knows, in the order ours, XCiT, torchvision, timm."""
+    timm = import_timm("timm:<name>")
+    xcits = [name.removesuffix("_224") for name in timm.list_models("xcit_*_224")]
+    return [*vit_names(), *xcits, *convnet_names(), *(f"timm:{name}" for name in timm.list_models())]
+
+
+class ListArchs(argparse.Action):
+    """Like --help: print, and be done. Only here, because timm takes seconds to import."""
+
+    def __call__(self, parser, *_):
+        print("\n".join(list_archs()))
+        parser.exit()
+
+
+def check_arch(arch):
+    """Raise UserError, with the nearest names, if there is no such network."""
+    if vit_factory(arch):
+        return
+    if timm_name(arch):
+        known, prefix = import_timm(arch).list_models(), "timm:" * arch.startswith("timm:")
+        if timm_name(arch).split(".")[0] in known:  # a dot and the name of some weights may follow
+            return
+        near = utils.did_you_mean(arch, [prefix + name for name in known])
+    else:
+        known = [*vit_names(), *convnet_names()]
+        if arch in known:
+            return
+        near = utils.did_you_mean(arch, known)
+    raise UserError(f"unknown --arch {arch}{near or '; vit_small and resnet50 are two'} (main_dino.py --list_archs)")
+
+
+# ---- networks ----
+
+
+def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0, in_chans=3):
+    """A network [B, in_chans, H, W] -> [B, width] by its name (`list_archs` has them), and its width.
+
+    One of our ViTs (deit_tiny and deit_small are other names of two of them), an XCiT, a torchvision classification
+    network without its last layer, or `timm:<name>`. `patch_size` and `img_size` (of the positional grid) apply to our
+    ViTs only, `drop_path_rate` to networks that have one. Raises UserError for an unknown name, and for a network that
+    does not take images of `img_size` or gives no pooled features.
+    """
+    vit = vit_factory(arch)
+    if vit:
+        sizes = {"patch_size": patch_size, "img_size": [img_size], "in_chans": in_chans}
+        model = vit(**sizes, drop_path_rate=drop_path_rate, num_classes=0)
+        return model, model.embed_dim
+    check_arch(arch)
+    build = build_timm if timm_name(arch) else build_convnet
+    model = build(arch, drop_path_rate=drop_path_rate, in_chans=in_chans)
+    return model, features_width(model, img_size, arch, in_chans)
+
+
+def build_convnet(arch, drop_path_rate=0.0, in_chans=3):
+    """torchvision's network without its classifier; none of them has an argument for the rate of drop path."""
+    from torchvision import models
+
+    # Auxiliary classifiers take no part: their parameters would never get a gradient.
+    no_extras = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+    model = take_off_classifier(models.get_model(arch, weights=None, **no_extras), arch)
+    if in_chans != 3:
+        take_channels(model, in_chans)
+    return model
+
+
+def take_channels(model, in_chans):
+    """Put a new first convolution into a network, for so many channels: normal weights as spread as the old ones."""
+    name, old = first_convolution(model)
+    shape = (old.kernel_size, old.stride, old.padding, old.dilation)
+    new = nn.Conv2d(in_chans, old.out_channels, *shape, bias=old.bias is not None)
+    nn.init.normal_(new.weight, std=old.weight.std().item())
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
+
+
+def first_convolution(model):
+    """(name, module) of the convolution that sees the image; (None, None) if there is none."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return next(found, (None, None))
+
+
+def build_timm(arch, drop_path_rate=0.0, pretrained=False, in_chans=3):
+    """timm's network for `arch` without its classifier; images of any size where timm provides for that.
+
+    Raises UserError if it can't be had for so many channels.
+    """
+    channels = {} if in_chans == 3 else {"in_chans": in_chans}
+    # What a network has no argument for is left out, one by one: timm says which.
+    wishes = {"dynamic_img_size": True, "strict_img_size": False, "drop_path_rate": drop_path_rate}
+    while True:
+        try:
+            options = {"pretrained": pretrained, "num_classes": 0, **channels, **wishes}
+            return import_timm(arch).create_model(timm_name(arch), **options)
+        except TypeError as e:
+            if channels and "in_chans" in str(e):
+                raise UserError(f"--arch {arch} takes images of 3 channels only, not --in_chans {in_chans}") from e
+            unknown = [name for name in wishes if name in str(e)]
+            if not unknown:
+                raise
+            del wishes[unknown[0]]
+
+
+def take_off_classifier(model, arch):
+    """A torchvision network with its last layer, linear or a convolution, replaced by Identity."""
+    for name in ("fc", "classifier", "head", "heads"):
+        layer, parent = getattr(model, name, None), model
+        if isinstance(layer, nn.Sequential):  # the classifier stands at its end, or has only a pooling behind it
+            parent, layers = layer, [(n, sub) for n, sub in layer.named_children() if isinstance(sub, CLASSIFIERS)]
+            name, layer = layers[-1] if layers else (name, None)
+        if isinstance(layer, CLASSIFIERS):
+            setattr(parent, name, nn.Identity())
+            return model
+    raise UserError(f"--arch {arch} does not end in a classifier that could be taken off; choose another")
+
+
+CLASSIFIERS = (nn.Linear, nn.Conv2d)
+
+
+def features_width(model, img_size, arch, in_chans=3):
+    """Width of a network's features, found by running it on an empty image.
+
+    Raises UserError if it can't digest images of img_size × img_size, or gives anything but one vector an image.
+    """
+    training = model.training
+    weight = next(model.parameters(), torch.empty(0))
+    try:
+        with torch.no_grad():
+            features = utils.first_output(
+                model.eval(), torch.zeros(2, in_chans, img_size, img_size, device=weight.device)
+            )
+    except (RuntimeError, ValueError, AssertionError) as e:
+        problem = " ".join(str(e).split())[:200] or type(e).__name__
+        raise UserError(f"--arch {arch} does not take images of {img_size} pixels: {problem}") from e
+    finally:
+        model.train(training)
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        raise UserError(f"--arch {arch} gives no pooled features, one vector an image; choose another")
+    return features.shape[1]
+
+
+def is_vit(model):
+    return isinstance(model, vits.VisionTransformer)
+
+
+# ---- how a network computes ----
+
+
+def use_fused_attention(model, device, amp_dtype=None):
+    """Turn on torch's fused attention on a ViT that we build, where it was measured to be faster.
+
+    In bf16 on the CPU it is slower than written-out attention, forward and backward; everywhere else it is faster.
+    """
+    if is_vit(model):
+        model.set_fused_attention(device.type != "cpu" or amp_dtype is None)
+
+
+def checkpoint_activations(backbone, arch):
+    """Let a backbone compute activations again in the backward pass. Raises UserError if it can't, or not exactly."""
+    try:
+        if utils.has_batchnorms(backbone):  # would count each batch twice
+            raise AssertionError
+        backbone.set_grad_checkpointing()
+    except (AttributeError, AssertionError) as e:
+        raise UserError(
+            f"--grad_checkpointing is for ViTs, and for timm's networks without batch norms that know it, not for "
+            f"--arch {arch}"
+        ) from e
+
+
+def compile_in_place(model):
+    """torch.compile for a model that keeps its state-dict keys, with a graph for each crop size.
+
+    Random numbers stay torch's own, so that drop path drops what it drops otherwise. Raises UserError if there is no
+    C++ compiler.
+    """
+    import torch._inductor.config
+
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
+    if not any(name and shutil.which(name) for name in compilers):
+        raise UserError("--compile needs a C++ compiler, such as g++. Install one, or leave --compile out")
+    torch._inductor.config.fallback_random = True
+    model.compile(dynamic=False)
+
+
+# ---- weights ----
+
+
+def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None, patch_size=None, part="backbone"):
+    """Load a backbone's weights from a checkpoint or a plain state dict, and say how many tensors matched.
+
+    `pretrained_weights` is a file; or "", for the weights that the paper's authors published for `arch` and
+    `patch_size` (downloaded once; random, with a warning, where they published none); or "random". `checkpoint_key`
+    picks the network in a training checkpoint, `part` those for a special purpose among the published (see
+    hubconf.PUBLISHED). The projection head is passed over. A ViT takes on the positional grid of the file. Returns
+    (tensors matched, tensors of the model). Raises UserError if one of the model's tensors is not in the file or has
+    another shape there, or if the file can't be read.
+    """
+    if pretrained_weights == "random":
+        utils.log("random weights, as asked for")
+        return 0, len(model.state_dict())
+    if pretrained_weights:
+        source, file = pretrained_weights, dino_checkpoints.load_checkpoint(pretrained_weights)
+    else:
+        source, file = load_published(arch, patch_size, part)
+        if file is None:
+            what = f"{arch} with patch size {patch_size}" if vit_factory(arch) else arch
+            utils.log(f"warning: no weights were published for {what}: going on with random weights")
+            return 0, len(model.state_dict())
+    state, source = dino_checkpoints.pick_state_dict(file, checkpoint_key, source)
+    state = dino_checkpoints.backbone_state(state)
+    adopt_positional_grid(model, state)
+    return fill_backbone(model, state, source, arch, dino_checkpoints.trained_crop_size(file))
+
+
+load_pretrained_weights = load_weights  # the public name
+
+
+def load_published(arch, patch_size, part="backbone", flag="--pretrained_weights"):
+    """(URL, file) of what the authors published for a network, by the names in hubconf.PUBLISHED; the plain backbone
+    stands in for one of a special purpose. (None, None) if there is nothing.
+    """
+    import hubconf
+
+    factory = vit_factory(arch)
+    networks = [(factory.__name__ if factory else arch, size) for size in (patch_size, None)]  # convnets have no patch
+    found = [files for files in hubconf.PUBLISHED.values() if (files["arch"], files["patch_size"]) in networks]
+    if not found:
+        return None, None
+    url = hubconf.BASE_URL + found[0].get(part, found[0]["backbone"])
+    utils.log(f"no {flag}: taking the published one, {url}")
+    try:
+        return url, hubconf._download(url)
+    except OSError as e:
+        otherwise = ", or `random` for an untrained network" if part != "linear" else ""
+        raise UserError(f"can't download {url}: {e}. Give a file as {flag}{otherwise}") from e
+
+
+def fill_backbone(model, state, source, arch=None, trained_size=None):
+    """Give a backbone all its tensors from a state dict; see `load_weights` for what is returned, raised and said."""
+    wanted = model.state_dict()
+    if "cls_attn_blocks.0.attn.q.weight" in wanted:
+        import hubconf
+
+        state = hubconf._xcit_for_timm(state)
+    matched = [key for key in wanted if key in state]
+    if not matched:
+        raise UserError(
+            f"none of the {len(wanted)} tensors of {arch or 'the model'} is in {source} (it has "
+            f"{utils.some_of(list(state)) or 'none'}). Check --arch, --patch_size and --checkpoint_key"
+        )
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(
+            f"{source} has only {len(matched)} of the {len(wanted)} tensors of {arch or 'the model'}; it lacks "
+            f"{utils.some_of(missing)}. Check --arch and --checkpoint_key"
+        )
+    for key in matched:
+        if state[key].shape != wanted[key].shape:
+            theirs, ours = list(state[key].shape), list(wanted[key].shape)
+            alike = len(theirs) == len(ours) == 4 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
+            hint = (
+                "Name the training checkpoint, which says how many channels"
+                if alike
+                else "Check --arch and --patch_size"
+            )
+            raise UserError(f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. {hint}")
+    model.load_state_dict({key: state[key] for key in matched}, strict=False)
+    trained_at = f", trained at {trained_size} pixels" if trained_size else ""
+    utils.log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}{trained_at}")
+    unused = [key for key in state if key not in wanted and not key.startswith(("head.", "fc."))]
+    if unused:
+        utils.log(f"warning: in the file but not in the model: {utils.some_of(unused)}")
+    return len(matched), len(wanted)
+
+
+def adopt_positional_grid(model, state):
+    """Give a ViT the positional grid that the weights were trained on; other image sizes are interpolated from it."""
+    learned = state.get("pos_embed")
+    if not is_vit(model) or learned is None or learned.shape == model.pos_embed.shape:
+        return
+    side = math.isqrt(max(learned.shape[1] - 1, 0))
+    if learned.ndim == 3 and learned.shape[2] == model.embed_dim and side * side == learned.shape[1] - 1:
+        model.pos_embed = nn.Parameter(model.pos_embed.new_empty(learned.shape), model.pos_embed.requires_grad)
+        model.patch_embed.num_patches = side * side
+        model.patch_embed.img_size = side * model.patch_embed.patch_size
+
+
+def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
+    """The trained network that `args` (see `model_flags`) name, for evaluation on the device; its width.
+
+    `image_size` is the side of the positional grid of a network that stays untrained. `inputs` are the network's, as
+    `trained_inputs` has them, of a caller that goes by them; without, only a network for photographs will do. Raises
+    UserError.
+    """
+    if inputs is None:
+        inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
+        if inputs != utils.RGB:
+            raise UserError(
+                f"--pretrained_weights {args.pretrained_weights} takes images of its own kind ({inputs.describe()}); "
+                "here they are photographs with ImageNet's mean and std. eval_knn.py and eval_linear.py go by the kind"
+            )
+    model, width = build_backbone(args.arch, args.patch_size, image_size, in_chans=inputs.in_chans)
+    load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, part)
+    use_fused_attention(model, device)
+    return model.to(device).eval().requires_grad_(False), width
+
+
+# ---- weights to start from ----
+
+
+def start_from_weights(student, teacher, args):
+    """Give both networks the weights that --init_from names: the backbone's, and the projection head's if they fit."""
+    state, source = initial_weights(args.init_from, args.arch, args.patch_size)
+    backbone = dino_checkpoints.backbone_state(state)
+    resample_positional_grid(student.backbone, backbone)
+    fit_first_layer(student.backbone, backbone, source)
+    fill_backbone(student.backbone, backbone, source, args.arch)
+    wanted = student.head.state_dict()
+    head = {name: state.get(f"head.{name}") for name in wanted}
+    fits = all(tensor is not None and tensor.shape == wanted[name].shape for name, tensor in head.items())
+    if fits:
+        student.head.load_state_dict(head)
+    what = f"comes from there too ({len(head)} tensors)" if fits else "starts afresh: the file has none that fits"
+    utils.log(f"the projection head {what}")
+    teacher.load_state_dict(student.state_dict())
+
+
+def initial_weights(init_from, arch, patch_size):
+    """The tensors that --init_from names, and where they came from: (state dict, source). Raises UserError.
+
+    `init_from` is a file, a training checkpoint's teacher being preferred; "published", for those of the paper's
+    authors; or "timm", for timm's pretrained ones of a network by that name, or of our ViT's size.
+    """
+    if init_from == "timm":
+        return timm_weights(arch, patch_size)
+    if init_from == "published":
+        source, file = load_published(arch, patch_size, flag="--init_from file")
+        if file is None:
+            raise UserError(f"no weights were published for --arch {arch} --patch_size {patch_size}. Name a file")
+    else:
+        source, file = init_from, dino_checkpoints.load_checkpoint(init_from)
+    networks = (
+        [key for key, value in file.items() if dino_checkpoints.is_network_state(value)]
+        if isinstance(file, dict)
+        else []
+    )
+    return dino_checkpoints.pick_state_dict(file, networks[0] if len(networks) == 1 else "teacher", source)
+
+
+def timm_weights(arch, patch_size):
+    factory = vit_factory(arch)
+    name = f"timm:{factory.__name__}_patch{patch_size}_224" if factory else arch if timm_name(arch) else f"timm:{arch}"
+    try:
+        check_arch(name)
+    except UserError as e:
+        raise UserError(f"timm has no weights of {name.removeprefix('timm:')}. Give a file as --init_from") from e
+    try:
+        return build_timm(name, pretrained=True).state_dict(), f"{name} [pretrained]"
+    except Exception as e:  # what a hub's client raises without a network differs from version to version
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"can't get timm's weights of {name}: {reason}. Give a file as --init_from") from e
+
+
+def fit_first_layer(model, state, source):
+    """Make the first convolution in a state dict fit a model for images of another number of channels.
+
+    For grey images the weights of three channels are added up, which is what three equal channels would give; for any
+    other number the layer starts afresh.
+    """
+    name, layer = first_convolution(model)
+    learned = state.get(f"{name}.weight")
+    if learned is None or learned.ndim != 4 or learned.shape[1] == layer.weight.shape[1]:
+        return
+    if (learned.shape[1], layer.weight.shape[1]) == (3, 1):
+        state[f"{name}.weight"] = learned.sum(dim=1, keepdim=True)
+        utils.log(f"{name} is for grey images: its weights for three channels in {source} are added up")
+    else:
+        channels = f"it is for {learned.shape[1]} channels in {source}, for {layer.weight.shape[1]} here"
+        for part, tensor in layer.state_dict().items():
+            state[f"{name}.{part}"] = tensor
+        utils.log(f"{name} starts afresh: {channels}")
+
+
+def resample_positional_grid(model, state):
+    """Interpolate the positions in a ViT's state dict to the grid of `model`; what does not fit is left as it is."""
+    learned = state.get("pos_embed")
+    if not is_vit(model) or learned is None or learned.ndim != 3 or learned.shape[2] != model.embed_dim:
+        return
+    side, wanted = (math.isqrt(max(grid.shape[1] - 1, 0)) for grid in (learned, model.pos_embed))
+    if side != wanted and side * side == learned.shape[1] - 1:
+        grid = learned[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", antialias=True)
+        state["pos_embed"] = torch.cat((learned[:, :1].float(), grid.flatten(2).transpose(1, 2)), dim=1)
+        utils.log(f"the positions of {side} × {side} patches are interpolated to {wanted} × {wanted}")

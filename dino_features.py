@@ -1,0 +1,212 @@
+"""Frozen features and what they tell: extraction, attention, nearest neighbors, retrieval."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import dino_data
+import utils
+from utils import UserError
+
+# ---- extraction ----
+
+
+@torch.no_grad()
+def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=None):
+    """Features of a whole data set, in its order: [N, D] float32 on rank 0, None on the other ranks.
+
+    `data_loader` yields (images, indices into the data set), images as uint8 RGB or normalised floats; in a distributed
+    run each rank's loader covers its share, all shares of one length. `use_cuda` leaves the features on the model's
+    GPU, if it has one, instead of in main memory. What the ranks found is gathered once, at the end. Now and then all
+    look whether `stop`, a StopRequest, has a signal on one of them, and raise Stopped.
+    """
+    weight = next(model.parameters(), torch.empty(0))
+    store = weight.device if use_cuda else torch.device("cpu")
+    parts, places = [], []
+    for i, (images, indices) in enumerate(utils.MetricLogger().log_every(data_loader, 10, "Features:")):
+        if stop and i % 10 == 0 and (number := max(utils.gather_objects(stop.signal))):
+            raise utils.Stopped(int(number))
+        images = utils.normalize(images.to(weight.device, non_blocking=True))
+        features = multi_scale(images, model) if multiscale else utils.first_output(model, images)
+        parts.append(features.float().to(store))
+        places.append(indices)
+    found, places = torch.cat(parts), torch.cat(places)
+    if utils.get_world_size() > 1:
+        found, places = utils.gather_rows(found, places)
+        if found is None:
+            return None
+    ordered = torch.empty(len(data_loader.dataset), found.shape[1], device=store)
+    ordered[places.to(store)] = found.to(store)
+    return ordered
+
+
+def multi_scale(images, model):
+    """Mean of a model's features [B, D] over the scales 1, 1/√2 and 1/2 of the images, L2-normalised."""
+    features = [utils.first_output(model, images)]
+    for scale in (2**-0.5, 0.5):
+        smaller = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
+        features.append(utils.first_output(model, smaller))
+    return F.normalize(torch.stack(features).mean(0), dim=1)
+
+
+def check_finite_features(*features):
+    """Raise UserError if features hold NaN or infinite numbers."""
+    if not all(part.isfinite().all() for part in features):
+        raise UserError(
+            "the features hold NaN or infinite numbers: the network has diverged, or its weights are damaged"
+        )
+
+
+# ---- attention ----
+
+
+@torch.no_grad()
+def cls_attention(model, images):
+    """How much CLS looks at each patch in a ViT's last block: [B, heads, H / patch, W / patch] of images [B, 3, H, W].
+
+    H and W are multiples of the patch size. The mass that CLS gives itself is left out, so a map sums to less than 1.
+    """
+    rows, columns = (side // model.patch_embed.patch_size for side in images.shape[-2:])
+    tokens = model.prepare_tokens(images)
+    for block in model.blocks[:-1]:
+        tokens = block(tokens)
+    last = model.blocks[-1]
+    queries, keys, _ = last.attn.split_heads(last.norm1(tokens))
+    attention = last.attn.attention_map(queries[:, :, :1], keys)  # [B, heads, 1, 1 + patches]: one row of a large map
+    return attention[:, :, 0, 1:].unflatten(-1, (rows, columns))
+
+
+def largest_mass(attention, threshold):
+    """Mask of the fewest patches that hold a share `threshold` of each map's mass: bool like attention [..., h, w]."""
+    mass, order = attention.flatten(-2).sort(dim=-1)
+    cumulated = mass.cumsum(dim=-1) / mass.sum(dim=-1, keepdim=True)
+    kept = cumulated > 1 - threshold
+    return torch.zeros_like(kept).scatter(-1, order, kept).view(attention.shape)
+
+
+# ---- nearest neighbors ----
+
+
+def labelled_features(model, sets, batch_size, num_workers, device, use_cuda=True, stop=None):
+    """(train features, train labels, test features, test labels), the features L2-normalised; None but on rank 0.
+
+    `sets` are two data sets of (image, index) and their labels, [N] each. `stop`, a StopRequest, may end it with a
+    utils.Stopped. All ranks have to call it.
+    """
+    train, test, train_labels, test_labels = sets
+    features = []
+    for dataset in (train, test):
+        # A signal to the whole process group is for the process that answers it.
+        in_worker = utils.ignore_signals if stop else None
+        loader = dino_data.eval_loader(dataset, batch_size, num_workers, device, in_worker)
+        features.append(extract_features(model, loader, use_cuda, stop=stop))
+    if not utils.is_main_process():
+        return None
+    train_features, test_features = (F.normalize(f, dim=1) for f in features)
+    return train_features, train_labels.to(train_features.device), test_features, test_labels.to(test_features.device)
+
+
+NUMBERS_AT_ONCE = 2**25  # similarities, or votes, held at a time: 128 MB
+
+
+def knn_classifier(train_features, train_labels, test_features, test_labels, k, T, num_classes=1000):
+    """Weighted k-NN accuracy of L2-normalised features: (top-1, top-5) in per cent.
+
+    Features [N, D], labels [N] of class numbers from 0; `num_classes` is taken from the labels and kept for callers
+    that give it. A k above the number of training images means all of them. Raises UserError for NaN or infinite
+    features. Memory is bounded for any number of images, classes and neighbours.
+    """
+    return knn_accuracies(train_features, train_labels, test_features, test_labels, [k], T)[k]
+
+
+@torch.no_grad()
+def knn_accuracies(train_features, train_labels, test_features, test_labels, ks, T):
+    """{k: (top-1, top-5)} as `knn_classifier` gives them for each k of a list, from one search."""
+    check_finite_features(train_features, test_features)
+    classes, labels = torch.cat((train_labels, test_labels)).unique(return_inverse=True)  # renumbered without gaps
+    train_labels, test_labels = labels.split((len(train_labels), len(test_labels)))
+    rows = max(NUMBERS_AT_ONCE // max(len(train_features), len(classes)), 1)
+    hits = torch.zeros(len(ks), 2, device=test_features.device)
+    for chunk, target in zip(test_features.split(rows), test_labels.split(rows), strict=True):
+        # Cosine similarities and labels of the nearest training images, best first: [rows, largest k].
+        similarity, nearest = (chunk @ train_features.T).topk(min(max(ks), len(train_features)), dim=1)
+        for i, k in enumerate(ks):
+            rank = rank_of_target(similarity[:, :k], train_labels[nearest[:, :k]], target, T, classes)
+            hits[i] += torch.stack(((rank < 1).sum(), (rank < min(5, k)).sum()))
+    per_cent = (100.0 * hits.double().cpu() / len(test_labels)).tolist()
+    return {k: tuple(accuracies) for k, accuracies in zip(ks, per_cent, strict=True)}
+
+
+def rank_of_target(similarities, neighbour_labels, target, T, classes):
+    """Place of the right class, 0 being the best, where neighbour j votes with weight exp(similarity_j / T): [rows].
+
+    Labels count the sorted class numbers in `classes`. Classes with equal votes rank by their number; so do those
+    without any, numbers that no image has included, as where votes are kept for all of 1000 classes.
+    """
+    weights = ((similarities - similarities[:, :1]) / T).exp()  # relative to the nearest: no overflow, the same ranks
+    votes = weights.new_zeros(len(weights), len(classes)).scatter_add_(1, neighbour_labels, weights)
+    target = target[:, None]
+    votes_of_target = votes.gather(1, target)
+    voted, lower = votes > 0, torch.arange(len(classes), device=votes.device) < target
+    before = (votes > votes_of_target) | (voted & lower & (votes == votes_of_target))
+    lower_without_votes = classes[target[:, 0]] - (voted & lower).sum(dim=1)
+    return before.sum(dim=1) + torch.where(votes_of_target[:, 0] > 0, 0, lower_without_votes)
+
+
+# ---- retrieval ----
+
+
+def compute_ap(ranks, nres):
+    """Average precision by trapezoids of the `nres` positives of a query that were found at these ranks, from 0."""
+    before = np.arange(len(ranks))
+    ranks = np.asarray(ranks, dtype=np.float64)
+    precision_left = np.where(ranks == 0, 1.0, before / np.maximum(ranks, 1))
+    precision_right = (before + 1) / (ranks + 1)
+    return float((precision_left + precision_right).sum() / (2 * nres))
+
+
+def compute_map(ranks, gnd, kappas=()):
+    """(mAP, AP of each query, mP@k for each k of `kappas`, P@k of each query and k), shares of 1.
+
+    `ranks` [database, queries] holds the numbers of the database's images, best first; `gnd` for each query the numbers
+    that are `ok` and, if there are any, those that are `junk`, which are passed over. Queries without a positive have
+    NaN and do not count. P@k of a query whose last positive comes before rank k is over the ranks up to that one.
+    """
+    aps, precisions = np.full(len(gnd), np.nan), np.full((len(gnd), len(kappas)), np.nan)
+    for i, query in enumerate(gnd):
+        if not len(query["ok"]):
+            continue
+        junk = np.isin(ranks[:, i], query.get("junk", ()))
+        places = np.arange(len(ranks)) - np.cumsum(junk)  # ranks from 0, as if the junk were not there
+        found = places[np.isin(ranks[:, i], query["ok"])]
+        aps[i] = compute_ap(found, len(query["ok"]))
+        depths = np.minimum(kappas, found.max() + 1)
+        precisions[i] = [(found < depth).sum() / depth for depth in depths]
+    counted = ~np.isnan(aps)
+    if not counted.any():
+        return math.nan, aps, np.full(len(kappas), np.nan), precisions
+    return aps[counted].mean(), aps, precisions[counted].mean(axis=0), precisions
+
+
+class PCA:
+    """Projection to `dim` principal components, each divided by its variance to the power `whit` (0.5: whitened).
+
+    `mean`, if it is set, is taken off first.
+    """
+
+    def __init__(self, dim=256, whit=0.5):
+        self.dim, self.whit, self.mean = dim, whit, None
+
+    def train_pca(self, cov):
+        """Learn the components from a symmetric matrix [D, D]. Variances below 1e-5 of the largest count as that."""
+        variances, components = np.linalg.eigh(np.asarray(cov, dtype=np.float64))  # ascending; components in columns
+        variances = np.maximum(variances, 1e-5 * variances.max())[::-1][: self.dim]
+        self.dvt = components[:, ::-1][:, : self.dim].T / variances[:, None] ** self.whit  # [dim, D]
+
+    def apply(self, x):
+        """Project the rows of x [N, D], an array or a tensor, -> [N, dim] of its kind."""
+        rows = x.cpu().double().numpy() if isinstance(x, torch.Tensor) else x
+        projected = (rows if self.mean is None else rows - self.mean) @ self.dvt.T
+        return torch.from_numpy(projected).to(x.dtype).to(x.device) if isinstance(x, torch.Tensor) else projected
