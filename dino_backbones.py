@@ -114,11 +114,11 @@ def build_convnet(arch, drop_path_rate=0.0, in_chans=3):
     no_extras = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
     model = take_off_classifier(models.get_model(arch, weights=None, **no_extras), arch)
     if in_chans != 3:
-        take_channels(model, in_chans)
+        replace_first_conv(model, in_chans)
     return model
 
 
-def take_channels(model, in_chans):
+def replace_first_conv(model, in_chans):
     """Put a new first convolution into a network, for so many channels: normal weights as spread as the old ones."""
     name, old = first_convolution(model)
     shape = (old.kernel_size, old.stride, old.padding, old.dilation)
@@ -182,7 +182,7 @@ def features_width(model, img_size, arch, in_chans=3):
     weight = next(model.parameters(), torch.empty(0))
     try:
         with torch.no_grad():
-            features = utils.first_output(
+            features = utils.features_of(
                 model.eval(), torch.zeros(2, in_chans, img_size, img_size, device=weight.device)
             )
     except (RuntimeError, ValueError, AssertionError) as e:
@@ -265,8 +265,8 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
             return 0, len(model.state_dict())
     state, source = dino_checkpoints.pick_state_dict(file, checkpoint_key, source)
     state = dino_checkpoints.backbone_state(state)
-    adopt_positional_grid(model, state)
-    return fill_backbone(model, state, source, arch, dino_checkpoints.trained_crop_size(file))
+    resize_model_grid(model, state)
+    return load_backbone_state(model, state, source, arch, dino_checkpoints.trained_crop_size(file))
 
 
 load_pretrained_weights = load_weights  # the public name
@@ -292,7 +292,7 @@ def load_published(arch, patch_size, part="backbone", flag="--pretrained_weights
         raise UserError(f"can't download {url}: {e}. Give a file as {flag}{otherwise}") from e
 
 
-def fill_backbone(model, state, source, arch=None, trained_size=None):
+def load_backbone_state(model, state, source, arch=None, trained_size=None):
     """Give a backbone all its tensors from a state dict; see `load_weights` for what is returned, raised and said."""
     wanted = model.state_dict()
     if "cls_attn_blocks.0.attn.q.weight" in wanted:
@@ -303,13 +303,13 @@ def fill_backbone(model, state, source, arch=None, trained_size=None):
     if not matched:
         raise UserError(
             f"none of the {len(wanted)} tensors of {arch or 'the model'} is in {source} (it has "
-            f"{utils.some_of(list(state)) or 'none'}). Check --arch, --patch_size and --checkpoint_key"
+            f"{utils.summarize(list(state)) or 'none'}). Check --arch, --patch_size and --checkpoint_key"
         )
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
         raise UserError(
             f"{source} has only {len(matched)} of the {len(wanted)} tensors of {arch or 'the model'}; it lacks "
-            f"{utils.some_of(missing)}. Check --arch and --checkpoint_key"
+            f"{utils.summarize(missing)}. Check --arch and --checkpoint_key"
         )
     for key in matched:
         if state[key].shape != wanted[key].shape:
@@ -326,11 +326,11 @@ def fill_backbone(model, state, source, arch=None, trained_size=None):
     utils.log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}{trained_at}")
     unused = [key for key in state if key not in wanted and not key.startswith(("head.", "fc."))]
     if unused:
-        utils.log(f"warning: in the file but not in the model: {utils.some_of(unused)}")
+        utils.log(f"warning: in the file but not in the model: {utils.summarize(unused)}")
     return len(matched), len(wanted)
 
 
-def adopt_positional_grid(model, state):
+def resize_model_grid(model, state):
     """Give a ViT the positional grid that the weights were trained on; other image sizes are interpolated from it."""
     learned = state.get("pos_embed")
     if not is_vit(model) or learned is None or learned.shape == model.pos_embed.shape:
@@ -369,9 +369,9 @@ def start_from_weights(student, teacher, args):
     """Give both networks the weights that --init_from names: the backbone's, and the projection head's if they fit."""
     state, source = initial_weights(args.init_from, args.arch, args.patch_size)
     backbone = dino_checkpoints.backbone_state(state)
-    resample_positional_grid(student.backbone, backbone)
+    resize_state_grid(student.backbone, backbone)
     fit_first_layer(student.backbone, backbone, source)
-    fill_backbone(student.backbone, backbone, source, args.arch)
+    load_backbone_state(student.backbone, backbone, source, args.arch)
     wanted = student.head.state_dict()
     head = {name: state.get(f"head.{name}") for name in wanted}
     fits = all(tensor is not None and tensor.shape == wanted[name].shape for name, tensor in head.items())
@@ -438,7 +438,7 @@ def fit_first_layer(model, state, source):
         utils.log(f"{name} starts afresh: {channels}")
 
 
-def resample_positional_grid(model, state):
+def resize_state_grid(model, state):
     """Interpolate the positions in a ViT's state dict to the grid of `model`; what does not fit is left as it is."""
     learned = state.get("pos_embed")
     if not is_vit(model) or learned is None or learned.ndim != 3 or learned.shape[2] != model.embed_dim:

@@ -104,14 +104,14 @@ def eval_transform(image_size=224, inputs=utils.RGB):
         [
             transforms.Resize(image_size * 8 // 7, interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(image_size),
-            *to_levels(inputs),
+            *last_transforms(inputs),
         ]
     )
 
 
-def to_levels(inputs):
+def last_transforms(inputs):
     """The last steps of a transform: uint8 [3, H, W] of a photograph, normalised floats [C, H, W] of other inputs."""
-    steps = [transforms.PILToTensor() if inputs.in_chans == 3 else levels]
+    steps = [transforms.PILToTensor() if inputs.in_chans == 3 else to_int16]
     return steps if inputs == utils.RGB else [*steps, inputs.normalize]
 
 
@@ -135,10 +135,10 @@ def render_pil_view(image, view):
         bands = [band.filter(ImageFilter.GaussianBlur(view.blur)) for band in bands]
     if view.solarize:
         bands = [ImageOps.solarize(band) for band in bands]
-    return planes([band.tobytes() for band in bands] * (3 // len(bands)), view.size)
+    return bands_to_tensor([band.tobytes() for band in bands] * (3 // len(bands)), view.size)
 
 
-def planes(channels, size):
+def bands_to_tensor(channels, size):
     """The bytes of three channels as a tensor [3, size, size]."""
     return torch.frombuffer(bytearray().join(channels), dtype=torch.uint8).view(3, size, size)
 
@@ -215,14 +215,14 @@ def render_fast(image, views):
     smaller image.
     """
     width = image.width
-    pixels = decode(image, views)  # [1, 3, H, W]
+    pixels = decode_reduced(image, views)  # [1, 3, H, W]
     shrunk = round(width / pixels.shape[-1])
     if shrunk > 1:
         views = [view._replace(box=tuple(round(edge / shrunk) for edge in view.box)) for view in views]
     return [render_fast_view(pixels, view) for view in views]
 
 
-def decode(image, views):
+def decode_reduced(image, views):
     """A PIL image as uint8 [1, 3, H, W], channels last in memory, perhaps reduced for these views."""
     pixels = None
     if image.format == "JPEG" and image.mode == "RGB" and image.tile:  # not decoded yet, nor of an odd kind
@@ -315,7 +315,7 @@ def exact_blur_kernel(radius):
 
 
 def render_planes(image, views):
-    """Views of an image, float32 [C, H, W] from 0 to 1, each as int16 [C, size, size]: its `levels`.
+    """Views of an image, float32 [C, H, W] from 0 to 1, each as int16 [C, size, size]: see `to_int16`.
 
     Step for step what render_pil does, but on floats, which are cut off at 0 and 1 where levels are at 0 and 255. The
     mean of all channels takes the place of grey; there are no hues.
@@ -338,7 +338,7 @@ def render_planes_view(image, view):
         crop = blur_planes(crop, view.blur)
     if view.solarize:
         crop = torch.minimum(crop, 1 - crop)
-    return levels(crop)
+    return to_int16(crop)
 
 
 # What a factor of 0 would leave of a crop [C, H, W]; 1 leaves all as it is.
@@ -358,7 +358,7 @@ def blur_planes(crop, radius):
     return crop[0]
 
 
-def levels(values):
+def to_int16(values):
     """Values from 0 to 1 in 65,536 levels: half the bytes of floats, and nothing lost of images of 16 bits.
 
     They are counted from -32,768 on, int16, because torch can do little with uint16, and the older the less.

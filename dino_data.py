@@ -163,7 +163,9 @@ def labelled_images(data_path, transform, exif=False, flag="--data_path", inputs
     train, val = (labelled_part(data_path, part, exif, flag, inputs.in_chans) for part in ("train", "val"))
     both = isinstance(train, dino_shards.TarShards) and set(train.paths) & set(getattr(val, "paths", ()))
     if both:
-        raise UserError(f"{flag} {data_path}: {utils.some_of(sorted(both))} would be of train and of val. Rename them")
+        raise UserError(
+            f"{flag} {data_path}: {utils.summarize(sorted(both))} would be of train and of val. Rename them"
+        )
     number = {name: i for i, name in enumerate(train.classes)}
     unknown = sorted(set(val.classes) - set(number))
     if unknown:
@@ -182,7 +184,7 @@ def find_labelled(path, transform, exif, flag, inputs=utils.RGB):
     if any(parts) and not dino_shards.are_shards(os.fspath(path)):
         raise UserError(f"{flag} {path} has only one of train and val. Name a folder that has both, or class folders")
     images = find_images(path, "", labelled_format(path), exif, flag, inputs.in_chans)
-    return held_out(images, transform, f"{flag} {path}", inputs)
+    return split_every_tenth(images, transform, f"{flag} {path}", inputs)
 
 
 def labelled_format(path):
@@ -190,7 +192,7 @@ def labelled_format(path):
     return "folder" if os.path.isdir(path) and not dino_shards.are_shards(os.fspath(path)) else "auto"
 
 
-def held_out(images, transform, source, inputs=utils.RGB):
+def split_every_tenth(images, transform, source, inputs=utils.RGB):
     """(train, val, labels of train, labels of val) of one set of images: every tenth of a class is in `val`.
 
     Classes of fewer than ten images give their first one, those of a single image none. Raises UserError if `source`,
@@ -241,7 +243,7 @@ class ImageStatistics(Dataset):
         return torch.stack((mean, variance))
 
 
-def measure_images(images, inputs, num_workers):
+def image_statistics(images, inputs, num_workers):
     """(mean, std) by channel of numbered images, of at most 5,000 of them, two tuples of values from 0 to 1.
 
     Each image counts as much as any other, whatever its size, as it does in training. Raises UserError if none can be
@@ -488,7 +490,7 @@ def build_data(args, device):
     if holds_both_parts(args.data_path, images):
         raise UserError(f"--data_path {args.data_path} holds train and val. Training takes the images of train alone")
     if args.compute_stats:
-        args.mean, args.std = measured_before(args) or measure(images, args)
+        args.mean, args.std = earlier_statistics(args) or measure_statistics(images, args)
     sizes = (args.global_crops_size, args.local_crops_size)
     scales = (args.global_crops_scale, args.local_crops_scale, args.local_crops_number)
     how = (args.blur_radius, True, args.augmentation, utils.inputs_of(args))
@@ -500,7 +502,7 @@ def build_data(args, device):
     return loader, len(dataset)
 
 
-def measured_before(args):
+def earlier_statistics(args):
     """(mean, std) that the run in --output_dir has measured, as rank 0 reads them; None if there is none."""
     checkpoint, _ = dino_checkpoints.load_newest(os.path.join(args.output_dir, "checkpoint.pth"))
     before = utils.plain_args(checkpoint.get("args")) if isinstance(checkpoint, dict) else {}
@@ -509,13 +511,13 @@ def measured_before(args):
     return utils.gather_objects((before.get("mean"), before.get("std")) if same else None)[0]
 
 
-def measure(images, args):
+def measure_statistics(images, args):
     """(mean, std) of the images, two lists, measured by rank 0. Raises UserError on all of them."""
     found = None
     if utils.is_main_process():
         try:
             inputs = utils.RGB._replace(in_chans=args.in_chans, value_range=args.value_range)
-            found = [list(numbers) for numbers in measure_images(images, inputs, args.num_workers)]
+            found = [list(numbers) for numbers in image_statistics(images, inputs, args.num_workers)]
         except UserError as e:
             found = str(e)
     found = utils.gather_objects(found)[0]

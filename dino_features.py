@@ -29,7 +29,7 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=N
         if stop and i % 10 == 0 and (number := max(utils.gather_objects(stop.signal))):
             raise utils.Stopped(int(number))
         images = utils.normalize(images.to(weight.device, non_blocking=True))
-        features = multi_scale(images, model) if multiscale else utils.first_output(model, images)
+        features = multi_scale(images, model) if multiscale else utils.features_of(model, images)
         parts.append(features.float().to(store))
         places.append(indices)
     found, places = torch.cat(parts), torch.cat(places)
@@ -44,10 +44,10 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=N
 
 def multi_scale(images, model):
     """Mean of a model's features [B, D] over the scales 1, 1/√2 and 1/2 of the images, L2-normalised."""
-    features = [utils.first_output(model, images)]
+    features = [utils.features_of(model, images)]
     for scale in (2**-0.5, 0.5):
         smaller = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
-        features.append(utils.first_output(model, smaller))
+        features.append(utils.features_of(model, smaller))
     return F.normalize(torch.stack(features).mean(0), dim=1)
 
 

@@ -30,7 +30,7 @@ NUMBERS = ("top_prototype", "center_norm", "feature_std", "grad_norm", "grad_nor
 
 
 @torch.no_grad()
-def measure(features, dino_loss, gradient_norms):
+def step_numbers(features, dino_loss, gradient_norms):
     """Numbers about the step just made, {name: number}.
 
     `features` [2·B, D] are the teacher's of the global crops, `gradient_norms` has a norm for each parameter. What is
@@ -56,7 +56,7 @@ def norm_of_weights(network):
 PATIENCE = 3  # times in a row that a condition has to be seen on the log
 
 
-def ill_conditions(numbers):
+def conditions(numbers):
     """{name: what is wrong and what to do} of what a step's numbers show; those of COLLAPSE mean a collapse."""
     ln_k, dim, found = numbers["ln_k"], numbers["feature_dim"], {}
     if numbers["entropy"] > 0.99 * ln_k and numbers["warm"]:
@@ -201,7 +201,7 @@ def unwise_crops(args, batch, images):
     return found
 
 
-class Doctor:
+class HealthMonitor:
     """Looks at a run's numbers, on rank 0, and warns, once for a condition, also of a run that is stopped and goes on.
 
     `warnings` has what was said and is not in the log yet, `collapse` what is seen of one, if anything. `steps` are
@@ -229,18 +229,18 @@ class Doctor:
             self.warnings.append(what)
             utils.log(f"warning: {what}")
 
-    def look_at_settings(self):
+    def check_settings(self):
         """What can be said before the first step."""
         batch = utils.global_batch(vars(self.args))
         for look in (unwise_teacher, unwise_optimisation, unwise_crops):
             for name, what in look(self.args, batch, self.steps * batch).items():
                 self.warn(name, what)
 
-    def look(self, step, numbers, student, teacher):
+    def check_step(self, step, numbers, student, teacher):
         """At what step `step` of the run shows: a dict of numbers, as `measure` and the log have them."""
         warm = max(self.args.warmup_epochs, self.args.warmup_teacher_temp_epochs, self.args.freeze_last_layer)
         numbers = {**numbers, "ln_k": math.log(self.args.out_dim), "warm": step >= warm * self.steps}
-        found = ill_conditions(numbers)
+        found = conditions(numbers)
         norms = [norm_of_weights(teacher), norm_of_weights(student)]
         late = step > 0.9 * self.args.epochs * self.steps  # the momentum is all but 1 there
         if self.norms and norms[0] == self.norms[0] and norms[1] != self.norms[1] and not late:
@@ -255,7 +255,7 @@ class Doctor:
                 if name in COLLAPSE:
                     self.collapse = what
 
-    def look_at_epoch(self, stats):
+    def check_epoch(self, stats):
         """At what goes into the log."""
         waiting = stats.get("train_data_wait", 0.0)
         epoch_seconds = self.steps * utils.global_batch(vars(self.args)) / stats.get("train_images_per_s", math.inf)
@@ -388,7 +388,9 @@ def log_in_to_wandb(project):
     On a terminal it may ask for a key. Raises UserError.
     """
     wandb = import_wandb(project)
-    if utils.find_place("")[0] > 0 or os.environ.get("WANDB_MODE", "online") != "online":  # offline, disabled
+    if (
+        utils.rank_from_environment("")[0] > 0 or os.environ.get("WANDB_MODE", "online") != "online"
+    ):  # offline, disabled
         return
     try:
         wandb.login(verify=True)

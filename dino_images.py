@@ -119,28 +119,28 @@ def one_line(error):
 
 
 PATIENCE = 60.0  # seconds for a file system that does not answer, until one file has been read again
-waited = 0.0  # of it by this process
+retry_budget_used = 0.0  # of it by this process
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
 
 
 def read_file(path, start=0, size=-1, name=None):
-    """The bytes of a file, or `size` of them; `name` is what they are called if they can't be read, see `patiently`."""
+    """The bytes of a file, or `size` of them; `name` is what they are called if they can't be read, see `with_retries`."""
 
     def read():
         with open(path, "rb") as file:
             file.seek(start)
             return file.read(size)
 
-    return patiently(read, path, name or path)
+    return with_retries(read, path, name or path)
 
 
-def patiently(act, path, name):
+def with_retries(act, path, name):
     """What `act` makes of a file; if its file system does not answer, or is not there, asked again for a minute.
 
     When the minute is over, the files that follow are asked for once, until one can be read. Raises BadImage, or
     UserError if the process has too many open files.
     """
-    global waited
+    global retry_budget_used
     pause = 0.5
     while True:
         try:
@@ -150,14 +150,14 @@ def patiently(act, path, name):
             if number in (errno.EMFILE, errno.ENFILE):
                 raise UserError(f"too many open files, at {name}. Raise `ulimit -n`, or lower --num_workers") from e
             gone = number == errno.ENOENT and not os.path.isdir(os.path.dirname(path))
-            if not (gone or number in PASSING) or waited >= PATIENCE:
+            if not (gone or number in PASSING) or retry_budget_used >= PATIENCE:
                 reason = getattr(e, "strerror", None) or one_line(e)
                 raise BadImage(f"can't read the image {name}: {reason}. Repair or remove it") from e
         else:
-            waited = 0.0
+            retry_budget_used = 0.0
             return result
         time.sleep(pause)
-        waited, pause = waited + pause, 2 * pause
+        retry_budget_used, pause = retry_budget_used + pause, 2 * pause
 
 
 def digest_of_names(images):
@@ -168,7 +168,7 @@ def digest_of_names(images):
     return digest.hexdigest()
 
 
-def still_bad(bad_images, images, inputs=utils.RGB):
+def recheck_bad_images(bad_images, images, inputs=utils.RGB):
     """Of {name: what is wrong}, the ones that are among numbered images and can't be read now either."""
     found = {}
     for i in range(len(images)) if bad_images else ():
@@ -401,11 +401,11 @@ def folder_images(root, kind, exif, flag, extensions=EXTENSIONS):
     if names and not len(images):
         raise UserError(f"{flag} {root} has images in it but no class folders. Take --data_format flat, or auto")
     if not len(images):
-        raise UserError(f"{flag} {root} has no images in it ({', '.join(extensions)}){what_else(root)}")
+        raise UserError(f"{flag} {root} has no images in it ({', '.join(extensions)}){empty_folder_hint(root)}")
     return images
 
 
-def what_else(root):
+def empty_folder_hint(root):
     """What a folder without images may have been meant for, as the end of a message."""
     names = [name for _, _, files in os.walk(root) for name in files]
     hints = {

@@ -154,7 +154,7 @@ class OnlineKnn:
         inputs = utils.inputs_of(args)
         transform = dino_crops.eval_transform(args.global_crops_size, inputs)
         if args.knn_data is None:
-            self.sets = dino_data.held_out(images, transform, f"--data_path {args.data_path}", inputs)
+            self.sets = dino_data.split_every_tenth(images, transform, f"--data_path {args.data_path}", inputs)
         else:
             self.sets = dino_data.find_labelled(args.knn_data, transform, args.exif, "--knn_data", inputs)
         for dataset in self.sets[:2]:
@@ -219,12 +219,12 @@ class RunKeeper:
         """Measure the run's health, on the steps that are logged; rank 0 warns of what it sees."""
         if self.args is None:
             return
-        metrics.update(**dino_health.measure(teacher.features, dino_loss, gradient_norms))
+        metrics.update(**dino_health.step_numbers(teacher.features, dino_loss, gradient_norms))
         if utils.is_main_process():
             numbers = {name: meter.value for name, meter in metrics.meters.items()}
             self.doctor.curves.add(step, numbers)
             about = {"feature_dim": teacher.features.shape[1], "images": len(teacher.features) // 2}
-            self.doctor.look(step, {**numbers, **about}, student, teacher)
+            self.doctor.check_step(step, {**numbers, **about}, student, teacher)
 
     def note_bad_images(self, wrong=()):
         """Take down what could not be read for a batch; UserError is raised when that is too much."""
@@ -242,7 +242,7 @@ class RunKeeper:
             self.write_bad_images()
             raise UserError(
                 f"{len(bad)} of {images} images can't be read, which is more than --max_bad_images "
-                f"{self.args.max_bad_images} allows: {utils.some_of(sorted(bad))}. Repair or remove what stands in "
+                f"{self.args.max_bad_images} allows: {utils.summarize(sorted(bad))}. Repair or remove what stands in "
                 f"{os.path.join(self.args.output_dir, 'bad_images.txt')}, or allow more"
             )
 
@@ -261,7 +261,7 @@ class RunKeeper:
         lines = []
         for name, why in sorted(self.doctor.bad_images.items()):
             why = why.removeprefix(f"can't read the image {name}: ").removesuffix(". Repair or remove it")
-            lines.append(f"{utils.shown(name)}\t{' '.join(why.split())}\n")
+            lines.append(f"{utils.printable(name)}\t{' '.join(why.split())}\n")
         text = "".join(lines)
         path = os.path.join(self.args.output_dir, "bad_images.txt")
         try:

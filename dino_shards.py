@@ -69,10 +69,10 @@ def shard_files(pattern, flag):
             each = list(itertools.islice(each, MOST_SHARDS + 1))
         except (UnbalancedBracesError, ValueError, MemoryError, RecursionError) as e:
             raise UserError(f"{flag} {pattern} is no pattern of shards, such as {{0000..0999}}.tar ({e})") from e
-        paths = [path for name in each for path in those_of(name)]
+        paths = [path for name in each for path in expand_glob(name)]
     missing = [path for path in paths[:MOST_SHARDS] if not os.path.isfile(path)]
     if not paths or missing:
-        what = f"; {len(missing)} of {len(paths)} are missing: {utils.some_of(missing)}" if missing else ""
+        what = f"; {len(missing)} of {len(paths)} are missing: {utils.summarize(missing)}" if missing else ""
         raise UserError(
             f"{flag} {pattern}: there are no such shards{what}. Name those that there are, as in {{0000..0999}}.tar"
         )
@@ -81,7 +81,7 @@ def shard_files(pattern, flag):
     return paths
 
 
-def those_of(name):
+def expand_glob(name):
     """Paths that a name stands for: itself, or what `*`, `?` and `[...]` in it match, by the alphabet."""
     if os.path.exists(name) or not glob.has_magic(name):
         return [name]
@@ -93,7 +93,7 @@ def shards_of_part(folder, part):
     """A pattern of the shards of a folder with `part` (train or val) as a word in their names; None if none has."""
     word, no_letter = f"[{part[0]}]{part[1:]}", "[!a-zA-Z]"
     names = (word, f"{word}{no_letter}*", f"*{no_letter}{word}", f"*{no_letter}{word}{no_letter}*")
-    found = [name for name in names if those_of(os.path.join(glob.escape(folder), f"{name}.tar"))]
+    found = [name for name in names if expand_glob(os.path.join(glob.escape(folder), f"{name}.tar"))]
     either = f"{{{','.join(found)}}}" if len(found) > 1 else "".join(found)
     return os.path.join(glob.escape(folder), f"{either}.tar") if found else None
 
@@ -151,7 +151,7 @@ def split_name(name):
 
 def check_member(member, path, size):
     """Raise UserError for what no shard has that was made for training. Nothing is ever unpacked, even so."""
-    where = f"the shard {path} has {utils.shown(member.name[:200])} in it"
+    where = f"the shard {path} has {utils.printable(member.name[:200])} in it"
     if len(member.name) > 1000:
         raise UserError(f"{where}, a name of {len(member.name)} letters. Make it anew, with names of up to 1000")
     if member.name.startswith("/") or ".." in member.name.split("/"):
@@ -161,7 +161,7 @@ def check_member(member, path, size):
     if member.issparse():
         raise UserError(f"{where}, a file with holes. Make it anew, without tar --sparse")
     if not 0 <= member.offset_data <= member.offset_data + member.size <= size:
-        raise UserError(f"the shard {path} ends within {utils.shown(member.name)}. Copy it anew")
+        raise UserError(f"the shard {path} ends within {utils.printable(member.name)}. Copy it anew")
 
 
 def read_label(tar, member, path):
@@ -171,7 +171,9 @@ def read_label(tar, member, path):
     except UnicodeDecodeError:
         label = ""
     if not label or member.size > 1000:
-        raise UserError(f"the shard {path} has no label in {utils.shown(member.name)}. It takes a number, or a name")
+        raise UserError(
+            f"the shard {path} has no label in {utils.printable(member.name)}. It takes a number, or a name"
+        )
     return label
 
 
@@ -192,7 +194,7 @@ def check_keys(found, dotted, path):
     lost = sorted(dotted.keys() - {key for key, _ in found})
     if lost:
         raise UserError(
-            f"the shard {path} has {utils.shown(dotted[lost[0]])} in it: names of images have one dot, key.jpg. Rename "
+            f"the shard {path} has {utils.printable(dotted[lost[0]])} in it: names of images have one dot, key.jpg. Rename "
             f"it, and {len(lost) - 1} more"
         )
 
@@ -226,7 +228,7 @@ def read_head(path, state, extensions):
 def make_table(path, state, extensions):
     """Write a shard's table of contents: a row for each image; then its head, by which it counts as written."""
     table = as_table(list_members(path, extensions))
-    images, digest = head_of(table)
+    images, digest = index_header(table)
     head = json.dumps({"path": os.path.abspath(path), "state": state, "images": images, "digest": digest})
     target = table_path(path, state, extensions)
     arriving = target.with_name(f".{uuid.uuid4().hex}")  # another process may be at it, where files can't be locked
@@ -237,7 +239,7 @@ def make_table(path, state, extensions):
     os.replace(arriving, target.with_suffix(".json"))
 
 
-def head_of(table):
+def index_header(table):
     """(number of images, digest of their names)."""
     return len(table), hashlib.blake2b(b"\n".join(table["name"].tolist()), digest_size=6).hexdigest()
 
@@ -250,9 +252,9 @@ def as_table(members):
 
 
 @functools.lru_cache(maxsize=1024)
-def table_of(path, state, extensions):
+def load_index(path, state, extensions):
     """The table of contents of a shard whose state is that still. It stays on the disk; what is looked up is read."""
-    now = dino_images.patiently(lambda: state_of(path), path, path)
+    now = dino_images.with_retries(lambda: state_of(path), path, path)
     if now[:2] != list(state)[:2]:  # a new owner, name or mode is no change
         raise dino_images.BadImage(f"can't read the image: the shard {path} has changed since the start")
     head = read_head(path, list(state), extensions)
@@ -263,7 +265,7 @@ def table_of(path, state, extensions):
     return as_table(list_members(path, extensions))  # the list that was kept is gone
 
 
-def contents_of(paths, extensions):
+def shard_index(paths, extensions):
     """[(number of images, digest of their names)] of shards. Of the processes of a machine one lists what is new."""
     shards = [(path, state_of(path), extensions) for path in paths]
     if None in (read_head(*shard) for shard in shards):
@@ -282,7 +284,7 @@ def contents_of(paths, extensions):
                 f"warning: lists of the images in shards can't be kept in {folder} ({e.strerror}): each start makes "
                 "them anew. Set DINO_CACHE to a folder that you may write to"
             )
-    return [read_head(*shard) or head_of(table_of(shard[0], tuple(shard[1]), extensions)) for shard in shards]
+    return [read_head(*shard) or index_header(load_index(shard[0], tuple(shard[1]), extensions)) for shard in shards]
 
 
 # ---- images ----
@@ -295,7 +297,7 @@ class TarShards:
         self.extensions = extensions
         self.paths, self.exif, self.flag, self.pattern = shard_files(pattern, flag), exif, flag, pattern
         self.states = [tuple(state_of(path)) for path in self.paths]
-        counts, self.digests = zip(*contents_of(self.paths, extensions), strict=True)
+        counts, self.digests = zip(*shard_index(self.paths, extensions), strict=True)
         self.starts = np.cumsum([0, *counts])  # number of each shard's first image, and of all
         self.numbers = range(int(self.starts[-1]))
         if not len(self.numbers):
@@ -311,7 +313,7 @@ class TarShards:
         """(path of the shard, name in it, first byte, number of bytes) of image i."""
         number = int(self.numbers[i])
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        row = table_of(self.paths[shard], self.states[shard], self.extensions)[number - int(self.starts[shard])]
+        row = load_index(self.paths[shard], self.states[shard], self.extensions)[number - int(self.starts[shard])]
         return self.paths[shard], row["name"].decode(errors="surrogateescape"), int(row["start"]), int(row["size"])
 
     def name(self, i):
@@ -336,7 +338,7 @@ class TarShards:
     def labels(self):
         """(class number of each image [N] or None, names of the classes)."""
         shards = zip(self.paths, self.states, strict=True)
-        tables = [table_of(*shard, self.extensions)["label"] for shard in shards]
+        tables = [load_index(*shard, self.extensions)["label"] for shard in shards]
         found = [label.decode() for label in np.concatenate(tables)[np.asarray(self.numbers)].tolist()]
         return dino_images.number_labels([label for label in found if label], len(found), self.pattern)
 
@@ -351,7 +353,7 @@ class TarShards:
     def are_sorted(self):
         """Whether shards hold a class or two each, of more: as the labels say in some twenty shards of ten images."""
         some = range(0, len(self.paths), max(len(self.paths) // 20, 1))
-        tables = [table_of(self.paths[k], self.states[k], self.extensions)["label"] for k in some]
+        tables = [load_index(self.paths[k], self.states[k], self.extensions)["label"] for k in some]
         found = [Counter(labels.tolist()) for labels in tables if len(labels) >= 10]
         each = statistics.median(map(len, found)) if found else 0
         commonest = {labels.most_common(1)[0][0] for labels in found}  # one, where other classes are rare

@@ -92,7 +92,7 @@ def positives(block, files, originals):
     if block != "strong" and len(lone) == len(files) == len(originals):
         return [[i] for i in range(len(files))]
     raise UserError(
-        f"{len(lone)} of the {len(files)} images in {block}/ have no original: {utils.some_of(lone)}. Give copies the "
+        f"{len(lone)} of the {len(files)} images in {block}/ have no original: {utils.summarize(lone)}. Give copies the "
         "names of their originals; in strong/ the first four characters count"
     )
 

@@ -92,7 +92,9 @@ class OxfordParisDataset(dino_data.EvalImages):
         paths = [os.path.join(root, "jpg", f"{name}.jpg") for name in names]
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
-            raise UserError(f"{len(missing)} of the {len(paths)} {split} images are missing: {utils.some_of(missing)}")
+            raise UserError(
+                f"{len(missing)} of the {len(paths)} {split} images are missing: {utils.summarize(missing)}"
+            )
         super().__init__(dino_images.ImageFiles(paths), transform or transforms.PILToTensor())
 
     def load(self, i):
@@ -128,7 +130,7 @@ def load_ground_truth(path):
         raise UserError(f"{path} is no ground truth with imlist, qimlist and gnd (easy, hard, junk): {e}") from e
     twice = [i for i, query in enumerate(gnd) if len(set().union(*query.values())) < sum(map(len, query.values()))]
     if twice:
-        utils.log(f"warning: {path} names an image twice for queries {utils.some_of(list(map(str, twice)))}")
+        utils.log(f"warning: {path} names an image twice for queries {utils.summarize(list(map(str, twice)))}")
     return {"imlist": lists[0], "qimlist": lists[1], "gnd": gnd}
 
 

@@ -95,7 +95,7 @@ def load_data(args):
     train, val, train_labels, val_labels = sets
     # The crops of training depend on the epoch: MultiCropDataset makes them.
     crop, flip = transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip()
-    decode, finish = functools.partial(dino_images.decode, inputs=inputs), dino_crops.to_levels(inputs)
+    decode, finish = functools.partial(dino_images.decode, inputs=inputs), dino_crops.last_transforms(inputs)
     augment = transforms.Compose([decode, crop, flip, *finish])
     crops = dino_data.MultiCropDataset(train.images, augment, args.seed, strict=True)
     return crops, val, train_labels, val_labels, train.images.classes
@@ -134,7 +134,7 @@ def frozen_features(model, images, n_last_blocks=4, avgpool=False):
     """
     images = utils.normalize(images)
     if not dino_backbones.is_vit(model):
-        return utils.first_output(model, images).flatten(1)
+        return utils.features_of(model, images).flatten(1)
     layers = model.get_intermediate_layers(images, n_last_blocks)  # n of [B, 1 + patches, D]
     parts = [tokens[:, 0] for tokens in layers]
     if avgpool:

@@ -313,7 +313,7 @@ def reference(model, size, args, in_chans=3):
     images = torch.randn(3, in_chans, *size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # which would cost three digits
-            features = utils.first_output(model.to(device), images.to(device)).cpu()
+            features = utils.features_of(model.to(device), images.to(device)).cpu()
     except (RuntimeError, ValueError, AssertionError) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"--arch {args.arch} does not take images of {size[0]} × {size[1]} pixels: {reason}") from e
@@ -331,7 +331,7 @@ def largest_deviation(opened, images, features):
     """
     deviations = []
     for number in (len(images), 1):
-        got, want = utils.first_output(opened, images[:number]), features[:number]
+        got, want = utils.features_of(opened, images[:number]), features[:number]
         fits = got.shape == want.shape and got.isfinite().all()
         deviations.append(((got - want).abs().max() / want.abs().max()).item() if fits else math.inf)
     return max(deviations)

@@ -371,7 +371,7 @@ def train_one_epoch(
     metrics.add_meters("loss", "lr", "wd", entropy=f"{{median:.6f}} ({{global_avg:.6f}}) of ln K = {ln_k:.4f}")
     metrics.add_meters("kl", **dict.fromkeys(dino_health.NUMBERS, "{median:.3g}"))
     buffers = [*student.buffers(), *teacher.buffers()]  # statistics of batch norms
-    metrics.go_on_from(keeper.meters)
+    metrics.restore(keeper.meters)
     first = epoch * (done + len(data_loader)) + done
     hint = "try --augmentation fast or more --num_workers" if args.augmentation == "pil" else "try more --num_workers"
     batches = metrics.log_every(data_loader, 10, f"Epoch: [{epoch}/{args.epochs}]", done, hint)
@@ -556,11 +556,13 @@ def train_dino(args):
     # ---- epochs ----
     start = time.time()
     curves = dino_health.Curves(args)
-    doctor = dino_health.Doctor(args, len(data_loader), curves, progress["health"])
-    doctor.bad_images = dino_images.still_bad(doctor.bad_images, data_loader.dataset.images, utils.inputs_of(args))
+    doctor = dino_health.HealthMonitor(args, len(data_loader), curves, progress["health"])
+    doctor.bad_images = dino_images.recheck_bad_images(
+        doctor.bad_images, data_loader.dataset.images, utils.inputs_of(args)
+    )
     if utils.plain_args(progress["args"]).get("knn_data") != args.knn_data:
         doctor.best_knn, doctor.best_epoch = -1.0, None  # of other images
-    doctor.look_at_settings()
+    doctor.check_settings()
     dino_health.write_environment(args, get_args_parser())
     state = functools.partial(
         dino_checkpoints.run_state, student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor
@@ -589,7 +591,7 @@ def train_dino(args):
                     )
                     keeper.stopped_by = e.signal
                     break
-            doctor.look_at_epoch(stats)
+            doctor.check_epoch(stats)
             keeper.share_bad_images()
             if doctor.bad_images:
                 stats["bad_images"] = len(doctor.bad_images)

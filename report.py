@@ -380,8 +380,8 @@ def build_teacher(run, device):
     state = dino_checkpoints.backbone_state(run.teacher)
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"{run.source} has weights that are not finite: the run has diverged")
-    dino_backbones.adopt_positional_grid(model, state)
-    dino_backbones.fill_backbone(model, state, run.source, arch, size)
+    dino_backbones.resize_model_grid(model, state)
+    dino_backbones.load_backbone_state(model, state, run.source, arch, size)
     dino_backbones.use_fused_attention(model, device)
     return model.to(device).eval().requires_grad_(False), size
 

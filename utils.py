@@ -104,7 +104,7 @@ def init_distributed_mode(args):
     no process group and opens no port.
     """
     try:
-        args.rank, args.world_size, args.gpu = find_place(args.dist_url)
+        args.rank, args.world_size, args.gpu = rank_from_environment(args.dist_url)
         device = pick_device(args.device, args.gpu)
         if args.world_size > 1:
             if device.type == "mps":
@@ -120,7 +120,7 @@ def init_distributed_mode(args):
     return device
 
 
-def find_place(dist_url):
+def rank_from_environment(dist_url):
     """(rank, number of processes, rank on this machine) as the launcher says."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -447,7 +447,7 @@ class MetricLogger:
         """{name: (total, count)} of every process: a list, in the order of ranks. All processes have to call it."""
         return gather_objects({name: meter.totals() for name, meter in self.meters.items()})
 
-    def go_on_from(self, everyones):
+    def restore(self, everyones):
         """Take up what `totals` gave. Rank 0 takes all of it if there were more or fewer processes then."""
         as_many = len(everyones) == get_world_size()
         for rank, totals in enumerate(everyones):
@@ -754,12 +754,12 @@ def has_batchnorms(model):
 # ---- weights ----
 
 
-def shown(name):
+def printable(name):
     """A name as it is, or, with odd characters in it, as Python writes it: on one line in any case."""
     return name if name.isprintable() else repr(name)
 
 
-def some_of(names):
+def summarize(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -815,7 +815,7 @@ def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     if images.dtype.is_floating_point:
         return images
     mean, std = statistics_on(images.device, mean, std)
-    deep = images.dtype == torch.int16  # dino_data.levels
+    deep = images.dtype == torch.int16  # dino_crops.to_int16
     values = images.float().add_(32768).div_(65535) if deep else images.float().div_(255)
     return values.sub_(mean).div_(std)
 
@@ -825,7 +825,7 @@ def statistics_on(device, mean, std):
     return [torch.tensor(values, device=device)[:, None, None] for values in (mean, std)]
 
 
-def first_output(model, images):
+def features_of(model, images):
     """The features [B, D] of a model that may return others beside them."""
     output = model(images)
     return output[0] if isinstance(output, tuple) else output
@@ -853,7 +853,7 @@ class MultiCropWrapper(nn.Module):
         features, first = [], 0
         for i in range(1, len(crops) + 1):
             if i == len(crops) or crops[i].shape[-2:] != crops[first].shape[-2:]:
-                features.append(first_output(self.backbone, torch.cat(crops[first:i])))
+                features.append(features_of(self.backbone, torch.cat(crops[first:i])))
                 first = i
         features = torch.cat(features)
         self.features = features.detach()

@@ -127,7 +127,7 @@ def load(path, args, inputs):
     height, width = (side - side % args.patch_size for side in args.image_size)
     values = dino_images.planes(dino_images.open_image(path), inputs)
     values = resize(values, args.image_size, antialias=True)[:, :height, :width]
-    return (255 * values).round().byte().expand(3, -1, -1), inputs.normalize(dino_crops.levels(values))
+    return (255 * values).round().byte().expand(3, -1, -1), inputs.normalize(dino_crops.to_int16(values))
 
 
 # ---- pictures ----

@@ -281,7 +281,7 @@ def test_jpegs_are_decoded_to_pils_pixels_and_not_turned(tmp_path, photographs):
     exif[0x0112] = 6  # to be shown turned by a quarter
     for settings in ({}, {"progressive": True}, {"subsampling": 0}, {"exif": exif}):
         path = jpeg(tmp_path / "x.jpg", photographs[2], **settings)
-        pixels = dino_crops.decode(dino_images.open_image(path), [plain(photographs[2])])
+        pixels = dino_crops.decode_reduced(dino_images.open_image(path), [plain(photographs[2])])
         assert pixels.shape == (1, 3, photographs[2].height, photographs[2].width)
         np.testing.assert_array_equal(pixels[0].permute(1, 2, 0), np.asarray(dino_images.load_image(path)))
 
@@ -291,7 +291,7 @@ def test_jpegs_in_other_colours_are_pils_pixels_too(tmp_path, photographs, mode)
     levels = np.random.RandomState(0).randint(0, 256, (40, 50, 4), dtype=np.uint8)
     image = photographs[2].convert("L") if mode == "L" else Image.frombytes("CMYK", (50, 40), levels.tobytes())
     path = jpeg(tmp_path / "x.jpg", image)
-    pixels = dino_crops.decode(dino_images.open_image(path), [plain(image)])
+    pixels = dino_crops.decode_reduced(dino_images.open_image(path), [plain(image)])
     np.testing.assert_array_equal(pixels[0].permute(1, 2, 0), np.asarray(dino_images.load_image(path)))
 
 
@@ -348,7 +348,7 @@ def large(tmp_path_factory):
 def test_a_jpeg_is_decoded_as_small_as_leaves_every_crop_twice_its_pixels(large, sides, size, decoded):
     boxes = [(0, 0, sides[0], sides[1]), (0, 0, 1800, 1800)]
     views = [View(size, box, False, (), False, None, False) for box in boxes]
-    shape = dino_crops.decode(dino_images.open_image(large), views).shape
+    shape = dino_crops.decode_reduced(dino_images.open_image(large), views).shape
     assert abs(shape[-1] - decoded) <= 1
     assert abs(shape[-2] - decoded * 1801 / 3001) <= 1
 
@@ -357,7 +357,7 @@ def test_reduced_decoding_shows_in_a_level_or_so(large):
     whole = dino_images.load_image(large)
     for box in ((1500, 700, 2413, 1599), (3, 1, 2994, 1793)):
         view = View(96, box, False, (), False, None, False)
-        assert dino_crops.decode(dino_images.open_image(large), [view]).shape[-1] < 1501
+        assert dino_crops.decode_reduced(dino_images.open_image(large), [view]).shape[-1] < 1501
         slow, fast = (r(i, [view])[0].int() for r, i in (
             (dino_crops.render_pil, whole), (dino_crops.render_fast, dino_images.open_image(large))))  # fmt: skip
         assert (slow - fast).abs().float().mean() <= 1.5
@@ -367,7 +367,7 @@ def test_reduced_decoding_shows_in_a_level_or_so(large):
 def test_other_formats_are_not_reduced(tmp_path, large):
     dino_images.load_image(large).resize((900, 900)).save(tmp_path / "x.png", compress_level=1)
     view = View(32, (0, 0, 900, 900), False, (), False, None, False)
-    assert dino_crops.decode(dino_images.open_image(tmp_path / "x.png"), [view]).shape[-1] == 900
+    assert dino_crops.decode_reduced(dino_images.open_image(tmp_path / "x.png"), [view]).shape[-1] == 900
 
 
 def test_a_damaged_large_jpeg_is_an_error(tmp_path, large):

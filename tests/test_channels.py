@@ -359,7 +359,7 @@ def bands(tmp_path_factory):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_mean_and_std_are_numpys(bands, workers):
     images = dino_images.find_images(bands / "train", in_chans=4)
-    mean, std = dino_data.measure_images(images, inputs(4), workers)
+    mean, std = dino_data.image_statistics(images, inputs(4), workers)
     everything = np.stack([np.load(images.name(i)).astype(np.float64) for i in range(len(images))])
     np.testing.assert_allclose(mean, everything.mean(axis=(0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(std, everything.std(axis=(0, 2, 3)), rtol=1e-12)
@@ -370,7 +370,7 @@ def test_mean_and_std_of_photographs_are_of_rgb_and_of_a_spread_sample(tmp_path,
     for i in range(40):
         Image.fromarray(RANDOM.integers(0, 50 + 5 * i, (8, 8, 3)).astype(np.uint8)).save(tmp_path / f"{i:02}.png")
     images = dino_images.find_images(tmp_path)
-    mean, std = dino_data.measure_images(images, utils.RGB, 0)
+    mean, std = dino_data.image_statistics(images, utils.RGB, 0)
     pixels = np.stack([np.asarray(Image.open(images.name(i)).convert("RGB")) / 255 for i in (0, 13, 26)])
     np.testing.assert_allclose(mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(std, pixels.std(axis=(0, 1, 2)), rtol=1e-12)
@@ -380,9 +380,9 @@ def test_a_constant_channel_and_images_that_are_none_are_named(tmp_path):
     array_file(tmp_path / "a.npy", np.stack([RANDOM.random((8, 8)), np.full((8, 8), 0.5)]))
     images = dino_images.find_images(tmp_path, in_chans=2)
     with pytest.raises(UserError, match=r"channel 1 \(from 0\) is the same number in all 1 images"):
-        dino_data.measure_images(images, inputs(2), 0)
+        dino_data.image_statistics(images, inputs(2), 0)
     with pytest.raises(UserError, match=r"none of 1 images can be read\. Of the first one: .*not height, width and 5"):
-        dino_data.measure_images(images, inputs(5), 0)
+        dino_data.image_statistics(images, inputs(5), 0)
 
 
 # ---- arguments ----
@@ -431,12 +431,12 @@ def test_what_a_checkpoint_says_of_its_inputs_must_fit():
 def test_networks_take_any_number_of_channels(arch, in_chans):
     model, width = dino_backbones.build_backbone(arch, 16, 64, in_chans=in_chans)
     images = torch.randn(2, in_chans, 64, 64, generator=torch.Generator().manual_seed(0))
-    features = utils.first_output(model.eval(), images)
+    features = utils.features_of(model.eval(), images)
     assert features.shape == (2, width)
     for channel in range(in_chans):
         others = images.clone()
         others[:, channel] += 1
-        assert not torch.allclose(utils.first_output(model, others), features), f"channel {channel} is not looked at"
+        assert not torch.allclose(utils.features_of(model, others), features), f"channel {channel} is not looked at"
 
 
 def test_a_new_first_convolution_is_as_spread_as_the_old_one():
@@ -451,17 +451,17 @@ def test_weights_for_colours_are_added_up_for_grey_images(arch):
     colour, grey = (dino_backbones.build_backbone(arch, 16, 32, in_chans=n)[0].eval() for n in (3, 1))
     state = colour.state_dict()
     dino_backbones.fit_first_layer(grey, state, "a file")
-    dino_backbones.fill_backbone(grey, state, "a file", arch)
+    dino_backbones.load_backbone_state(grey, state, "a file", arch)
     images = tensor("grey", (2, 1, 32, 32))
-    same = utils.first_output(colour, images.expand(-1, 3, -1, -1))
-    torch.testing.assert_close(utils.first_output(grey, images), same, atol=1e-4, rtol=1e-4)
+    same = utils.features_of(colour, images.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(utils.features_of(grey, images), same, atol=1e-4, rtol=1e-4)
 
 
 def test_for_many_channels_the_first_layer_starts_afresh_and_says_so(capsys):
     colour, many = (dino_backbones.build_backbone("vit_nano", 16, 32, in_chans=n)[0] for n in (3, 4))
     fresh, state = many.patch_embed.proj.weight.clone(), colour.state_dict()
     dino_backbones.fit_first_layer(many, state, "a file")
-    dino_backbones.fill_backbone(many, state, "a file", "vit_nano")
+    dino_backbones.load_backbone_state(many, state, "a file", "vit_nano")
     assert torch.equal(many.patch_embed.proj.weight, fresh)
     assert torch.equal(many.blocks[0].attn.qkv.weight, colour.blocks[0].attn.qkv.weight)
     assert "patch_embed.proj starts afresh: it is for 3 channels in a file, for 4 here" in capsys.readouterr().out
@@ -547,9 +547,9 @@ def test_a_resumed_run_takes_mean_and_std_from_its_checkpoint(run, bands, tmp_pa
 def test_with_another_range_of_values_they_are_measured_anew(run, bands, tmp_path):
     shutil.copy(run / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
     args = arguments_of(main_dino, *ON_BANDS, "--compute_stats", "true", "--output_dir", tmp_path)
-    assert dino_data.measured_before(args)
+    assert dino_data.earlier_statistics(args)
     args.value_range = [args.value_range[0], 2 * args.value_range[1]] if args.value_range else [0.0, 2.0]
-    assert dino_data.measured_before(args) is None
+    assert dino_data.earlier_statistics(args) is None
 
 
 @pytest.mark.parametrize("said", [False, True])

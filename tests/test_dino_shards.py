@@ -38,7 +38,7 @@ from utils import UserError
 def cache(tmp_path, monkeypatch):
     """A cache of its own for each test."""
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
-    dino_shards.table_of.cache_clear()
+    dino_shards.load_index.cache_clear()
     return tmp_path / "cache"
 
 
@@ -381,7 +381,7 @@ def test_where_nothing_can_be_kept_that_is_said_and_the_shards_are_read_even_so(
     kept = dino_images.digest_of_names(TarShards(str(root)))
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "file"))
-    dino_shards.table_of.cache_clear()
+    dino_shards.load_index.cache_clear()
     images = TarShards(str(root))
     assert "Set DINO_CACHE" in capsys.readouterr().out
     assert dino_images.digest_of_names(images) == kept

@@ -52,12 +52,12 @@ def test_the_loss_is_the_teachers_entropy_and_the_divergence():
 def test_numbers_are_those_of_the_definitions():
     features, norms = tensor("health/features", (16, 32)) + 3, torch.tensor([0.5, 4.0, 2.0])
     loss = SimpleNamespace(top_prototype=torch.tensor(0.25), center=torch.tensor([[3.0, 4.0]]))
-    found = dino_health.measure(features, loss, norms)
+    found = dino_health.step_numbers(features, loss, norms)
     unit = features.double().numpy() / np.linalg.norm(features.double().numpy(), axis=1, keepdims=True)
     assert found["feature_std"] == pytest.approx(unit.std(axis=0).mean(), rel=1e-5)
     assert (found["center_norm"], found["grad_norm"], found["grad_norm_max"]) == (5, 2, 4)
     assert found["top_prototype"] == 0.25
-    assert "grad_norm_max" not in dino_health.measure(features, loss, torch.tensor([1.0, 2.0, math.inf]))
+    assert "grad_norm_max" not in dino_health.step_numbers(features, loss, torch.tensor([1.0, 2.0, math.inf]))
 
 
 def test_every_line_of_the_log_splits_the_loss(tiny_root, tmp_path):
@@ -84,7 +84,7 @@ WELL |= {"ln_k": math.log(64), "warm": True, "images": 32}
 
 
 def test_a_healthy_step_shows_nothing():
-    assert dino_health.ill_conditions(WELL) == {}
+    assert dino_health.conditions(WELL) == {}
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_a_healthy_step_shows_nothing():
 )
 def test_each_condition_has_its_limit(number, well, ill, name):
     numbers = {**WELL, "top_prototype": 0.5}
-    assert dino_health.ill_conditions({**numbers, number: well}) == {}
-    assert list(dino_health.ill_conditions({**numbers, number: ill})) == [name]
+    assert dino_health.conditions({**numbers, number: well}) == {}
+    assert list(dino_health.conditions({**numbers, number: ill})) == [name]
 
 
 def test_sharp_and_balanced_assignments_and_views_of_one_image_are_no_collapse():
-    assert dino_health.ill_conditions({**WELL, "entropy": 0.01, "top_prototype": 0.03}) == {}
-    assert dino_health.ill_conditions({**WELL, "feature_std": 0.0, "images": 1}) == {}
+    assert dino_health.conditions({**WELL, "entropy": 0.01, "top_prototype": 0.03}) == {}
+    assert dino_health.conditions({**WELL, "feature_std": 0.0, "images": 1}) == {}
 
 
 def test_curves_that_can_not_be_written_do_not_end_a_run(tmp_path, capsys):
@@ -122,11 +122,11 @@ def test_curves_that_can_not_be_written_do_not_end_a_run(tmp_path, capsys):
 
 
 def test_before_the_end_of_the_warm_up_a_uniform_teacher_is_no_sign():
-    assert dino_health.ill_conditions({**WELL, "entropy": math.log(64), "warm": False}) == {}
+    assert dino_health.conditions({**WELL, "entropy": math.log(64), "warm": False}) == {}
 
 
 def doctor(*flags, steps=100):
-    return dino_health.Doctor(arguments_of(main_dino, "--out_dim", 64, "--warmup_epochs", 0, *flags), steps)
+    return dino_health.HealthMonitor(arguments_of(main_dino, "--out_dim", 64, "--warmup_epochs", 0, *flags), steps)
 
 
 def moving(step):
@@ -150,14 +150,14 @@ def test_a_condition_is_said_once_and_only_if_it_lasts(capsys):
 
 def test_a_run_that_goes_on_says_what_one_without_a_stop_would(capsys):
     watching, sick = doctor("--teacher_temp", 0.08, "--momentum_teacher", 0.9995), {**WELL, "kl": 1e-6}
-    watching.look_at_settings()
+    watching.check_settings()
     watching.look(0, sick, *moving(0))
     watching.look(1, sick, *moving(1))
     kept = watching.state_dict()
     watching.look(2, sick, *moving(2))
-    going_on = dino_health.Doctor(watching.args, watching.steps, state=kept)
+    going_on = dino_health.HealthMonitor(watching.args, watching.steps, state=kept)
     assert "0.08 is more than 0.07" in going_on.warnings[0]  # it was not in the log yet
-    going_on.look_at_settings()
+    going_on.check_settings()
     going_on.look(2, sick, *moving(2))
     assert going_on.warnings == watching.warnings
     assert going_on.collapse == watching.collapse != ""
@@ -175,13 +175,13 @@ def test_what_a_strange_checkpoint_says_of_health_is_left_aside():
         [],
         {"best_knn": "x", "bad_images": [1], "norms": 3.0, "seen": 4, "streaks": [], "warnings": {}},
     ):
-        assert dino_health.Doctor(doctor().args, 5, state=odd).state_dict() == doctor().state_dict()
+        assert dino_health.HealthMonitor(doctor().args, 5, state=odd).state_dict() == doctor().state_dict()
 
 
 @pytest.mark.parametrize(("share", "speed", "warns"), [(0.3, 31.0, True), (0.2, 15.0, False), (0.3, 33.0, False)])
 def test_loaders_that_cost_half_a_minute_an_epoch_and_a_quarter_of_the_time_are_a_warning(share, speed, warns):
     watching = doctor("--batch_size_per_gpu", 32)  # epochs of 3,200 images
-    watching.look_at_epoch({"epoch": 0, "train_data_wait": share, "train_images_per_s": speed})
+    watching.check_epoch({"epoch": 0, "train_data_wait": share, "train_images_per_s": speed})
     assert [what.split(":")[0] for what in watching.warnings] == ["the loaders don't keep up"] * warns
 
 
@@ -212,7 +212,7 @@ def test_a_teacher_that_stands_still_while_the_student_moves_is_seen(capsys):
     ],
 )
 def test_unwise_settings_are_said_before_the_first_step(capsys, flags, steps, said):
-    doctor(*flags, steps=steps).look_at_settings()
+    doctor(*flags, steps=steps).check_settings()
     out = capsys.readouterr().out
     assert out.startswith(f"warning: {said}") if said else out == ""
 
@@ -267,21 +267,21 @@ PUBLISHED = [
 )
 def test_a_setting_that_is_seldom_meant_is_a_warning(capsys, flags, wise, said):
     broken = doctor(*PUBLISHED, *flags, steps=2_500)
-    broken.look_at_settings()
+    broken.check_settings()
     out = capsys.readouterr().out
     assert out.count("warning: ") == bool(said), out
     if said:
         assert f"warning: {said}" in out
     if wise:
         repaired = doctor(*PUBLISHED, *flags, *wise, steps=2_500)
-        repaired.look_at_settings()
+        repaired.check_settings()
         assert not set(broken.seen) & set(repaired.seen)
 
 
 def test_far_more_prototypes_than_images_are_a_warning(capsys):
     for out_dim, warns in ((40_960, False), (40_961, True)):
         few = doctor("--out_dim", out_dim, "--momentum_teacher", 0.9995, steps=64)  # of 64 images
-        few.look_at_settings()
+        few.check_settings()
         assert ("prototypes" in few.seen) == warns
     assert "--out_dim 40961 is more than ten prototypes for each of 4096 images" in capsys.readouterr().out
 
@@ -289,13 +289,13 @@ def test_far_more_prototypes_than_images_are_a_warning(capsys):
 def test_a_teacher_that_copies_the_student_is_a_warning_in_the_shortest_run_too(capsys):
     for momentum, warns in ((0.89, True), (0.9, False)):
         short = doctor("--momentum_teacher", momentum, "--out_dim", 64, steps=1)
-        short.look_at_settings()
+        short.check_settings()
         assert ("momentum" in short.seen) == warns
     assert "makes the teacher all but a copy of the student" in capsys.readouterr().out
 
 
 def test_the_published_run_draws_no_warning(capsys):
-    doctor(*PUBLISHED, steps=2_500).look_at_settings()
+    doctor(*PUBLISHED, steps=2_500).check_settings()
     assert capsys.readouterr().out == ""
 
 

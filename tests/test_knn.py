@@ -48,7 +48,7 @@ def class_folders(root, **numbers):
 
 def test_every_tenth_image_of_a_class_asks_and_the_others_answer(tmp_path):
     folder = dino_data.find_images(class_folders(tmp_path, ape=21, bee=1, cat=10, dog=2))
-    train, val, train_labels, val_labels = dino_data.held_out(folder, lambda image: image, "it")
+    train, val, train_labels, val_labels = dino_data.split_every_tenth(folder, lambda image: image, "it")
     asking = [str(Path(path).relative_to(tmp_path)) for path in val.images.paths]
     assert asking == ["ape/00.png", "ape/10.png", "ape/20.png", "cat/00.png", "dog/00.png"]
     assert val_labels.tolist() == [0, 0, 0, 2, 3]
@@ -236,12 +236,12 @@ def test_the_best_of_other_images_is_forgotten(tiny_root, labelled, tmp_path):
 def test_a_run_that_goes_on_remembers_the_best(capsys):
     args = arguments_of(main_dino)
     curves = dino_health.Curves(arguments_of(main_dino, "--tensorboard", "off"))
-    first = dino_health.Doctor(args, 5, curves)
-    first.look_at_epoch({"epoch": 3, "knn_top1": 40.0})
-    second = dino_health.Doctor(args, 5, curves, first.state_dict())
-    second.look_at_epoch({"epoch": 4, "knn_top1": 39.0})
+    first = dino_health.HealthMonitor(args, 5, curves)
+    first.check_epoch({"epoch": 3, "knn_top1": 40.0})
+    second = dino_health.HealthMonitor(args, 5, curves, first.state_dict())
+    second.check_epoch({"epoch": 4, "knn_top1": 39.0})
     assert (second.best_knn, second.best_epoch) == (40.0, 3)
-    second.look_at_epoch({"epoch": 5, "knn_top1": 40.5})
+    second.check_epoch({"epoch": 5, "knn_top1": 40.5})
     assert (second.best_knn, second.best_epoch) == (40.5, 5)
 
 

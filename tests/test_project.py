@@ -1,4 +1,4 @@
-"""The README's commands, and the scripts that set the project up."""
+"""The commands, links and tables of README and docs/, and the scripts that set the project up."""
 
 import ast
 import importlib
@@ -11,49 +11,136 @@ import sys
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import dino_cli
 
 README = (ROOT / "README.md").read_text()
-BASH = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
-COMMANDS = [line.split(" #")[0].strip() for line in BASH.splitlines() if line and not line.startswith("#")]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+PAGES["CONTRIBUTING.md"] = (ROOT / "CONTRIBUTING.md").read_text()
+EACH_PAGE = pytest.mark.parametrize("page", sorted(PAGES))
+
+# ---- commands ----
+
+
+def commands_of(text):
+    """Commands in a page's bash blocks, without comments; a backslash at the end of a line continues it."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ").splitlines()
+    lines = [re.split(r"(?:^| +)# ", line)[0] for line in lines]
+    return [command.strip() for line in lines for command in line.split("&&") if command.strip()]
+
+
+COMMANDS = sorted({command for text in PAGES.values() for command in commands_of(text)})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_in_the_readme_is_one_that_exists(command, monkeypatch):
+def test_every_command_in_the_docs_parses(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
+    if words[0] in ("git", "cd"):  # to get a checkout
+        return
     if words[0].startswith("./"):
         assert os.access(words[0], os.X_OK)
         return
+    if words[0] == "pip":
+        assert words[1:3] == ["install", "-r"]
+        assert (ROOT / words[3]).is_file()
+        return
+    assert words[0] in ("python", "torchrun")
     (script,) = (word for word in words if word.endswith(".py"))
     module = importlib.import_module(script.removesuffix(".py"))
     parser = dino_cli.OneLineParser(parents=[module.get_args_parser()])
     module.check_args(dino_cli.parse_args(parser, words[words.index(script) + 1 :]))
+<<<<<<< HEAD
+=======
+
+
+def test_commands_are_found_across_lines_and_without_comments():
+    text = "```bash\n# first\npython a.py \\\n  --x 1   # why\ngit clone y && ./b.sh\n```\n```sh\nno\n```\n"
+    assert [command.split() for command in commands_of(text)] == [
+        ["python", "a.py", "--x", "1"],
+        ["git", "clone", "y"],
+        ["./b.sh"],
+    ]
+>>>>>>> docs
 
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "def get_args_parser" in path.read_text())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_is_in_the_readme_and_measured_by_the_test_suite(script):
-    assert f"python {script} " in BASH
-    assert f"| `{script}` |" in README
+def test_every_script_is_in_the_docs_and_measured_by_the_test_suite(script):
+    assert any(f"python {script}" in command for command in COMMANDS)
     assert script.removesuffix(".py") in (ROOT / "test.sh").read_text().split()
 
 
-def test_files_that_the_readme_names_are_there():
-    for name in set(re.findall(r"`([\w/]+\.(?:py|yaml|sh))`", README)):
-        assert (ROOT / name).exists(), name
-
-
 @pytest.mark.slow
-def test_the_readme_code_that_loads_backbones_runs():
-    (code,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "torch.hub" in code)
-    offline = [line for line in code.splitlines() if "published weights" not in line]
-    code = "\n".join(offline).replace("path/to/this/checkout", str(ROOT))
-    code += "\nassert features.shape == (1, 384) and attention.shape == (1, 6, 901, 901)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+def test_the_readme_code_that_loads_a_backbone_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    Image.new("RGB", (300, 260), (200, 120, 40)).save(tmp_path / "photo.jpg")
+    offline = code.replace("path/to/dino-pytorch", str(ROOT)).replace('"local")', '"local", pretrained=False)')
+    assert "pretrained=False" in offline
+    offline += "\nassert features.shape == (1, 384) and attention.shape == (1, 6, 197, 197)"
+    subprocess.run([sys.executable, "-c", offline], check=True, cwd=tmp_path)
+
+
+# ---- files, links, tables, lines ----
+
+
+def test_the_table_of_files_in_the_readme_names_every_file():
+    section = README.partition("## The code")[2].partition("\n## ")[0]
+    cells = " ".join(row.split("|")[1] for row in section.splitlines() if row.startswith("| `"))
+    named = [path.name for pattern in re.findall(r"`([\w*]+\.py)`", cells) for path in ROOT.glob(pattern)]
+    missing = [name for name in re.findall(r"`([\w]+\.py)`", cells) if not (ROOT / name).exists()]
+    assert not missing
+    assert sorted(named) == sorted(path.name for path in ROOT.glob("*.py"))
+
+
+@EACH_PAGE
+def test_files_that_a_page_names_exist(page):
+    for name in set(re.findall(r"[` ]([\w/]+\.(?:py|yaml|sh))\b", PAGES[page])):
+        assert (ROOT / name).exists() or (ROOT / "recipes" / name).exists(), name
+
+
+def anchors_of(text):
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@EACH_PAGE
+def test_links_lead_to_files_and_headings_that_exist(page):
+    folder = (ROOT / page).parent
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (folder / path).resolve() if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target.read_text()), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert all(f"]({page})" in README for page in PAGES if page != "README.md")
+
+
+@EACH_PAGE
+def test_lines_are_no_wider_than_their_limits(page):
+    code = False
+    for number, line in enumerate(PAGES[page].splitlines(), start=1):
+        code ^= line.startswith("```")
+        # Diagrams of imports are as wide as text.
+        limit = 98 if code and page != "CONTRIBUTING.md" else 120
+        assert len(line) <= limit, f"{page}:{number} has {len(line)} columns, more than {limit}"
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 200
+
+
+def test_every_recipe_is_in_the_docs():
+    for path in ROOT.glob("recipes/*.yaml"):
+        assert f"| `{path.stem}`" in PAGES["docs/training.md"], path.name
 
 
 # ---- dependencies ----

@@ -161,8 +161,8 @@ def test_a_recipe_holds_no_contradiction_and_draws_no_warning(recipe, monkeypatc
     main_dino.check_args(args)
     dino_backbones.check_arch(args.arch)
     args.world_size = processes(recipe)
-    doctor = dino_health.Doctor(args, CHANGES[recipe.stem][0] // utils.global_batch(vars(args)))
-    doctor.look_at_settings()
+    doctor = dino_health.HealthMonitor(args, CHANGES[recipe.stem][0] // utils.global_batch(vars(args)))
+    doctor.check_settings()
     assert doctor.warnings == []
 
 

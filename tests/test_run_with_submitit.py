@@ -330,7 +330,7 @@ def clean_environment(monkeypatch):
 @pytest.mark.usefixtures("clean_environment")
 def test_processes_meet_at_the_jobs_first_node():
     run_with_submitit.meet_others(environment())
-    assert utils.find_place("env://") == (5, 8, 1)
+    assert utils.rank_from_environment("env://") == (5, 8, 1)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n3", str(20000 + 55326964 % 20000))
     run_with_submitit.meet_others(environment(num_nodes=1, job_id="123_7"))
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", "21237")

@@ -1497,7 +1497,7 @@ def test_timms_weights_are_asked_for_by_timms_name_and_fit(monkeypatch, arch, pa
     monkeypatch.undo()
     assert source == f"{arch if arch.startswith(('timm', 'xcit')) else 'timm:' + name} [pretrained]"
     model, _ = dino_backbones.build_backbone(arch, patch_size)
-    matched, number = dino_backbones.fill_backbone(model, state, source, arch)
+    matched, number = dino_backbones.load_backbone_state(model, state, source, arch)
     assert matched == number
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
@@ -1519,7 +1519,7 @@ def test_positions_are_resampled_to_the_grid_of_the_network():
     larger = 2 * side
     ramp = torch.arange(larger).float()[None, :, None].expand(larger, larger, 16).reshape(1, -1, 16)
     state = {"pos_embed": torch.cat((torch.full((1, 1, 16), 7.0), ramp), dim=1)}
-    dino_backbones.resample_positional_grid(model, state)
+    dino_backbones.resize_state_grid(model, state)
     assert state["pos_embed"].shape == model.pos_embed.shape
     assert (state["pos_embed"][:, 0] == 7).all()
     rows = state["pos_embed"][0, 1:].view(side, side, 16)
