@@ -51,8 +51,6 @@ def test_every_command_in_the_docs_parses(command, monkeypatch):
     module = importlib.import_module(script.removesuffix(".py"))
     parser = dino_cli.OneLineParser(parents=[module.get_args_parser()])
     module.check_args(dino_cli.parse_args(parser, words[words.index(script) + 1 :]))
-<<<<<<< HEAD
-=======
 
 
 def test_commands_are_found_across_lines_and_without_comments():
@@ -62,7 +60,6 @@ def test_commands_are_found_across_lines_and_without_comments():
         ["git", "clone", "y"],
         ["./b.sh"],
     ]
->>>>>>> docs
 
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "def get_args_parser" in path.read_text())

@@ -199,13 +199,6 @@ def test_a_ground_truth_that_would_run_code_is_refused(refusal, canary, tmp_path
     assert re.search(r"holds a \w+\.system, which could run code", line)
 
 
-def test_a_ground_truth_that_would_fill_memory_is_refused(tmp_path):
-    gnd = [{"easy": [0], "hard": [], "junk": []}]
-    (tmp_path / "gnd.pkl").write_bytes(pickle.dumps({"imlist": [tangle(12)], "qimlist": ["q"], "gnd": gnd}))
-    with pytest.raises(UserError, match=r"gnd\.pkl was not loaded: it unfolds to more than"):
-        eval_image_retrieval.load_ground_truth(tmp_path / "gnd.pkl")
-
-
 def test_data_of_torchvision_that_were_changed_are_not_unpickled(refusal, canary, tmp_path, monkeypatch):
     monkeypatch.setenv("DINO_CACHE", str(tmp_path))
     monkeypatch.setattr(dino_images.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")  # nobody is there
