@@ -1,14 +1,18 @@
 """A network by its name, and weights into it."""
 
 import argparse
+import ctypes
+import inspect
 import math
 import os
 import re
 import shutil
+import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import dino_checkpoints
 import utils
@@ -202,39 +206,124 @@ def is_vit(model):
 # ---- how a network computes ----
 
 
-def use_fused_attention(model, device, amp_dtype=None):
-    """Turn on torch's fused attention on a ViT that we build, where it was measured to be faster.
+def prepare_for_training(student, teacher, args, device, amp_dtype):
+    """Switch two backbones to what trains fastest. Raises UserError if they can't do what the flags ask for."""
+    if device.type == "cpu":
+        tune_cpu()
+        warn_of_size(student, args, amp_dtype)
+    if args.local_crops_number:  # global crops were tried when the network was built
+        features_width(teacher, args.local_crops_size, args.arch, args.in_chans)
+    for backbone in (student, teacher):
+        use_fused_attention(backbone, device, amp_dtype)
+        if is_vit(backbone):
+            backbone.set_cls_only(True)
+    if args.grad_checkpointing:
+        checkpoint_activations(student, args.arch)
+    if args.compile:
+        compile_in_place(student)
+        compile_in_place(teacher)
 
-    In bf16 on the CPU it is slower than written-out attention, forward and backward; everywhere else it is faster.
+
+def warn_of_size(model, args, amp_dtype):
+    """Say before the first step that a ViT is too large for a CPU, and what it will need."""
+    if not is_vit(model) or len(model.blocks) * model.embed_dim < 12 * 192:  # vit_tiny and larger
+        return
+    sides = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
+    tokens = sum((side // args.patch_size) ** 2 + 1 for side in sides)
+    bytes_per_value = 34 if amp_dtype else 68  # activations per token, channel and block (arXiv 2205.05198, eq. 2)
+    activations = args.batch_size_per_gpu * tokens * model.embed_dim * len(model.blocks) * bytes_per_value
+    weights = 5 * 4 * (sum(p.numel() for p in model.parameters()) + 256 * args.out_dim)  # Adam, gradients, teacher
+    utils.log(
+        f"warning: {args.arch} is large for a CPU: expect about {(activations + weights) / 1e9:.0f} GB of memory and "
+        "minutes per step. Try --config recipes/demo.yaml, or a smaller --batch_size_per_gpu"
+    )
+
+
+def distribute(student, teacher, device):
+    """Wrap the student for several processes, and synchronize batch norms (on GPUs)."""
+    if utils.get_world_size() == 1:
+        return student, teacher
+    if utils.has_batchnorms(student):
+        if device.type == "cuda":
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
+        else:
+            utils.log("note: torch synchronizes batch norms on GPUs only; each process normalizes its own batch")
+    # Buffers belong to batch norms, which are synchronized already or local to each process. Newer versions of torch
+    # have another name for the option.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    no_broadcast = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    device_ids = [device] if device.type == "cuda" else None
+    wrapped = DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
+    return wrapped, teacher
+
+
+def tune_cpu():
+    """Make training on CPUs faster: keep freed memory, and use oneDNN where it beats MKL. Settings of the process."""
+    keep_freed_memory()
+    multiply_by_onednn()
+
+
+def keep_freed_memory():
+    """Let glibc keep large blocks that are freed, as torch does on GPUs.
+
+    By default they are returned to the system, and each step has its activations mapped and zeroed again, page by page:
+    a third of the time of a step. The price is that the process stays at its peak.
     """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # other C libraries have none
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+
+
+def multiply_by_onednn():
+    """Multiply float32 matrices with oneDNN on AMD CPUs with AVX-512: as exact as MKL, torch's choice, twice as fast.
+
+    torch uses oneDNN only where it may round to bf16, which oneDNN does only on CPUs with AMX; these are left alone. If
+    a product is rounded nevertheless, the setting is undone. torch.get_float32_matmul_precision() raises after this.
+    """
+    flags, settings = utils.cpu_flags(), getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(settings, "fp32_precision") or "AuthenticAMD" not in flags or "avx512f" not in flags:
+        return
+    if any(flag.startswith("amx") for flag in flags):
+        return
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    ramp = torch.linspace(1, 2, 2**16).view(256, 256)  # numbers that bf16 does not have
+    exact = ramp.double() @ ramp.double()
+    if not torch.allclose((ramp @ ramp).double(), exact, rtol=1e-5, atol=0):
+        settings.fp32_precision = before
+
+
+def use_fused_attention(model, device, amp_dtype=None):
+    """Use torch's fused attention in our ViTs where it was measured to be faster: everywhere but in bf16 on CPUs."""
     if is_vit(model):
         model.set_fused_attention(device.type != "cpu" or amp_dtype is None)
 
 
 def checkpoint_activations(backbone, arch):
-    """Let a backbone compute activations again in the backward pass. Raises UserError if it can't, or not exactly."""
+    """Recompute a backbone's activations in the backward pass. Raises UserError if it can't, or not exactly."""
     try:
         if utils.has_batchnorms(backbone):  # would count each batch twice
             raise AssertionError
         backbone.set_grad_checkpointing()
     except (AttributeError, AssertionError) as e:
         raise UserError(
-            f"--grad_checkpointing is for ViTs, and for timm's networks without batch norms that know it, not for "
-            f"--arch {arch}"
+            f"--grad_checkpointing works for ViTs and for timm networks without batch norms that support it, not for "
+            f"--arch {arch}. Remove it"
         ) from e
 
 
 def compile_in_place(model):
-    """torch.compile for a model that keeps its state-dict keys, with a graph for each crop size.
+    """torch.compile for a model that keeps its state-dict keys, with one graph per crop size.
 
-    Random numbers stay torch's own, so that drop path drops what it drops otherwise. Raises UserError if there is no
-    C++ compiler.
+    Random numbers stay torch's own, so that drop path drops the same. Raises UserError without a C++ compiler.
     """
     import torch._inductor.config
 
     compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
     if not any(name and shutil.which(name) for name in compilers):
-        raise UserError("--compile needs a C++ compiler, such as g++. Install one, or leave --compile out")
+        raise UserError("--compile needs a C++ compiler, such as g++. Install one, or remove --compile")
     torch._inductor.config.fallback_random = True
     model.compile(dynamic=False)
 
@@ -358,6 +447,8 @@ def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
             )
     model, width = build_backbone(args.arch, args.patch_size, image_size, in_chans=inputs.in_chans)
     load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, part)
+    if device.type == "cpu":
+        tune_cpu()
     use_fused_attention(model, device)
     return model.to(device).eval().requires_grad_(False), width
 
@@ -365,8 +456,8 @@ def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
 # ---- weights to start from ----
 
 
-def start_from_weights(student, teacher, args):
-    """Give both networks the weights that --init_from names: the backbone's, and the projection head's if they fit."""
+def start_from_weights(student, args):
+    """Load the weights that --init_from names: the backbone's, and the projection head's if they fit."""
     state, source = initial_weights(args.init_from, args.arch, args.patch_size)
     backbone = dino_checkpoints.backbone_state(state)
     resize_state_grid(student.backbone, backbone)
@@ -374,12 +465,11 @@ def start_from_weights(student, teacher, args):
     load_backbone_state(student.backbone, backbone, source, args.arch)
     wanted = student.head.state_dict()
     head = {name: state.get(f"head.{name}") for name in wanted}
-    fits = all(tensor is not None and tensor.shape == wanted[name].shape for name, tensor in head.items())
-    if fits:
+    if all(tensor is not None and tensor.shape == wanted[name].shape for name, tensor in head.items()):
         student.head.load_state_dict(head)
-    what = f"comes from there too ({len(head)} tensors)" if fits else "starts afresh: the file has none that fits"
-    utils.log(f"the projection head {what}")
-    teacher.load_state_dict(student.state_dict())
+        utils.log(f"loaded the projection head from there, too ({len(head)} tensors)")
+    else:
+        utils.log("the projection head starts at random: the file has none that fits")
 
 
 def initial_weights(init_from, arch, patch_size):

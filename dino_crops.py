@@ -35,8 +35,8 @@ class View(NamedTuple):
 class RandomView:
     """PIL image -> a crop of it, resized to `size` and augmented, as uint8 [3, size, size] (section 3.1).
 
-    `draw` takes what torchvision's transforms take from torch's random numbers, in their order, and what the blur and
-    the solarisation take from Python's.
+    `draw` consumes torch's random numbers as torchvision's transforms do, in their order, and Python's as blur and
+    solarization do.
     """
 
     def __init__(self, size, scale, blur, solarization=None, augmentation="pil"):
@@ -113,6 +113,12 @@ def last_transforms(inputs):
     """The last steps of a transform: uint8 [3, H, W] of a photograph, normalised floats [C, H, W] of other inputs."""
     steps = [transforms.PILToTensor() if inputs.in_chans == 3 else to_int16]
     return steps if inputs == utils.RGB else [*steps, inputs.normalize]
+
+
+def prepare(image, inputs):
+    """An opened image as `RENDERERS` take it: photographs undecoded, since views are drawn before decoding."""
+    lazy = inputs.in_chans == 3 and not isinstance(image, dino_images.ArrayFile)
+    return image if lazy else dino_images.decode(image, inputs)
 
 
 # ---- rendering with PIL ----

@@ -1,10 +1,12 @@
-"""From images to batches: transforms, data sets, loaders, and the photographs that train with no data set at hand.
+"""Data sets, samplers and loaders, and the sample set that trains with no data at hand.
 
-The way of a training image: (epoch, number) from the sampler -> file -> PIL image, RGB -> crops, uint8 -> batch. What
-its crops are follows from (seed, epoch, number) alone, whichever process makes them and in whatever order.
+The path of a training image: (epoch, index) from the sampler -> file -> PIL image (RGB) -> crops, uint8 -> batch. Its
+crops are a function of (seed, epoch, index) alone, whichever process makes them and in whatever order.
 """
 
+import argparse
 import importlib.util
+import itertools
 import os
 import random
 import re
@@ -15,30 +17,83 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 from torchvision import transforms
 
 import dino_checkpoints
 import dino_images
 import dino_shards
-import main_dino
 import utils
-from utils import UserError
+from dino_cli import between, share
+from utils import UserError, bool_flag
 
-# ---- transforms ----
+# ---- flags ----
+
+FORMATS = (*dino_images.FORMATS, "shards")
+MOST_MEASURED = 5000  # images that --compute_stats reads
 
 
-# ---- transforms: with PIL ----
+def training_flags():
+    """The flags of the training data, as a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    # fmt: off
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", default="sample", metavar="PATH", help="""Training images (labels are not used): a
+        folder with images in it or in sub-folders; a list of paths (.txt, or .csv and .tsv with labels); tar shards
+        ('shards/{0000..0999}.tar', or a folder of them); a torchvision data set (torchvision:CIFAR10); or `sample`, a
+        small set made from photographs that are installed with the requirements.""")
+    data.add_argument("--data_format", default="auto", choices=FORMATS, help="""What --data_path is. auto: a folder with
+        images directly in it is flat, any other has class folders.""")
+    data.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
+        help="Rotate photographs by their EXIF orientation. The release does not.")
+    data.add_argument("--max_bad_images", default=0.001, type=share, metavar="SHARE", help="""Unreadable images are
+        replaced by others and listed in bad_images.txt. A larger share of them (rounded up) ends the run.""")
+    data.add_argument("--strict_images", default=False, type=bool_flag, metavar="BOOL",
+        help="End the run at the first unreadable image.")
+
+    images = parser.add_argument_group("channels")
+    images.add_argument("--in_chans", default=3, type=between(1, 1000), metavar="N", help="""Channels of an image. 3:
+        RGB photographs. 1: grayscale. N: the pages of a TIFF, the bands of an image, or numpy arrays (.npy) [H, W, N]
+        or [N, H, W]. Other than 3 keep 16 bits and floats; grayscale crops are the mean over channels, and hue jitter
+        is skipped.""")
+    images.add_argument("--mean", default=None, type=share, nargs="+", metavar="M",
+        help="Mean of the training images per channel, from 0 (black) to 1 (white). Default: ImageNet's.")
+    images.add_argument("--std", default=None, type=between(1e-6, 1, float), nargs="+", metavar="S",
+        help="Standard deviation of the training images per channel.")
+    images.add_argument("--compute_stats", default=False, type=bool_flag, metavar="BOOL", help=f"""Measure mean and std
+        once before training, on at most {MOST_MEASURED} images. They are stored in the checkpoint.""")
+    images.add_argument("--value_range", default=None, type=between(-(10**10), 10**10, float), nargs=2,
+        metavar=("MIN", "MAX"), help="""Values that count as black and white in the files, for other than 3 channels:
+        0 4095 for 12 bits, -1000 400 for a CT window. Default: 0 and the largest value of the integer type; floats are
+        between 0 and 1.""")
+    # fmt: on
+    return parser
 
 
-# ---- transforms: with torch and OpenCV ----
-
-# ---- transforms: of one or many channels ----
+def check_flags(args):
+    """Raise UserError for flags on channels and values that contradict each other."""
+    channels = f"--in_chans {args.in_chans}"
+    if args.in_chans != 3 and args.augmentation == "fast":
+        raise UserError(f"--augmentation fast is for 3 channels. Use --augmentation pil with {channels}")
+    if args.in_chans == 3 and args.value_range:
+        raise UserError("--value_range is for other than 3 channels (--in_chans). Remove it")
+    if args.value_range and not args.value_range[0] < args.value_range[1]:
+        low, high = args.value_range
+        raise UserError(f"--value_range {low} {high}: put the smaller number first")
+    given = [flag for flag in ("mean", "std") if getattr(args, flag)]
+    if given and args.compute_stats:
+        raise UserError(f"--{given[0]} is given, and --compute_stats would measure it. Remove one of them")
+    if len(given) == 1:
+        raise UserError(f"--{given[0]} is given without --{'std' if given == ['mean'] else 'mean'}. Give both, or none")
+    if not given and args.in_chans != 3 and not args.compute_stats:
+        raise UserError(f"{channels} needs --mean and --std, {args.in_chans} numbers each, or --compute_stats true")
+    for flag in given:
+        number = len(getattr(args, flag))
+        if number != args.in_chans:
+            raise UserError(f"--{flag} has {number} numbers, {channels} needs {args.in_chans}: one per channel")
 
 
 # ---- data sets ----
-
-FORMATS = (*dino_images.FORMATS, "shards")
 
 
 def image_files(folder, flag):
@@ -67,10 +122,10 @@ def find_images(data_path, part="", data_format="auto", exif=False, flag="--data
 
 
 class MultiCropDataset(Dataset):
-    """Training crops of numbered images: dataset[epoch, i] -> (crops, number of the image, "" or what is wrong with i).
+    """Training crops: dataset[epoch, i] -> (crops, index, None or what is wrong with image i).
 
-    In the place of an image that can't be read comes another, which follows from (seed, epoch, i). BadImage is raised
-    if TRIES in a row can't be read, or, with `strict`, one. What is wrong is its name, a zero, and why.
+    An unreadable image is replaced by another, which is a function of (seed, epoch, i). BadImage is raised if TRIES
+    images in a row can't be read, or, if `strict`, for the first.
     """
 
     TRIES = 100
@@ -82,15 +137,21 @@ class MultiCropDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, key):
-        number, wrong = key[1], ""
+        index, unreadable = key[1], None
         for attempt in range(1 if self.strict else self.TRIES):
             utils.fix_random_seeds(utils.derive_seed(self.seed, utils.SAMPLE, *key), cpu_only=True)
             try:
-                return self.augment(self.images.open(number)), number, wrong
+                return self.augment(self.images.open(index)), index, unreadable
             except dino_images.BadImage as e:
-                bad, wrong = e, wrong or f"{self.images.name(number)}\0{e}"
-            number = utils.derive_seed(self.seed, utils.REPLACEMENT, *key, attempt) % len(self.images)
+                bad, unreadable = e, unreadable or dino_images.Unreadable(self.images.name(index), e.reason)
+            index = utils.derive_seed(self.seed, utils.REPLACEMENT, *key, attempt) % len(self.images)
         raise bad
+
+
+def collate(batch):
+    """[(crops, index, unreadable)] -> ([[B, C, h, w] per crop], indices [B], [dino_images.Unreadable, ...])."""
+    crops, indices, unreadable = zip(*batch, strict=True)
+    return default_collate(crops), torch.tensor(indices), [image for image in unreadable if image]
 
 
 class EvalImages(Dataset):
@@ -219,8 +280,6 @@ def split_every_tenth(images, transform, source, inputs=utils.RGB):
 
 # ---- mean and standard deviation ----
 
-MOST_MEASURED = 5000  # images
-
 
 class ImageStatistics(Dataset):
     """Of an image its channels' means and variances, float64 [2, C]; of one that can't be read what is wrong."""
@@ -268,64 +327,107 @@ def image_statistics(images, inputs, num_workers):
     return tuple(means.mean(dim=0).tolist()), tuple(std.tolist())
 
 
+def earlier_statistics(args):
+    """(mean, std) that the run in --output_dir has measured, as rank 0 reads them; None if there are none."""
+    checkpoint, _ = dino_checkpoints.load_newest(os.path.join(args.output_dir, "checkpoint.pth"))
+    before = utils.plain_args(checkpoint.get("args")) if isinstance(checkpoint, dict) else {}
+    now = utils.plain_args(args)
+    same = before.get("compute_stats") and all(before.get(name) == now[name] for name in ("in_chans", "value_range"))
+    return utils.gather_objects((before.get("mean"), before.get("std")) if same else None)[0]
+
+
+def measure_statistics(images, args):
+    """(mean, std) of the images, two lists, measured by rank 0. Raises UserError on all ranks."""
+    found = None
+    if utils.is_main_process():
+        try:
+            inputs = utils.RGB._replace(in_chans=args.in_chans, value_range=args.value_range)
+            found = [list(numbers) for numbers in image_statistics(images, inputs, args.num_workers)]
+        except UserError as e:
+            found = str(e)
+    found = utils.gather_objects(found)[0]
+    if isinstance(found, str):
+        raise UserError(found)
+    for name, numbers in zip(("mean", "std"), found, strict=True):
+        utils.log(f"measured: --{name} {' '.join(f'{number:.6g}' for number in numbers)}")
+    mean, std = map(np.asarray, found)
+    if args.in_chans != 3 and ((mean + 2 * std < 0.1).all() or (mean - 2 * std > 0.9).all()):
+        utils.log(
+            "warning: nearly all values are in a tenth of the range: the images are almost black or white. Set "
+            "--value_range, such as 0 4095 for 12 bits"
+        )
+    return found
+
+
 # ---- samplers and loaders ----
 
 
 class EpochSampler(Sampler):
-    """(epoch, index) of the images that this rank sees in an epoch: every image at most once over all ranks.
+    """(epoch, index) of the images that this rank sees in an epoch: each image at most once over all ranks.
 
-    The order follows from (seed, epoch). Step i of n ranks with b images each sees the same n·b images as step i of one
-    process with a batch of n·b. What does not fill a last global batch is left out.
+    The order of an epoch is one sequence, a function of (seed, epoch). Step k of n ranks with B images each takes the
+    slice k of n * B images, whatever n is. Images that do not fill a last slice are left out.
     """
 
-    lanes = 1  # see ShardSampler
-
-    def __init__(self, num_images, batch_size, seed=0, rank=0, world_size=1):
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+    def __init__(self, images, batch_size, seed=0, rank=0, world_size=1):
+        self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.used = num_images // (batch_size * world_size) * batch_size * world_size
+        images_per_step = batch_size * world_size
+        self.used = len(images) // images_per_step * images_per_step
         self.set_epoch(0)
 
-    def set_epoch(self, epoch, first_step=0, sittings=()):
-        """Which epoch comes next, and with which of its steps it begins; what came before is not even looked at.
-
-        By how many processes it was done (`sittings`, see ShardSampler) does not matter here.
-        """
-        self.epoch, self.first = epoch, first_step * self.batch_size * self.world_size
+    def set_epoch(self, epoch, images_done=0):
+        """Which epoch comes next, and how many of its images are done already, over all ranks."""
+        self.epoch, self.first = epoch, images_done
 
     def __len__(self):
         return max(self.used - self.first, 0) // self.world_size
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(utils.derive_seed(self.seed, utils.ORDER, self.epoch))
-        order = torch.randperm(self.num_images, generator=generator)[: self.used]
-        for index in order[self.first + self.rank :: self.world_size].tolist():
+        order = self.images.order(self.seed, self.epoch, self.first)
+        for index in itertools.islice(order, self.rank, self.used - self.first, self.world_size):
             yield self.epoch, index
 
 
-def train_loader(dataset, batch_size, seed, num_workers, device):
-    """Loader of this rank's training batches: (list of crops [B, 3, h, w] uint8, indices [B])."""
-    rank, world_size = utils.get_rank(), utils.get_world_size()
-    if len(dataset) < batch_size * world_size:
+def training_images(args):
+    """The numbered images of --data_path. With --compute_stats, sets args.mean and args.std. Raises UserError."""
+    images = find_images(args.data_path, "train", args.data_format, args.exif, in_chans=args.in_chans)
+    if holds_both_parts(args.data_path, images):
         raise UserError(
-            f"the {len(dataset)} training images are fewer than one batch of {batch_size * world_size} "
-            f"(--batch_size_per_gpu × --grad_accum_steps {batch_size} × {world_size} processes). Lower it to "
-            f"{len(dataset) // world_size}"
+            f"--data_path {args.data_path} contains train and val. Train on train alone: --data_path "
+            f"{os.path.join(args.data_path, 'train')}"
         )
-    share = (batch_size, seed, rank, world_size)
-    shards = isinstance(dataset.images, dino_shards.TarShards)
-    if shards and dataset.images.are_sorted():
+    if args.compute_stats:
+        args.mean, args.std = earlier_statistics(args) or measure_statistics(images, args)
+    return images
+
+
+def training_loader(images, augment, args, device):
+    """Loader of this rank's batches: ([[B, C, h, w] per crop], indices [B], unreadable images).
+
+    A batch has --batch_size_per_gpu * --grad_accum_steps images. Raises UserError if there is not one per step.
+    """
+    rank, world_size, batch_size = utils.get_rank(), utils.get_world_size(), args.batch_size_per_gpu
+    batch_size *= args.grad_accum_steps
+    if len(images) < batch_size * world_size:
+        raise UserError(
+            f"the {len(images)} training images are fewer than one step of {batch_size * world_size} "
+            f"(--batch_size_per_gpu x --grad_accum_steps: {batch_size}, times {world_size} processes). Lower it to "
+            f"{len(images) // world_size}"
+        )
+    if images.sharded and images.are_sorted():
         utils.log(
-            "warning: these shards hold a class or two each. A batch comes from a few shards, so it will have few "
-            "classes, of which little is learnt. Pack the images anew, in random order"
+            "warning: these shards contain one or two classes each. A batch comes from a few shards, so it has few "
+            "classes, and little is learned. Write the shards again, in random order"
         )
     return DataLoader(
-        dataset,
+        MultiCropDataset(images, augment, args.seed, args.strict_images),
         batch_size=batch_size,
-        sampler=dino_shards.ShardSampler(dataset.images, *share) if shards else EpochSampler(len(dataset), *share),
-        num_workers=num_workers,
+        sampler=EpochSampler(images, batch_size, args.seed, rank, world_size),
+        num_workers=args.num_workers,
+        collate_fn=collate,
         pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
+        persistent_workers=args.num_workers > 0,
         worker_init_fn=utils.ignore_signals,
     )
 
@@ -454,81 +556,3 @@ def sample_crop(region, rng):
     crop = ImageEnhance.Brightness(crop).enhance(rng.uniform(0.6, 1.4))
     crop = ImageEnhance.Contrast(crop).enhance(rng.uniform(0.6, 1.4))
     return ImageOps.grayscale(crop).convert("RGB") if rng.random() < 0.4 else crop
-
-
-# ---- the training loader ----
-
-
-def check_inputs(args):
-    """Raise UserError if what the flags say of an image's channels and values does not make sense."""
-    channels = f"--in_chans {args.in_chans}"
-    if args.in_chans != 3 and args.augmentation == "fast":
-        raise UserError(f"--augmentation fast is for 3 channels. With {channels} there is one way to make crops: pil")
-    if args.in_chans == 3 and args.value_range:
-        raise UserError(
-            "--value_range is for grey images and arrays, --in_chans 1 or another number but 3. Leave it out"
-        )
-    if args.value_range and not args.value_range[0] < args.value_range[1]:
-        low, high = args.value_range
-        raise UserError(f"--value_range {low} {high}: give two numbers, the smaller one first")
-    given = [flag for flag in ("mean", "std") if getattr(args, flag)]
-    if given and args.compute_stats:
-        raise UserError(f"--{given[0]} is given, and --compute_stats would measure it. Leave out one of them")
-    if len(given) == 1:
-        raise UserError(f"--{given[0]} is given without --{'std' if given == ['mean'] else 'mean'}. Give both, or none")
-    if not given and args.in_chans != 3 and not args.compute_stats:
-        raise UserError(f"{channels} needs --mean and --std, {args.in_chans} numbers each, or --compute_stats true")
-    for flag in given:
-        number = len(getattr(args, flag))
-        if number != args.in_chans:
-            raise UserError(f"--{flag} has {number} numbers, {channels} needs {args.in_chans}: one each")
-
-
-def build_data(args, device):
-    """Loader of this process's crops, and the number of images. With --compute_stats, sets args.mean and args.std."""
-    images = find_images(args.data_path, "train", args.data_format, args.exif, in_chans=args.in_chans)
-    if holds_both_parts(args.data_path, images):
-        raise UserError(f"--data_path {args.data_path} holds train and val. Training takes the images of train alone")
-    if args.compute_stats:
-        args.mean, args.std = earlier_statistics(args) or measure_statistics(images, args)
-    sizes = (args.global_crops_size, args.local_crops_size)
-    scales = (args.global_crops_scale, args.local_crops_scale, args.local_crops_number)
-    how = (args.blur_radius, True, args.augmentation, utils.inputs_of(args))
-    dataset = MultiCropDataset(
-        images, main_dino.DataAugmentationDINO(*scales, *sizes, *how), args.seed, args.strict_images
-    )
-    images_a_step = args.batch_size_per_gpu * args.grad_accum_steps
-    loader = train_loader(dataset, images_a_step, args.seed, args.num_workers, device)
-    return loader, len(dataset)
-
-
-def earlier_statistics(args):
-    """(mean, std) that the run in --output_dir has measured, as rank 0 reads them; None if there is none."""
-    checkpoint, _ = dino_checkpoints.load_newest(os.path.join(args.output_dir, "checkpoint.pth"))
-    before = utils.plain_args(checkpoint.get("args")) if isinstance(checkpoint, dict) else {}
-    now = utils.plain_args(args)
-    same = before.get("compute_stats") and all(before.get(name) == now[name] for name in ("in_chans", "value_range"))
-    return utils.gather_objects((before.get("mean"), before.get("std")) if same else None)[0]
-
-
-def measure_statistics(images, args):
-    """(mean, std) of the images, two lists, measured by rank 0. Raises UserError on all of them."""
-    found = None
-    if utils.is_main_process():
-        try:
-            inputs = utils.RGB._replace(in_chans=args.in_chans, value_range=args.value_range)
-            found = [list(numbers) for numbers in image_statistics(images, inputs, args.num_workers)]
-        except UserError as e:
-            found = str(e)
-    found = utils.gather_objects(found)[0]
-    if isinstance(found, str):
-        raise UserError(found)
-    for name, numbers in zip(("mean", "std"), found, strict=True):
-        utils.log(f"measured: --{name} {' '.join(f'{number:.6g}' for number in numbers)}")
-    mean, std = map(np.asarray, found)
-    if args.in_chans != 3 and ((mean + 2 * std < 0.1).all() or (mean - 2 * std > 0.9).all()):
-        utils.log(
-            "warning: nearly all values lie in a tenth of the range: the images are all but black or white. Say what "
-            "counts as 0 and as 1 by --value_range, such as 0 4095 for 12 bits"
-        )
-    return found

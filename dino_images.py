@@ -39,7 +39,22 @@ Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # Pillow's own limit is lower
 
 
 class BadImage(UserError):
-    """An image that can't be read."""
+    """An image that can't be read. `reason` is why, without its name."""
+
+    def __init__(self, message, reason=""):  # loader processes raise it again with the message alone
+        super().__init__(message)
+        self.reason = reason or message
+
+
+class Unreadable(NamedTuple):
+    """What a training batch reports about an image that could not be read."""
+
+    name: str
+    reason: str
+
+
+def bad_image(name, reason):
+    return BadImage(f"can't read the image {name}: {reason}. Repair or remove it", reason)
 
 
 def load_image(path, exif=False):
@@ -70,7 +85,7 @@ def open_content(content, name, exif=False):
     except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise almost anything on damaged data
-        raise BadImage(f"can't read the image {name}: {one_line(e)}. Repair or remove it") from e
+        raise bad_image(name, one_line(e)) from e
     return image
 
 
@@ -103,7 +118,7 @@ def to_rgb(image):
         return image.convert("RGB")
     except Exception as e:
         name = getattr(image, "filename", "")
-        raise BadImage(f"can't read the image {name}: {one_line(e)}. Repair or remove it") from e
+        raise bad_image(name, one_line(e)) from e
 
 
 def float_levels(values):
@@ -124,7 +139,7 @@ PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOST
 
 
 def read_file(path, start=0, size=-1, name=None):
-    """The bytes of a file, or `size` of them; `name` is what they are called if they can't be read, see `with_retries`."""
+    """The bytes of a file, or `size` of them from `start`. `name` is for the error message, see `with_retries`."""
 
     def read():
         with open(path, "rb") as file:
@@ -152,7 +167,7 @@ def with_retries(act, path, name):
             gone = number == errno.ENOENT and not os.path.isdir(os.path.dirname(path))
             if not (gone or number in PASSING) or retry_budget_used >= PATIENCE:
                 reason = getattr(e, "strerror", None) or one_line(e)
-                raise BadImage(f"can't read the image {name}: {reason}. Repair or remove it") from e
+                raise bad_image(name, reason) from e
         else:
             retry_budget_used = 0.0
             return result
@@ -168,16 +183,17 @@ def digest_of_names(images):
     return digest.hexdigest()
 
 
-def recheck_bad_images(bad_images, images, inputs=utils.RGB):
-    """Of {name: what is wrong}, the ones that are among numbered images and can't be read now either."""
+def recheck_bad_images(health, images, inputs=utils.RGB):
+    """{name: reason} of the unreadable images that a checkpoint remembers and that can't be read now, either."""
+    before = health.get("bad_images") if isinstance(health, dict) else None
     found = {}
-    for i in range(len(images)) if bad_images else ():
+    for i in range(len(images)) if before and isinstance(before, dict) else ():
         name = images.name(i)
-        if name in bad_images:
+        if name in before:
             try:
                 decode(images.open(i), inputs)
-            except BadImage:
-                found[name] = bad_images[name]
+            except BadImage as e:
+                found[name] = e.reason
     return found
 
 
@@ -240,7 +256,7 @@ def planes(image, inputs):
         raise
     except Exception as e:
         name = getattr(image, "filename", "")
-        raise BadImage(f"can't read the image {name}: {one_line(e)}. Repair or remove it") from e
+        raise bad_image(name, one_line(e)) from e
 
 
 TOLERANCE = 1e-3  # by which interpolation may have carried floats beyond 0 and 1
@@ -292,8 +308,10 @@ FORMATS = ("auto", "folder", "flat", "list", "torchvision")
 class ImageFiles:
     """Images by number: `open(i)` is a PIL image that is not decoded yet, `name(i)` its path.
 
-    `targets` [N] are class numbers, which count the names in `classes`, or None where there are none.
+    `targets` [N] are indices into `classes`, the names of the classes, or None where there are no labels.
     """
+
+    sharded = False
 
     def __init__(self, paths, targets=None, classes=(), exif=False):
         self.paths, self.classes, self.exif = paths, list(classes), exif
@@ -311,6 +329,9 @@ class ImageFiles:
     def open(self, i):
         return open_image(self.paths[i], self.exif)
 
+    def order(self, seed, epoch, first=0):
+        return random_order(len(self), seed, epoch, first)
+
     def take(self, numbers):
         """These alone, of the same classes."""
         targets = None if self.targets is None else self.targets[numbers]
@@ -318,7 +339,9 @@ class ImageFiles:
 
 
 class TorchvisionImages:
-    """One of torchvision's data sets, or a part of it, in the way of ImageFiles."""
+    """A torchvision data set, or a part of it, with the methods of ImageFiles."""
+
+    sharded = False
 
     def __init__(self, dataset, source):
         self.dataset, self.source, self.numbers = dataset, source, range(len(dataset))
@@ -340,13 +363,22 @@ class TorchvisionImages:
         try:
             return self.dataset[self.numbers[i]][0]
         except Exception as e:  # by data set
-            raise BadImage(f"can't read {self.name(i)}: {one_line(e)}") from e
+            raise bad_image(self.name(i), one_line(e)) from e
+
+    def order(self, seed, epoch, first=0):
+        return random_order(len(self), seed, epoch, first)
 
     def take(self, numbers):
         part = copy.copy(self)
         part.numbers = [self.numbers[i] for i in numbers]
         part.targets = None if self.targets is None else self.targets[numbers]
         return part
+
+
+def random_order(number, seed, epoch, first=0):
+    """The indices of `number` images in the order of an epoch, a function of (seed, epoch), from position `first`."""
+    generator = torch.Generator().manual_seed(utils.derive_seed(seed, utils.ORDER, epoch))
+    return iter(torch.randperm(number, generator=generator)[first:].tolist())
 
 
 def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3):

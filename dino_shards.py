@@ -1,4 +1,4 @@
-"""Images in tar shards, by WebDataset's convention: some thousand large files in place of millions of small ones.
+"""Images in tar shards, by WebDataset's convention: thousands of large files instead of millions of small ones.
 
 In a shard, `key.jpg` (or .png, .webp ...) is an image, and `key.cls` beside it, where there is one, its label. Shards
 stay packed: a table of contents, made once and kept in the cache, says where in its shard an image lies. In memory are
@@ -24,11 +24,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
 import dino_images
 import utils
 from utils import UserError
+
+# Images in a row whose order is random: a dozen shards of ImageNet.
+WINDOW = 16_384
 
 # ---- which files ----
 
@@ -194,8 +196,8 @@ def check_keys(found, dotted, path):
     lost = sorted(dotted.keys() - {key for key, _ in found})
     if lost:
         raise UserError(
-            f"the shard {path} has {utils.printable(dotted[lost[0]])} in it: names of images have one dot, key.jpg. Rename "
-            f"it, and {len(lost) - 1} more"
+            f"the shard {path} contains {utils.printable(dotted[lost[0]])}: names of images have one dot, key.jpg. "
+            f"Rename it, and {len(lost) - 1} more"
         )
 
 
@@ -256,7 +258,7 @@ def load_index(path, state, extensions):
     """The table of contents of a shard whose state is that still. It stays on the disk; what is looked up is read."""
     now = dino_images.with_retries(lambda: state_of(path), path, path)
     if now[:2] != list(state)[:2]:  # a new owner, name or mode is no change
-        raise dino_images.BadImage(f"can't read the image: the shard {path} has changed since the start")
+        raise dino_images.bad_image(f"in {path}", "the shard has changed since the start of the run")
     head = read_head(path, list(state), extensions)
     with contextlib.suppress(OSError, ValueError, EOFError):
         table = np.load(table_path(path, list(state), extensions), mmap_mode="r", allow_pickle=False)
@@ -292,6 +294,8 @@ def shard_index(paths, extensions):
 
 class TarShards:
     """Images in shards, in the way of dino_images.ImageFiles: numbered shard by shard, in the order of their names."""
+
+    sharded = True
 
     def __init__(self, pattern, exif=False, flag="--data_path", extensions=dino_images.EXTENSIONS):
         self.extensions = extensions
@@ -330,9 +334,25 @@ class TarShards:
         try:
             path, name, start, size = self.find(i)
         except OSError as e:
-            raise dino_images.BadImage(f"can't read {self.name(i)}: {e.strerror}") from e
+            raise dino_images.bad_image(self.name(i), e.strerror) from e
         content = dino_images.read_file(path, start, size, f"{path}/{name}")
         return dino_images.open_content(content, f"{path}/{name}", self.exif)
+
+    def order(self, seed, epoch, first=0):
+        """The indices of the images in the order of an epoch, a function of (seed, epoch), from position `first`.
+
+        Shards follow each other in random order, and images are shuffled within windows of WINDOW of them. Only one
+        window is in memory, and nothing before `first` is looked at.
+        """
+        generator = torch.Generator().manual_seed(utils.derive_seed(seed, utils.ORDER, epoch))
+        shards = torch.randperm(len(self.paths), generator=generator).numpy()
+        ends = np.diff(self.starts)[shards].cumsum()  # of each shard among the positions of the epoch
+        for start in range(first // WINDOW * WINDOW, len(self), WINDOW):
+            generator.manual_seed(utils.derive_seed(seed, utils.ORDER, epoch, start))
+            window = torch.randperm(min(WINDOW, len(self) - start), generator=generator).numpy()
+            positions = start + window[max(first - start, 0) :]
+            which = np.searchsorted(ends, positions, side="right")
+            yield from (self.starts[shards[which] + 1] - ends[which] + positions).tolist()
 
     @functools.cached_property
     def labels(self):
@@ -366,133 +386,3 @@ class TarShards:
         targets, classes = self.labels
         part.labels = (None if targets is None else targets[numbers], classes)
         return part
-
-
-# ---- their order in training ----
-
-WINDOW = 16_384  # images: of this many that follow each other the order is random; a dozen shards of ImageNet
-LANES = (80, 40, 20, 10, 4, 2)  # 80 is shared out evenly by 2, 4, 8, 10 (the default), 16 and 20 loaders
-
-
-def count_lanes(shards, batches):
-    """Into how many lanes a run is divided: as many as leave two shards and eight batches to each, else one."""
-    return next((lanes for lanes in LANES if shards >= 2 * lanes and batches >= 8 * lanes), 1)
-
-
-def lane_window(lanes):
-    """Images of a lane whose order is random. Lanes share a window, else caches would have to hold all their shards."""
-    return WINDOW // min(lanes, 16)
-
-
-def lane_lengths(batches, lanes):
-    """How many of a run's first batches are of each lane: batch k is of lane k % lanes."""
-    return [len(range(lane, batches, lanes)) for lane in range(lanes)]
-
-
-class Piece(NamedTuple):
-    """Images `first` to `last` of those at the positions `start` to `stop` of an epoch, shuffled window by window."""
-
-    start: int
-    stop: int
-    first: int
-    last: int
-    window: int
-
-
-class ShardSampler(Sampler):
-    """(epoch, number) of the images that this rank sees in an epoch: every image at most once over all ranks.
-
-    Shards, in an order that follows from (seed, epoch), are cut into one run for each process, and a run into `lanes`.
-    Batch k comes from lane k % lanes, which is read from first to last, shuffled within a window that moves over it.
-    Loaders take turns too: W of them are gcd(W, lanes) groups, each with lanes of its own. So if W divides the number
-    of lanes no shard is read by two, but for those at borders. Neither the lanes nor the order depend on W, and where
-    it goes on follows from the number of steps done. What does not fill a last global batch is left out.
-    """
-
-    def __init__(self, images, batch_size, seed=0, rank=0, world_size=1):
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch, first_step=0, sittings=()):
-        """Which epoch comes next, with which of its steps, and who had which share of it before.
-
-        `sittings` are (processes, images a step in each, steps, lanes) of the runs that did the steps before, in their
-        order; unless given, they were done by as many processes as there are now. A sitting of three numbers is from
-        before there were lanes: it had one.
-        """
-        self.epoch = epoch
-        generator = torch.Generator().manual_seed(utils.derive_seed(self.seed, utils.ORDER, epoch))
-        self.shards = torch.randperm(len(self.images.paths), generator=generator).numpy()
-        self.ends = np.diff(self.images.starts)[self.shards].cumsum()  # of each shard among the epoch's positions
-        now = (self.world_size, self.batch_size)
-        self.mine, self.done = self.deal([*(sittings or [(*now, first_step, None)]), (*now, 0, None)])
-        self.lanes = len(self.mine)
-        self.steps = max(len(self.images) // (self.batch_size * self.world_size) - first_step, 0)
-
-    def deal(self, sittings):
-        """What this process has before it in the last of the sittings: pieces of each lane; and batches behind it.
-
-        A sitting of as many processes as the one before goes on where that was. Another divides what is left: the rests
-        of lanes, process by process, and what filled no batch. It has as many lanes as fit, where they are None.
-        """
-        left, pieces = len(self.images), None
-        for (processes, batch_size), same in itertools.groupby(sittings, key=lambda sitting: tuple(sitting[:2])):
-            same = [(*sitting, 1)[:4] for sitting in same]
-            batches = left // (processes * batch_size)  # of each process
-            done = min(sum(sitting[2] for sitting in same), batches)
-            lanes = same[0][3] or count_lanes(len(self.images.paths) // processes, batches)
-            sizes, given = (
-                [number * batch_size for number in lane_lengths(n, lanes)] * processes for n in (batches, done)
-            )
-            sizes, given = [*sizes, left - sum(sizes)], [*given, 0]  # the last: what fills no batch of all
-            if pieces is None:
-                ends, window = itertools.accumulate(sizes), lane_window(lanes)
-                pieces = [Piece(end - size, end, 0, size, window) for size, end in zip(sizes, ends, strict=True)]
-            edges = [number for size, gone in zip(sizes, given, strict=True) for number in (gone, size - gone)]
-            parts = split(pieces, edges)[1::2]  # without those that are gone
-            pieces, left = list(itertools.chain(*parts)), left - sum(given)
-        return parts[self.rank * lanes : (self.rank + 1) * lanes], done
-
-    def __len__(self):
-        return self.steps * self.batch_size
-
-    def __iter__(self):
-        lanes = [self.positions(pieces) for pieces in self.mine]
-        for k in range(self.done, self.done + self.steps):
-            for position in itertools.islice(lanes[k % self.lanes], self.batch_size):
-                yield self.epoch, self.number_at(position)
-
-    def positions(self, pieces):
-        """Positions in the epoch of the images of pieces; no more than one window is in memory."""
-        for piece in pieces:
-            for start in range(piece.start, piece.stop, piece.window):
-                stop = min(start + piece.window, piece.stop)
-                first, last = (max(edge + piece.start - start, 0) for edge in (piece.first, piece.last))
-                if first >= stop - start or last <= first:
-                    continue
-                seed = utils.derive_seed(self.seed, utils.ORDER, self.epoch, start)
-                order = torch.randperm(stop - start, generator=torch.Generator().manual_seed(seed))[first:last]
-                for position in order.numpy():
-                    yield start + int(position)
-
-    def number_at(self, position):
-        """Number of the image at a position of the epoch."""
-        k = int(np.searchsorted(self.ends, position, side="right"))
-        shard = self.shards[k]
-        return int(self.images.starts[shard + 1] - self.ends[k] + position)
-
-
-def split(pieces, sizes):
-    """Pieces laid end to end, divided into parts of so many images each: a list of pieces for each part."""
-    rest, parts = list(reversed(pieces)), []
-    for size in sizes:
-        parts.append([])
-        while size:
-            piece = rest.pop()
-            middle = min(piece.first + size, piece.last)
-            parts[-1].append(piece._replace(last=middle))
-            if middle < piece.last:
-                rest.append(piece._replace(first=middle))
-            size -= middle - piece.first
-    return parts
