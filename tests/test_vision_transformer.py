@@ -665,9 +665,9 @@ os.chdir({str(tmp_path)!r})
 sys.path[0] = "./dino"
 sys.path.insert(1, "")
 import dino.vision_transformer as inside
-import vision_transformer, utils, hubconf
+import vision_transformer, dino_backbones, hubconf
 assert os.path.dirname(os.path.abspath(vision_transformer.__file__)) == os.path.abspath("dino")
-assert hubconf.vits is vision_transformer and utils.vits is vision_transformer
+assert hubconf.vits is vision_transformer and dino_backbones.vits is vision_transformer
 assert inside.vit_nano(patch_size=32).embed_dim == vision_transformer.vit_nano(patch_size=32).embed_dim == 128
 """
     run_script("-c", code)
