@@ -511,7 +511,7 @@ def timm_weights(arch, patch_size):
 def fit_first_layer(model, state, source):
     """Make the first convolution in a state dict fit a model for images of another number of channels.
 
-    For grey images the weights of three channels are added up, which is what three equal channels would give; for any
+    For gray images the weights of three channels are added up, which is what three equal channels would give; for any
     other number the layer starts afresh.
     """
     name, layer = first_convolution(model)
@@ -520,7 +520,7 @@ def fit_first_layer(model, state, source):
         return
     if (learned.shape[1], layer.weight.shape[1]) == (3, 1):
         state[f"{name}.weight"] = learned.sum(dim=1, keepdim=True)
-        utils.log(f"{name} is for grey images: its weights for three channels in {source} are added up")
+        utils.log(f"{name} is for gray images: its weights for three channels in {source} are added up")
     else:
         channels = f"it is for {learned.shape[1]} channels in {source}, for {layer.weight.shape[1]} here"
         for part, tensor in layer.state_dict().items():

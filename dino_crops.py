@@ -26,8 +26,8 @@ class View(NamedTuple):
     size: int  # side of the crop in pixels
     box: tuple  # left, top, right, bottom in the image
     flip: bool
-    jitter: tuple  # ((operation, factor), ...) in their order; () leaves the colours alone
-    grey: bool
+    jitter: tuple  # ((operation, factor), ...) in their order; () leaves the colors alone
+    gray: bool
     blur: float | None  # radius in pixels of the crop
     solarize: bool
 
@@ -42,7 +42,7 @@ class RandomView:
     def __init__(self, size, scale, blur, solarization=None, augmentation="pil"):
         self.size, self.scale, self.blur, self.solarization = size, scale, blur, solarization
         self.render = RENDERERS[augmentation]
-        self.colours = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+        self.colors = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
         self.jitter_p = torch.tensor(0.8).item()  # in float32, as torch compares it with a random number
 
     def __call__(self, image):
@@ -56,13 +56,13 @@ class RandomView:
             box=(left, top, left + width, top + height),
             flip=torch.rand(1).item() < 0.5,
             jitter=self.draw_jitter() if torch.rand(1).item() <= self.jitter_p else (),
-            grey=torch.rand(1).item() < 0.2,
+            gray=torch.rand(1).item() < 0.2,
             blur=self.blur.draw(),
             solarize=self.solarization is not None and self.solarization.draw(),
         )
 
     def draw_jitter(self):
-        j = self.colours
+        j = self.colors
         order, *factors = j.get_params(j.brightness, j.contrast, j.saturation, j.hue)
         return tuple((("brightness", "contrast", "saturation", "hue")[i], factors[i]) for i in order.tolist())
 
@@ -96,9 +96,9 @@ class Solarization:
 
 
 def eval_transform(image_size=224, inputs=utils.RGB):
-    """PIL image -> uint8 [3, image_size, image_size]: the centre of the image resized to 8/7 of that (256 for 224).
+    """PIL image -> uint8 [3, image_size, image_size]: the center of the image resized to 8/7 of that (256 for 224).
 
-    With other inputs than photographs, what dino_images.decode gives -> normalised floats of their channels.
+    With other inputs than photographs, what dino_images.decode gives -> normalized floats of their channels.
     """
     return transforms.Compose(
         [
@@ -110,7 +110,7 @@ def eval_transform(image_size=224, inputs=utils.RGB):
 
 
 def last_transforms(inputs):
-    """The last steps of a transform: uint8 [3, H, W] of a photograph, normalised floats [C, H, W] of other inputs."""
+    """The last steps of a transform: uint8 [3, H, W] of a photograph, normalized floats [C, H, W] of other inputs."""
     steps = [transforms.PILToTensor() if inputs.in_chans == 3 else to_int16]
     return steps if inputs == utils.RGB else [*steps, inputs.normalize]
 
@@ -136,7 +136,7 @@ def render_pil_view(image, view):
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for operation, factor in view.jitter:
         crop = PIL_JITTER[operation](crop, factor)
-    bands = [crop.convert("L")] if view.grey else crop.split()  # apart: what follows is faster so, and so are tensors
+    bands = [crop.convert("L")] if view.gray else crop.split()  # apart: what follows is faster so, and so are tensors
     if view.blur is not None:
         bands = [band.filter(ImageFilter.GaussianBlur(view.blur)) for band in bands]
     if view.solarize:
@@ -150,7 +150,7 @@ def bands_to_tensor(channels, size):
 
 
 def pil_contrast(image, factor):
-    """ImageEnhance.Contrast: away from, or towards, the mean grey of the image."""
+    """ImageEnhance.Contrast: away from, or towards, the mean gray of the image."""
     counts = image.convert("L").histogram()
     mean = sum(map(operator.mul, counts, range(256))) / (image.width * image.height)
     return Image.blend(Image.new("RGB", image.size, (int(mean + 0.5),) * 3), image, factor)
@@ -160,7 +160,7 @@ def pil_hue(image, factor):
     """torchvision's turn of the hue, which is a level of PIL's HSV.
 
     The way back from HSV to RGB is PIL's formula for all pixels at once, in a third of PIL's time: a channel is
-    v · (1 - s · w), where w, between 0 and 1, follows from the hue. Equal to PIL for every one of the 256³ colours.
+    v · (1 - s · w), where w, between 0 and 1, follows from the hue. Equal to PIL for every one of the 256³ colors.
     """
     hue, saturation, value = image.convert("HSV").split()
     value = np.asarray(value).astype(np.float32).ravel()
@@ -248,7 +248,7 @@ def decode_whole_jpeg(file):
     cv2 = opencv()
     file.seek(0)
     data = file.read()
-    if not data.endswith(b"\xff\xd9"):  # OpenCV would fill what is missing of a truncated file with grey
+    if not data.endswith(b"\xff\xd9"):  # OpenCV would fill what is missing of a truncated file with gray
         return None
     with contextlib.suppress(cv2.error):
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -262,14 +262,14 @@ def render_fast_view(pixels, view):
     crop = crop[0].permute(1, 2, 0).numpy()  # [size, size, 3]
     for operation, factor in view.jitter:
         crop = FAST_JITTER[operation](cv2, crop, factor)
-    if view.grey:
+    if view.gray:
         crop = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)  # [size, size]
     if view.blur is not None:
         kernel = blur_kernel(view.blur)
         crop = cv2.sepFilter2D(crop, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
     if view.solarize:
         crop = np.minimum(crop, ~crop)  # ~ inverts levels
-    channels = [crop] * 3 if view.grey else cv2.split(crop)
+    channels = [crop] * 3 if view.gray else cv2.split(crop)
     if view.flip:
         channels = [cv2.flip(channel, 1) for channel in channels]
     return torch.from_numpy(np.stack(channels))
@@ -281,8 +281,8 @@ def fast_contrast(cv2, crop, factor):
 
 
 def fast_saturation(cv2, crop, factor):
-    grey = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(crop, factor, grey, 1 - factor, -TRUNCATE)
+    gray = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(crop, factor, gray, 1 - factor, -TRUNCATE)
 
 
 def fast_hue(cv2, crop, factor):
@@ -324,7 +324,7 @@ def render_planes(image, views):
     """Views of an image, float32 [C, H, W] from 0 to 1, each as int16 [C, size, size]: see `to_int16`.
 
     Step for step what render_pil does, but on floats, which are cut off at 0 and 1 where levels are at 0 and 255. The
-    mean of all channels takes the place of grey; there are no hues.
+    mean of all channels takes the place of gray; there are no hues.
     """
     return [render_planes_view(image, view) for view in views]
 
@@ -338,7 +338,7 @@ def render_planes_view(image, view):
     for operation, factor in view.jitter:
         if operation != "hue":
             crop = crop.lerp(PLANES_JITTER[operation](crop), 1 - factor).clamp(0, 1)
-    if view.grey:
+    if view.gray:
         crop = crop.mean(dim=0, keepdim=True).expand_as(crop)
     if view.blur is not None:
         crop = blur_planes(crop, view.blur)

@@ -475,7 +475,7 @@ def sample_dataset():
     """The folder of the embedded data set, train/<class>/*.png and val/<class>/*.png; built at the first call.
 
     One class per photograph; training crops come from its left 60 %, validation crops from its right 40 %. Each has its
-    own flip, light, contrast and colour baked in, and some are grey, so that colour alone does not give the class away.
+    own flip, light, contrast and color baked in, and some are gray, so that color alone does not give the class away.
     Deterministic. It appears whole or not at all, also when several processes ask at once. Raises UserError if a
     photograph is not installed or the cache can't be written.
     """
@@ -536,9 +536,9 @@ def write_sample_crops(path, root, rng):
 
 
 def sample_crop(region, rng):
-    """A random square of the region at SAMPLE_SIDE pixels, with a flip, light and colour of its own, or grey.
+    """A random square of the region at SAMPLE_SIDE pixels, with a flip, light and color of its own, or gray.
 
-    Light and colour vary no more than in the training augmentation. A stronger tint would outlast the augmentation, and
+    Light and color vary no more than in the training augmentation. A stronger tint would outlast the augmentation, and
     tell which crops come from one image without a look at what they show: such a set teaches nothing.
     """
     side = round(rng.uniform(0.35, 0.8) * min(region.size))
@@ -551,7 +551,7 @@ def sample_crop(region, rng):
     turn = rng.randint(-25, 25)  # of 256 levels
     hue = hue.point([(level + turn) % 256 for level in range(256)])
     crop = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    gains = [rng.uniform(0.8, 1.2) for _ in range(3)]  # so that grey photographs get a colour too
+    gains = [rng.uniform(0.8, 1.2) for _ in range(3)]  # so that gray photographs get a color too
     crop = crop.point([min(255, round(gain * level)) for gain in gains for level in range(256)])
     crop = ImageEnhance.Brightness(crop).enhance(rng.uniform(0.6, 1.4))
     crop = ImageEnhance.Contrast(crop).enhance(rng.uniform(0.6, 1.4))

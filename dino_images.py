@@ -2,7 +2,7 @@
 
 A folder of class folders, a folder without, a list of paths, or one of torchvision's data sets: each becomes numbered
 images. A file that can't be read is a BadImage, with its name; one that can't be read right now is asked for again.
-What is no photograph, but grey, or of many channels, becomes an array of floats.
+What is no photograph, but gray, or of many channels, becomes an array of floats.
 """
 
 import contextlib
@@ -270,9 +270,9 @@ def stored_planes(image, in_chans):
     pages, bands = getattr(image, "n_frames", 1), len(image.getbands())
     check_shape((in_chans, *image.size))
     if in_chans == 1:
-        found = grey_page(image)[None]
+        found = gray_page(image)[None]
     elif pages == in_chans:  # of a TIFF
-        pages = [grey_page(image, number) for number in range(in_chans)]
+        pages = [gray_page(image, number) for number in range(in_chans)]
         found = np.stack(pages, casting="no")  # of 8 and 16 bits, one would have to be told from the other
     elif pages == 1 and bands == in_chans:
         found = np.moveaxis(np.asarray(image), -1, 0)
@@ -290,8 +290,8 @@ def channels_first(array, in_chans):
     raise ValueError(f"an array of {array.shape} is not height, width and {in_chans} channels (--in_chans)")
 
 
-def grey_page(image, number=0):
-    """A page of a PIL image as values [H, W]; colours as PIL's grey, all else as it is stored."""
+def gray_page(image, number=0):
+    """A page of a PIL image as values [H, W]; colors as PIL's gray, all else as it is stored."""
     if number:
         image.seek(number)
     check_shape(image.size)

@@ -828,7 +828,7 @@ def test_labelled_shards_are_evaluated_like_the_folders_that_they_were_made_of(t
     assert said[0] == said[1] != []
 
 
-def test_the_neighbours_of_a_run_come_from_its_labelled_shards(tmp_path):
+def test_the_neighbors_of_a_run_come_from_its_labelled_shards(tmp_path):
     root = write_shards(tmp_path / "s", [20, 20])
     run_script("main_dino.py", *SMALL_RUN, "--data_path", root, "--output_dir", tmp_path / "run", "--knn_every", 1)
     assert "knn" in (tmp_path / "run" / "log.txt").read_text()

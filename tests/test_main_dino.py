@@ -233,9 +233,9 @@ def test_crops_match_the_reference_numbers():
                     got = crop[:, ::every, ::every].numpy()
                     got = got if got.shape == levels.shape else got.transpose(1, 2, 0)
                     np.testing.assert_array_equal(got, levels)
-                normalised = utils.normalize(crop)
-                assert_near(normalised.mean((1, 2)), reference[f"seed{seed}_crop{i}_mean"], 1e-5)
-                assert_near(normalised.std((1, 2)), reference[f"seed{seed}_crop{i}_std"], 1e-5)
+                normalized = utils.normalize(crop)
+                assert_near(normalized.mean((1, 2)), reference[f"seed{seed}_crop{i}_mean"], 1e-5)
+                assert_near(normalized.std((1, 2)), reference[f"seed{seed}_crop{i}_std"], 1e-5)
 
 
 def test_crops_equal_the_operations_written_out_one_by_one(sample_root):
@@ -620,7 +620,7 @@ def rank_0_loader(train_loader, *args):
         utils.get_rank = rank
 
 
-def test_batch_norms_are_synchronised_on_gpus_and_left_alone_on_cpus(monkeypatch, capsys):
+def test_batch_norms_are_synchronized_on_gpus_and_left_alone_on_cpus(monkeypatch, capsys):
     monkeypatch.setattr(utils, "get_world_size", lambda: 2)
     monkeypatch.setattr(main_dino.DistributedDataParallel, "__new__", lambda kind, module, **kwargs: (module, kwargs))
     for device, kind, notes in (("cuda", nn.SyncBatchNorm, 0), ("cpu", nn.BatchNorm2d, 1)):
@@ -628,7 +628,7 @@ def test_batch_norms_are_synchronised_on_gpus_and_left_alone_on_cpus(monkeypatch
         (student, settings), teacher = utils.distribute(*networks, torch.device(device))
         assert type(student[1]) is type(teacher[1]) is kind
         assert [value for name, value in settings.items() if "buffers" in name] == [False]
-        assert capsys.readouterr().out.count("each process normalises its own batch") == notes
+        assert capsys.readouterr().out.count("each process normalizes its own batch") == notes
 
 
 # ---- runs ----
@@ -767,7 +767,7 @@ def test_one_process_makes_no_process_group(finished):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-def test_other_optimisers_train_and_go_on_from_their_checkpoints(tiny_root, tmp_path, optimizer, finished):
+def test_other_optimizers_train_and_go_on_from_their_checkpoints(tiny_root, tmp_path, optimizer, finished):
     flags = ("--optimizer", optimizer, "--lr", 0.03)
     whole = train(tiny_root, tmp_path / "whole", *flags)
     assert_same_run(interrupted(tiny_root, tmp_path / "cut", *flags), whole)
@@ -1069,7 +1069,7 @@ def test_resnet50_trains_three_steps_on_two_processes(tmp_path, tiny_root):
     flags += ["--data_path", tiny_root / "train", "--output_dir", tmp_path, "--batch_size_per_gpu", 6, "--epochs", 1]
     done = run_script("main_dino.py", *flags, processes=2)
     assert "[2/3]" in done.stdout
-    assert done.stdout.count("each process normalises its own batch") == 1
+    assert done.stdout.count("each process normalizes its own batch") == 1
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert all(key.startswith("module.backbone.") or key.startswith("module.head.") for key in checkpoint["teacher"])
     evaluated = run_script(
