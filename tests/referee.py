@@ -15,7 +15,6 @@ record and compare on the same machine. One side takes some minutes on two cores
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -71,7 +70,6 @@ TRAINING = {
     "init_from": (1, f"{VIT} {FP32} --init_from @/weights.pth --global_crops_size 48 --num_workers 2"),
     "recipe and knn": (1, "--config @/recipe.yaml --knn_every 1 --knn_data @/images"),
     "shards": (1, f"{VIT} {FP32} --data_path @/shards"),
-    "sample": (1, f"{VIT} {FP32} --data_path sample --epochs 1 --batch_size_per_gpu 64"),
 }
 # Runs that are interrupted and resumed. Their digests must be those of the run of the same name above.
 RESUMED = {
@@ -83,18 +81,21 @@ WEIGHTS = {"vit fp32": "weights.pth", "resnet sgd 2 processes": "resnet.pth"}  #
 MAY_DIFFER = {"shards": "the order of images within shards may change"}
 
 VIT_WEIGHTS = f"{VIT} --device cpu --pretrained_weights @/weights.pth"
+UNTRAINED = "--device cpu --pretrained_weights random"
 RESNET_WEIGHTS = f"{RESNET} --device cpu --pretrained_weights @/resnet.pth"
 LABELED = "--data_path @/images --num_workers 0 --image_size 32"
 KNN, LINEAR = f"eval_knn.py {LABELED} --nb_knn 3 5 10 20 50", f"eval_linear.py {LABELED} --epochs 2 --lr 0.1"
 RETRIEVAL = "eval_image_retrieval.py --data_path @ --dataset roxford5k --num_workers 0"
 COPIES = "eval_copy_detection.py --data_path @/copydays --num_workers 0 --imsize 64"
+WHITENING = "--whitening_path @/images/train/0 --distractors_path @/images/train/1"
+ATTENTION = "visualize_attention.py --image_path @/copydays/strong --image_size 64 80 --threshold 0.6"
 VIDEO = "eval_video_segmentation.py --data_path @/davis --n_last_frames 2"
 
 # name: (processes, script and flags, pattern of the printed result lines or None). % is the folder for output.
 EVALUATIONS = {
     "knn": (1, f"{KNN} {VIT_WEIGHTS} --dump_features %", "classifier result"),
     "knn 2 processes": (2, f"{KNN} {RESNET_WEIGHTS} --temperature 0.2 --dump_features %", "classifier result"),
-    "knn untrained": (1, f"{KNN} {VIT} --device cpu --pretrained_weights random --dump_features %", "classifier"),
+    "knn untrained on sample": (1, f"{KNN} {VIT} {UNTRAINED} --data_path sample --dump_features %", "classifier"),
     "linear": (1, f"{LINEAR} {VIT_WEIGHTS} --output_dir %", None),
     "linear pooled": (1, f"{LINEAR} {VIT_WEIGHTS} --n_last_blocks 1 --avgpool_patchtokens true --output_dir %", None),
     "linear 2 processes": (2, f"{LINEAR} {RESNET_WEIGHTS} --checkpoint_key student --output_dir %", None),
@@ -102,20 +103,15 @@ EVALUATIONS = {
     "retrieval": (1, f"{RETRIEVAL} {VIT_WEIGHTS} --imsize 96", "mAP"),
     "retrieval multiscale": (1, f"{RETRIEVAL} {RESNET_WEIGHTS} --imsize 96 --multiscale true", "mAP"),
     "copies": (1, f"{COPIES} {VIT_WEIGHTS}", "mAP"),
-    "copies whitened": (
-        1,
-        f"{COPIES} {VIT_WEIGHTS} --whitening_path @/images/train/0 --distractors_path @/images/train/1",
-        "mAP",
-    ),
-    "attention": (1, f"visualize_attention.py {VIT_WEIGHTS} --image_path @/copydays/strong --image_size 64 80 "
-        "--threshold 0.6 --output_dir %", None),
+    "copies whitened": (1, f"{COPIES} {VIT_WEIGHTS} {WHITENING}", "mAP"),
+    "attention": (1, f"{ATTENTION} {VIT_WEIGHTS} --output_dir %", None),
     "export pth": (1, f"export.py --to backbone {VIT_WEIGHTS} --output %/weights.pth", None),
     "export safetensors": (1, f"export.py --to backbone {RESNET_WEIGHTS} --output %/weights.safetensors", None),
     "export timm": (1, f"export.py --to timm {VIT_WEIGHTS} --image_size 48 --output %/weights.safetensors", None),
     "export hf": (1, f"export.py --to hf {VIT_WEIGHTS} --image_size 32 64 --output %/hf", None),
     "export onnx": (1, f"export.py --to onnx {VIT_WEIGHTS} --image_size 48 --output %/weights.onnx", None),
     "export onnx resnet": (1, f"export.py --to onnx {RESNET_WEIGHTS} --image_size 32 --output %/weights.onnx", None),
-}  # fmt: skip
+}
 
 
 # ---- data ----
@@ -143,13 +139,8 @@ def write_data(root):
     (root / "shards").mkdir()
     for shard in range(3):
         with tarfile.open(root / "shards" / f"{shard:04}.tar", "w") as tar:
-            for number in range(20):
-                file = io.BytesIO()
-                picture(3000 + 20 * shard + number).save(file, "png")
-                for ending, content in (("png", file.getvalue()), ("cls", str(number % 3).encode())):
-                    info = tarfile.TarInfo(f"{shard}{number:03}.{ending}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+            for path in sorted((root / "images" / "train" / f"{shard}").iterdir()):
+                tar.add(path, f"{shard}{path.name}")
     words = f"{SMALL} {VIT} {FP32} --teacher_temp 0.07 --warmup_teacher_temp_epochs 2 --seed 3".split()
     lines = [f"{flag[2:]}: {value}\n" for flag, value in zip(words[::2], words[1::2], strict=True)]
     (root / "recipe.yaml").write_text("".join(lines) + "global_crops_scale: [0.3, 1.0]\nblur_radius: [0.1, 0.5]\n")
@@ -157,35 +148,32 @@ def write_data(root):
 
 
 def write_evaluation_data(root):
+    retrieval, copies, davis = root / "roxford5k", root / "copydays", root / "davis"
     cfg = {"imlist": [], "qimlist": [], "gnd": []}
     for number in range(12):
         image = picture(4001 + 5 * number)
         width, height = image.size
         views = [image.crop((width // 6, 0, width, height)), ImageOps.mirror(image), image.rotate(30)]
-        for view, changed in enumerate(views):
-            cfg["imlist"].append(f"view_{number}_{view}")
-            save(changed, root / "roxford5k" / "jpg" / f"view_{number}_{view}.jpg")
-        cfg["qimlist"].append(f"query_{number}")
-        save(image, root / "roxford5k" / "jpg" / f"query_{number}.jpg")
+        for name, view in zip("abcq", [*views, image], strict=True):
+            cfg["qimlist" if name == "q" else "imlist"].append(f"{number}{name}")
+            save(view, retrieval / "jpg" / f"{number}{name}.jpg")
         easy, hard, junk = ([3 * number + view] for view in range(3))
         cfg["gnd"].append({"bbx": [0.0, 1.0, 40.5, 40.0], "easy": easy, "hard": hard, "junk": junk})
-        name = f"2{number:03}00"
-        save(image, root / "copydays" / "original" / f"{name}.png")
-        save(image, root / "copydays" / "jpegqual" / "3" / f"{name}.jpg", quality=3)
-        save(views[0], root / "copydays" / "crops" / "20" / f"{name}.png")
-        save(ImageOps.invert(views[number % 3]), root / "copydays" / "strong" / f"2{number:03}01.png")
-    (root / "roxford5k" / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(cfg, protocol=2))
+        save(image, copies / "original" / f"2{number:03}00.png")
+        save(image.resize((9, 9)), copies / "jpegqual" / "3" / f"2{number:03}00.jpg", quality=3)
+        save(image.crop((0, 0, width // 3, height // 3)), copies / "crops" / "80" / f"2{number:03}00.png")
+        save(views[number % 3], copies / "strong" / f"2{number:03}01.png")
+    (retrieval / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(cfg, protocol=2))
     back, front = (np.array(picture(5001 + i).resize((80, 60))) for i in range(2))
     for t in range(4):
         labels = np.zeros((60, 80), dtype=np.uint8)
         labels[8:32, 6 + 4 * t : 34 + 4 * t], labels[38:56, 44 : 68 - 2 * t] = 1, 2
-        frame = Image.fromarray(np.where(labels[..., None] > 0, front, back))
-        save(frame, root / "davis" / "JPEGImages" / "480p" / "clip" / f"{t:05}.jpg", quality=95)
-        mask = Image.fromarray(labels, "P")
+        frame, mask = Image.fromarray(np.where(labels[..., None] > 0, front, back)), Image.fromarray(labels)
         mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
-        save(mask, root / "davis" / "Annotations" / "480p" / "clip" / f"{t:05}.png")
-    (root / "davis" / "ImageSets" / "2017").mkdir(parents=True)
-    (root / "davis" / "ImageSets" / "2017" / "val.txt").write_text("clip\n")
+        save(frame, davis / "JPEGImages" / "480p" / "clip" / f"{t:05}.jpg", quality=95)
+        save(mask, davis / "Annotations" / "480p" / "clip" / f"{t:05}.png")
+    (davis / "ImageSets" / "2017").mkdir(parents=True)
+    (davis / "ImageSets" / "2017" / "val.txt").write_text("clip\n")
 
 
 def save(image, path, **options):
@@ -235,14 +223,10 @@ class Runner:
 
     def interrupted(self, name, output):
         """Begin a training run and interrupt it within an epoch."""
-        for _ in range(3):
-            shutil.rmtree(output, ignore_errors=True)
-            with contextlib.suppress(FileNotFoundError):  # there is no log.txt yet
-                self.train(name, output, RESUMED[name])
-            checkpoint = torch.load(output / "checkpoint.pth", weights_only=False)
-            if checkpoint["step"] > 0:
-                return
-        raise RuntimeError(f"{name}: could not be interrupted within an epoch")
+        with contextlib.suppress(FileNotFoundError):  # there is no log.txt yet
+            self.train(name, output, RESUMED[name])
+        if not torch.load(output / "checkpoint.pth", weights_only=False)["step"]:
+            raise RuntimeError(f"{name}: the run was not interrupted within an epoch, try again")
 
     def resume(self, name, output, recorded=False):
         """Resume an interrupted run of this checkout, or the `recorded` one."""
@@ -318,40 +302,37 @@ def log_digests(path):
     return flatten(lines, "log")
 
 
-def onnx_digest(path):
-    """The outputs for a fixed input, to 6 decimals."""
+def onnx_output(path):
+    """The output for a fixed input, to 6 decimals."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     (images,) = session.get_inputs()
-    shape = [2, *images.shape[1:]]
-    values = np.random.RandomState(0).standard_normal(shape).astype(np.float32)
-    return digest(np.round(session.run(None, {images.name: values})[0], 6))
+    values = np.random.RandomState(0).standard_normal([2, *images.shape[1:]]).astype(np.float32)
+    return np.round(session.run(None, {images.name: values})[0], 6)
 
 
 def file_digests(output):
     """Digests of all files that an evaluation or an export has written, apart from texts and matplotlib's pages."""
     from safetensors.torch import load_file
 
+    readers = {
+        ".pth": torch.load,
+        ".safetensors": load_file,
+        ".onnx": onnx_output,
+        ".png": lambda p: np.array(Image.open(p)),
+    }
+    readers[".json"] = lambda p: json.loads(p.read_text())
     found = {}
     for path in sorted(output.rglob("*")):
-        name = str(path.relative_to(output))
         if path.name == "log.txt":
             found |= log_digests(path)
         elif path.name == "checkpoint.pth.tar":
             found |= checkpoint_digests(path)
-        elif path.suffix == ".pth":
-            found |= flatten(torch.load(path), name)
-        elif path.suffix == ".safetensors":
-            found |= flatten(load_file(path), name)
-        elif path.suffix == ".onnx":
-            found[name] = onnx_digest(path)
-        elif path.suffix == ".json":
-            found |= flatten(json.loads(path.read_text()), name)
-        elif path.suffix == ".png" and path.name != "overview.png":
-            found[name] = digest(np.array(Image.open(path)))
+        elif path.suffix in readers and path.name != "overview.png":
+            found |= flatten(readers[path.suffix](path), str(path.relative_to(output)))
     return found
 
 
@@ -374,9 +355,9 @@ def differences(expected, found):
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key):
             groups.setdefault("/".join(key.split("/")[:2]), []).append(key)
+    firsts = {group: (len(keys), keys[0]) for group, keys in groups.items()}
     return [
-        f"{group}: {len(keys)} values, first {keys[0]}: {expected.get(keys[0])} -> {found.get(keys[0])}"
-        for group, keys in groups.items()
+        f"{n} values in {group}, first {k}: {expected.get(k)} -> {found.get(k)}" for group, (n, k) in firsts.items()
     ]
 
 
