@@ -1,8 +1,8 @@
 """Images in tar shards, by WebDataset's convention: thousands of large files instead of millions of small ones.
 
-In a shard, `key.jpg` (or .png, .webp ...) is an image, and `key.cls` beside it, where there is one, its label. Shards
-stay packed: a table of contents, made once and kept in the cache, says where in its shard an image lies. In memory are
-the numbers of images, and the contents of the few shards that are being read.
+In a shard, `key.jpg` (or .png, .webp, ...) is an image and `key.cls` its label, if there is one. Shards stay packed: an
+index of each, made once and cached, has the position of each image. Only the numbers of images and the indexes of the
+few shards that are being read are in memory.
 """
 
 import contextlib
@@ -38,13 +38,13 @@ MOST_SHARDS = 1_000_000
 
 
 def are_shards(data_path):
-    """Whether a path means tar files: a pattern of them, one, or a folder with some and no images, also not below."""
+    """Whether a path means tar files: a pattern, a file, or a folder with some and without images in or below it."""
     if not os.path.isdir(data_path):
         return data_path.endswith(".tar")
     found = False
     with contextlib.suppress(OSError), os.scandir(data_path) as entries:
         for entry in entries:
-            if dino_images.is_image(entry.name):  # of a million the first one will do
+            if dino_images.is_image(entry.name):  # the first of a million is enough
                 return False
             found = found or is_shard(entry.name)
     return found and not any(dino_images.is_image(name) for _, _, files in os.walk(data_path) for name in files)
@@ -55,36 +55,34 @@ def is_shard(name):
 
 
 def shard_files(pattern, flag):
-    """Paths of the shards that a folder has, or that `shards/{0000..0999}.tar` or `shards/*.tar` stands for."""
-    from braceexpand import UnbalancedBracesError, braceexpand  # WebDataset's own
+    """Paths of the shards in a folder, or that match `shards/{0000..0999}.tar` or `shards/*.tar`. Raises UserError."""
+    from braceexpand import UnbalancedBracesError, braceexpand  # what WebDataset uses
 
     if os.path.isdir(pattern):
         paths = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if is_shard(name)]
     else:
         if re.match(r"(\w+://|pipe:)", pattern):
-            raise UserError(f"{flag} {pattern}: shards are read from file systems. Mount or copy them")
+            raise UserError(f"{flag} {pattern}: only shards in a file system can be read. Mount or copy them")
         ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", pattern)
-        if math.prod(abs(int(b) - int(a)) + 1 for a, b in ranges) > MOST_SHARDS:  # which would be made, all of them
-            raise UserError(f"{flag} {pattern} names more than {MOST_SHARDS} shards. Make them larger, and fewer")
+        if math.prod(abs(int(b) - int(a)) + 1 for a, b in ranges) > MOST_SHARDS:  # before they are all made
+            raise UserError(f"{flag} {pattern} names more than {MOST_SHARDS} shards. Make fewer, larger ones")
         try:
             each = [pattern] if os.path.exists(pattern) else braceexpand(pattern)
             each = list(itertools.islice(each, MOST_SHARDS + 1))
         except (UnbalancedBracesError, ValueError, MemoryError, RecursionError) as e:
-            raise UserError(f"{flag} {pattern} is no pattern of shards, such as {{0000..0999}}.tar ({e})") from e
+            raise UserError(f"{flag} {pattern} is not a pattern of shards such as {{0000..0999}}.tar ({e})") from e
         paths = [path for name in each for path in expand_glob(name)]
     missing = [path for path in paths[:MOST_SHARDS] if not os.path.isfile(path)]
     if not paths or missing:
         what = f"; {len(missing)} of {len(paths)} are missing: {utils.summarize(missing)}" if missing else ""
-        raise UserError(
-            f"{flag} {pattern}: there are no such shards{what}. Name those that there are, as in {{0000..0999}}.tar"
-        )
+        raise UserError(f"{flag} {pattern}: there are no such shards{what}. Name existing ones: {{0000..0999}}.tar")
     if len(paths) > MOST_SHARDS or len(set(paths)) < len(paths):
-        raise UserError(f"{flag} {pattern} names a shard twice, or more than {MOST_SHARDS}. Name each once")
+        raise UserError(f"{flag} {pattern} names a shard twice, or more than {MOST_SHARDS} shards. Name each once")
     return paths
 
 
 def expand_glob(name):
-    """Paths that a name stands for: itself, or what `*`, `?` and `[...]` in it match, by the alphabet."""
+    """Paths that a name stands for: itself, or what its `*`, `?` and `[...]` match, sorted."""
     if os.path.exists(name) or not glob.has_magic(name):
         return [name]
     folder, last = os.path.split(name)
@@ -92,7 +90,7 @@ def expand_glob(name):
 
 
 def shards_of_part(folder, part):
-    """A pattern of the shards of a folder with `part` (train or val) as a word in their names; None if none has."""
+    """A pattern for the shards of a folder whose names contain the word `part` (train or val); None if none does."""
     word, no_letter = f"[{part[0]}]{part[1:]}", "[!a-zA-Z]"
     names = (word, f"{word}{no_letter}*", f"*{no_letter}{word}", f"*{no_letter}{word}{no_letter}*")
     found = [name for name in names if expand_glob(os.path.join(glob.escape(folder), f"{name}.tar"))]
@@ -104,7 +102,7 @@ def shards_of_part(folder, part):
 
 
 class Member(NamedTuple):
-    """An image in a shard: `size` bytes from `start` on; its label as text, or None."""
+    """An image in a shard: `size` bytes from `start`; its label as text, or None."""
 
     name: str
     start: int
@@ -113,17 +111,17 @@ class Member(NamedTuple):
 
 
 def list_members(path, extensions=dino_images.EXTENSIONS):
-    """The images in a shard, as Members in their order. Raises UserError if it is damaged, or made for other ends."""
+    """The images in a shard as Members, in their order. Raises UserError if it is damaged or not made for training."""
     found, labels, dotted = [], {}, {}
     try:
         with open(path, "rb") as file:
             if file.read(2) == b"\x1f\x8b":
-                raise UserError(f"the shard {path} is compressed. Unpack it: gunzip")
+                raise UserError(f"the shard {path} is compressed. Unpack it with gunzip")
         with tarfile.open(path, "r:") as tar:
             size = os.path.getsize(path)
             while (member := tar.next()) is not None:
                 check_member(member, path, size)
-                if not member.isreg() or os.path.basename(member.name).startswith("."):  # ._a.jpg is none
+                if not member.isreg() or os.path.basename(member.name).startswith("."):  # ._a.jpg is not an image
                     continue
                 key, extension = split_name(member.name)
                 if f".{extension}" in extensions:
@@ -139,12 +137,14 @@ def list_members(path, extensions=dino_images.EXTENSIONS):
     except OSError as e:
         raise UserError(f"can't read the shard {path}: {e.strerror or dino_images.one_line(e)}") from e
     except Exception as e:  # tarfile raises almost anything on damaged headers
-        raise UserError(f"the shard {path} is no tar file, or damaged: {dino_images.one_line(e)}. Copy it anew") from e
+        raise UserError(
+            f"the shard {path} is not a tar file, or damaged: {dino_images.one_line(e)}. Copy it again"
+        ) from e
     return [Member(member.name, member.offset_data, member.size, labels.get(key)) for key, member in found]
 
 
 def split_name(name):
-    """(key, extension) as WebDataset divides the name of a file in a shard: at the first dot of its last part."""
+    """(key, extension) of a file in a shard as WebDataset splits its name: at the first dot of its last part."""
     from webdataset.tariterators import base_plus_ext
 
     key, extension = base_plus_ext(name)
@@ -152,18 +152,18 @@ def split_name(name):
 
 
 def check_member(member, path, size):
-    """Raise UserError for what no shard has that was made for training. Nothing is ever unpacked, even so."""
-    where = f"the shard {path} has {utils.printable(member.name[:200])} in it"
+    """Raise UserError for members that no training shard has. (Nothing is ever unpacked.)"""
+    where = f"the shard {path} contains {utils.printable(member.name[:200])}"
     if len(member.name) > 1000:
-        raise UserError(f"{where}, a name of {len(member.name)} letters. Make it anew, with names of up to 1000")
+        raise UserError(f"{where}, a name of {len(member.name)} characters. Write it again with names of up to 1000")
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        raise UserError(f"{where}, a path out of its folder. Make it anew, of names below one folder")
+        raise UserError(f"{where}, a path outside of its folder. Write it again with names below one folder")
     if not (member.isreg() or member.isdir()):
-        raise UserError(f"{where}, which is no file but a link or a device. Make it anew (tar --dereference)")
+        raise UserError(f"{where}, a link or a device instead of a file. Write it again with tar --dereference")
     if member.issparse():
-        raise UserError(f"{where}, a file with holes. Make it anew, without tar --sparse")
+        raise UserError(f"{where}, a sparse file. Write it again without tar --sparse")
     if not 0 <= member.offset_data <= member.offset_data + member.size <= size:
-        raise UserError(f"the shard {path} ends within {utils.printable(member.name)}. Copy it anew")
+        raise UserError(f"the shard {path} ends within {utils.printable(member.name)}. Copy it again")
 
 
 def read_label(tar, member, path):
@@ -174,25 +174,27 @@ def read_label(tar, member, path):
         label = ""
     if not label or member.size > 1000:
         raise UserError(
-            f"the shard {path} has no label in {utils.printable(member.name)}. It takes a number, or a name"
+            f"the shard {path} has no label in {utils.printable(member.name)}. Write a number or a name there"
         )
     return label
 
 
 def check_end(tar, path):
-    """Raise UserError if reading ended at anything but the end mark, which tarfile takes for the end in silence."""
+    """Raise UserError unless reading ended at the end mark: tarfile silently takes damage for the end, too."""
     tar.fileobj.seek(tar.offset)
     block = tar.fileobj.read(tarfile.BLOCKSIZE)
     if block != tarfile.NUL * tarfile.BLOCKSIZE:
-        what = "is damaged at" if block else "ends, without a mark that it is whole, at"
-        raise UserError(f"the shard {path} {what} byte {tar.offset}. Copy it, or make it, anew")
+        what = "is damaged at" if block else "ends without an end mark at"
+        raise UserError(f"the shard {path} {what} byte {tar.offset}. Copy or write it again")
     while block := tar.fileobj.read(2**20):
         if block.strip(tarfile.NUL):
-            raise UserError(f"the shard {path} goes on behind its end mark: are there several in it? Keep them apart")
+            raise UserError(
+                f"the shard {path} has data after its end mark: is it several shards in one? Keep them apart"
+            )
 
 
 def check_keys(found, dotted, path):
-    """Raise UserError if there are images that WebDataset's convention makes parts of others, which are not there."""
+    """Raise UserError for images that WebDataset's convention takes for parts of others, which are not there."""
     lost = sorted(dotted.keys() - {key for key, _ in found})
     if lost:
         raise UserError(
@@ -201,24 +203,24 @@ def check_keys(found, dotted, path):
         )
 
 
-# ---- tables of contents ----
+# ---- indexes ----
 
 
 def state_of(path):
-    """What changes with a shard: its size and times."""
+    """Size and times of a shard, which change with it."""
     state = os.stat(path)
     return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
 def table_path(path, state, extensions):
-    """Where the table of a shard in this state is kept: of another machine's file at the same path there is another."""
+    """Where the index of a shard in this state is cached. A file of another machine at the same path has another."""
     named = f"{os.path.abspath(path)}\0{state}\0{'.npy' in extensions}"
     digest = hashlib.blake2b(named.encode(errors="surrogateescape"), digest_size=12).hexdigest()
     return Path(utils.cache_dir()) / "shards" / f"{digest}.npy"
 
 
 def read_head(path, state, extensions):
-    """(number of images, digest of their names) of a shard's table of contents; None if there is none of its state."""
+    """(number of images, digest of their names) from a shard's cached index; None if there is none for its state."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         table = table_path(path, state, extensions)
         head = json.loads(table.with_suffix(".json").read_bytes())
@@ -228,12 +230,12 @@ def read_head(path, state, extensions):
 
 
 def make_table(path, state, extensions):
-    """Write a shard's table of contents: a row for each image; then its head, by which it counts as written."""
+    """Write a shard's index: one row per image; then its header, which makes it valid."""
     table = as_table(list_members(path, extensions))
     images, digest = index_header(table)
     head = json.dumps({"path": os.path.abspath(path), "state": state, "images": images, "digest": digest})
     target = table_path(path, state, extensions)
-    arriving = target.with_name(f".{uuid.uuid4().hex}")  # another process may be at it, where files can't be locked
+    arriving = target.with_name(f".{uuid.uuid4().hex}")  # another process may do the same where files can't be locked
     with open(arriving, "wb") as file:
         np.save(file, table, allow_pickle=False)
     os.replace(arriving, target)
@@ -255,20 +257,20 @@ def as_table(members):
 
 @functools.lru_cache(maxsize=1024)
 def load_index(path, state, extensions):
-    """The table of contents of a shard whose state is that still. It stays on the disk; what is looked up is read."""
+    """The index of a shard that is still in this state, memory-mapped. Raises BadImage if the shard has changed."""
     now = dino_images.with_retries(lambda: state_of(path), path, path)
-    if now[:2] != list(state)[:2]:  # a new owner, name or mode is no change
+    if now[:2] != list(state)[:2]:  # a new owner, name or mode does not matter
         raise dino_images.bad_image(f"in {path}", "the shard has changed since the start of the run")
     head = read_head(path, list(state), extensions)
     with contextlib.suppress(OSError, ValueError, EOFError):
         table = np.load(table_path(path, list(state), extensions), mmap_mode="r", allow_pickle=False)
         if head and table.shape == head[:1] and table.dtype.names == ("name", "start", "size", "label"):
             return table
-    return as_table(list_members(path, extensions))  # the list that was kept is gone
+    return as_table(list_members(path, extensions))  # the cached index is gone
 
 
 def shard_index(paths, extensions):
-    """[(number of images, digest of their names)] of shards. Of the processes of a machine one lists what is new."""
+    """[(number of images, digest of their names)] of shards. One process per machine indexes what is new."""
     shards = [(path, state_of(path), extensions) for path in paths]
     if None in (read_head(*shard) for shard in shards):
         folder = Path(utils.cache_dir()) / "shards"
@@ -278,13 +280,13 @@ def shard_index(paths, extensions):
             with lock:
                 new = [shard for shard in shards if read_head(*shard) is None]
                 if len(new) > 10:
-                    utils.say(f"listing the images of {len(new)} shards; {folder} keeps the lists")
+                    utils.say(f"indexing {len(new)} shards; the indexes are cached in {folder}")
                 for shard in new:
                     make_table(*shard)
         except OSError as e:
             utils.log(
-                f"warning: lists of the images in shards can't be kept in {folder} ({e.strerror}): each start makes "
-                "them anew. Set DINO_CACHE to a folder that you may write to"
+                f"warning: indexes of shards can't be cached in {folder} ({e.strerror}) and are made at each start. Set "
+                "DINO_CACHE to a folder that you can write to"
             )
     return [read_head(*shard) or index_header(load_index(shard[0], tuple(shard[1]), extensions)) for shard in shards]
 
@@ -293,7 +295,7 @@ def shard_index(paths, extensions):
 
 
 class TarShards:
-    """Images in shards, in the way of dino_images.ImageFiles: numbered shard by shard, in the order of their names."""
+    """Images in shards, with the methods of dino_images.ImageFiles: numbered shard by shard, sorted by name."""
 
     sharded = True
 
@@ -306,8 +308,8 @@ class TarShards:
         self.numbers = range(int(self.starts[-1]))
         if not len(self.numbers):
             raise UserError(
-                f"{flag} {pattern}: there are no images in these {len(self.paths)} shards. Files in them are named "
-                "key.jpg (key.png, ...), the key without a dot"
+                f"{flag} {pattern}: there are no images in these {len(self.paths)} shards. Images must be named "
+                "key.jpg (key.png, ...), with no dot in the key"
             )
 
     def __len__(self):
@@ -323,11 +325,11 @@ class TarShards:
     def name(self, i):
         try:
             return "/".join(self.find(i)[:2])
-        except (UserError, OSError):  # the shard is gone, or another now
+        except (UserError, OSError):  # the shard is gone or has changed
             return f"{self.pattern}, image {self.numbers[i]}"
 
     def names(self):
-        """What tells this set from others: the shards, each with a digest of the names in it."""
+        """What identifies this set: the shards, each with a digest of the names in it."""
         return [f"{path}/{digest}" for path, digest in zip(self.paths, self.digests, strict=True)]
 
     def open(self, i):
@@ -371,16 +373,16 @@ class TarShards:
         return self.labels[1]
 
     def are_sorted(self):
-        """Whether shards hold a class or two each, of more: as the labels say in some twenty shards of ten images."""
+        """Whether shards contain one or two classes each, of more, by the labels of about twenty of them."""
         some = range(0, len(self.paths), max(len(self.paths) // 20, 1))
         tables = [load_index(self.paths[k], self.states[k], self.extensions)["label"] for k in some]
         found = [Counter(labels.tolist()) for labels in tables if len(labels) >= 10]
         each = statistics.median(map(len, found)) if found else 0
-        commonest = {labels.most_common(1)[0][0] for labels in found}  # one, where other classes are rare
+        commonest = {labels.most_common(1)[0][0] for labels in found}  # one, if other classes are rare
         return 0 < each <= 2 <= len(commonest) and len(set().union(*found)) >= 2 * each
 
     def take(self, numbers):
-        """These alone, of the same classes."""
+        """A subset, with the same classes."""
         part = copy.copy(self)
         part.numbers = np.asarray(self.numbers)[numbers]
         targets, classes = self.labels
