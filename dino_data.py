@@ -97,23 +97,23 @@ def check_flags(args):
 
 
 def image_files(folder, flag):
-    """Paths of the images directly in a folder, frame-2 before frame-10. Raises UserError, naming the flag, if none."""
+    """Paths of the images directly in a folder, frame-2 before frame-10. Raises UserError if there are none."""
     if not os.path.isdir(folder):
-        raise UserError(f"{flag} {folder} is no folder")
+        raise UserError(f"{flag} {folder} is not a folder")
     try:
-        files = [path for path in Path(folder).iterdir() if not path.name.startswith(".")]  # ._a.jpg is none
+        files = [path for path in Path(folder).iterdir() if not path.name.startswith(".")]  # ._a.jpg is not an image
     except OSError as e:
         raise UserError(f"can't list {flag} {folder}: {e.strerror}") from e
     paths = [path for path in files if path.suffix.lower() in dino_images.EXTENSIONS]
     if not paths:
-        raise UserError(f"{flag} {folder} has no images in it ({', '.join(dino_images.EXTENSIONS)})")
+        raise UserError(f"{flag} {folder} has no images ({', '.join(dino_images.EXTENSIONS)})")
     return sorted(paths, key=lambda path: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)])
 
 
 def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3):
-    """The numbered images that --data_path means, of dino_images or dino_shards; `sample` are the embedded ones.
+    """The numbered images of --data_path (dino_images.ImageFiles, TorchvisionImages or dino_shards.TarShards).
 
-    Of `sample` and of torchvision's sets, `part` (train or val) is taken. Raises UserError if there are none.
+    `part` (train or val) selects from `sample` and from torchvision's sets. Raises UserError if there are none.
     """
     path = os.fspath(find_data(data_path, part))
     if data_format == "shards" or (data_format == "auto" and dino_shards.are_shards(path)):
@@ -155,9 +155,9 @@ def collate(batch):
 
 
 class EvalImages(Dataset):
-    """Numbered images for evaluation: dataset[i] -> (transform(image, decoded for the inputs: RGB), i).
+    """Numbered images for evaluation: dataset[i] -> (transform(decoded image), i).
 
-    One that can't be read raises BadImage, or, with `lenient`, is a warning, and black.
+    An unreadable image raises BadImage or, with `lenient`, becomes a black one with a warning.
     """
 
     def __init__(self, images, transform, lenient=False, inputs=utils.RGB):
@@ -172,7 +172,7 @@ class EvalImages(Dataset):
         except dino_images.BadImage as e:
             if not self.lenient:
                 raise
-            utils.say(f"warning: {e}. It is taken for a black one")
+            utils.say(f"warning: {e}. A black image replaces it")
             channels = self.inputs.in_chans
             image = Image.new("RGB", (8, 8)) if channels == 3 else torch.zeros(channels, 8, 8)
         return self.transform(image), i
@@ -182,9 +182,9 @@ class EvalImages(Dataset):
 
 
 def find_part(data_path, part):
-    """Where --data_path has one of the two parts of a data set: a folder, list or shards so named; None if nowhere."""
+    """The path of train or val in --data_path: a folder, a list or shards of that name; None if there is none."""
     root = os.fspath(find_data(data_path))
-    if root.startswith("torchvision:"):  # which has both
+    if root.startswith("torchvision:"):  # they have both
         return root
     names = [part, *(part + suffix for suffix in dino_images.LISTS)]
     found = next((path for path in (os.path.join(root, name) for name in names) if os.path.exists(path)), None)
@@ -192,87 +192,85 @@ def find_part(data_path, part):
 
 
 def holds_both_parts(data_path, images):
-    """Whether training would take the images of val as well, of class folders or of shards."""
+    """Whether a path contains train and val, as class folders or as shards, so that val would be trained on."""
     if isinstance(images, dino_shards.TarShards):
         return all(dino_shards.shards_of_part(os.fspath(data_path), part) for part in ("train", "val"))
     return images.classes == ["train", "val"]
 
 
 def labelled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
-    """The numbered images of train or val of --data_path. Raises UserError if it is not there, or has no labels."""
+    """The numbered images of train or val in --data_path. Raises UserError if they or their labels are missing."""
     path = find_part(data_path, part)
     if path is None:
-        what = f"has no {part} in it" if os.path.isdir(find_data(data_path)) else "is no folder"
+        what = f"has no {part}" if os.path.isdir(find_data(data_path)) else "is not a folder"
         raise UserError(
-            f"{flag} {data_path} {what}. It takes folders {part}/<class>/*, a list {part}.csv, or, in that folder, "
-            f"shards {part}-*.tar"
+            f"{flag} {data_path} {what}. It needs class folders {part}/<class>/*, a list {part}.csv, or shards "
+            f"{part}-*.tar"
         )
     images = find_images(path, part, labelled_format(path), exif, flag, in_chans)
     if images.targets is None:
         raise UserError(
-            f"{flag} {path} has no labels. Sort the images into a folder for each class, or write a list; in shards, "
-            "give each a key.cls"
+            f"{flag} {path} has no labels. Sort the images into one folder per class, or write a list with labels; in "
+            "shards, add key.cls files"
         )
     return images
 
 
 def labelled_images(data_path, transform, exif=False, flag="--data_path", inputs=utils.RGB):
-    """(train, val, labels of train, labels of val): train and val of data_path as EvalImages, labels by one numbering.
+    """(train, val, labels of train, labels of val) of data_path: EvalImages, and class indices [N].
 
-    The classes are train's; val may lack some of them. Raises UserError if it has one that train has not.
+    The classes are those in train. Raises UserError if val has another one.
     """
     train, val = (labelled_part(data_path, part, exif, flag, inputs.in_chans) for part in ("train", "val"))
     both = isinstance(train, dino_shards.TarShards) and set(train.paths) & set(getattr(val, "paths", ()))
     if both:
-        raise UserError(
-            f"{flag} {data_path}: {utils.summarize(sorted(both))} would be of train and of val. Rename them"
-        )
+        raise UserError(f"{flag} {data_path}: {utils.summarize(sorted(both))} match train and val. Rename them")
     number = {name: i for i, name in enumerate(train.classes)}
     unknown = sorted(set(val.classes) - set(number))
     if unknown:
         some = ", ".join(unknown[:5])
-        raise UserError(f"{flag} {data_path}: val has classes that train has not: {some}. Give both the same")
+        raise UserError(f"{flag} {data_path}: val has classes that train does not have: {some}. Use the same classes")
     renumbered = torch.tensor([number[name] for name in val.classes])
     sets = (EvalImages(images, transform, inputs=inputs) for images in (train, val))
     return *sets, train.targets, renumbered[val.targets]
 
 
 def find_labelled(path, transform, exif, flag, inputs=utils.RGB):
-    """(train, val, labels of train, labels of val) of train and val in a folder, or of the labelled images in it."""
+    """(train, val, labels of train, labels of val) of train and val in a folder, or of its images, split."""
     parts = [find_part(path, part) for part in ("train", "val")]
     if all(parts):
         return labelled_images(path, transform, exif, flag, inputs)
     if any(parts) and not dino_shards.are_shards(os.fspath(path)):
-        raise UserError(f"{flag} {path} has only one of train and val. Name a folder that has both, or class folders")
+        raise UserError(
+            f"{flag} {path} has only one of train and val. Name a folder with both, or one of class folders"
+        )
     images = find_images(path, "", labelled_format(path), exif, flag, inputs.in_chans)
     return split_every_tenth(images, transform, f"{flag} {path}", inputs)
 
 
 def labelled_format(path):
-    """What a path with labelled images is, for find_images: of a folder the sub-folders are classes."""
+    """data_format of a path with labels: the sub-folders of a folder are classes."""
     return "folder" if os.path.isdir(path) and not dino_shards.are_shards(os.fspath(path)) else "auto"
 
 
 def split_every_tenth(images, transform, source, inputs=utils.RGB):
-    """(train, val, labels of train, labels of val) of one set of images: every tenth of a class is in `val`.
+    """(train, val, labels of train, labels of val): every tenth image per class is in val.
 
-    Classes of fewer than ten images give their first one, those of a single image none. Raises UserError if `source`,
-    where they are from, has a single class, or nothing to hold out.
+    Classes of fewer than ten images contribute their first one; classes of one image, none. Raises UserError, naming
+    `source`, if there is only one class, or nothing for val.
     """
     targets = images.targets
     if targets is None or len(targets.unique()) < 2:
         raise UserError(
-            f"{source} has its images in a single class folder, or in none, and k-NN needs labels. Name a folder with "
-            "some by --knn_data, or leave out --knn_every (class folders beside single images: --data_format folder)"
+            f"{source} has one class folder or none, but k-NN needs labels. Set --knn_data, or remove --knn_every (if "
+            "there are single images beside class folders: --data_format folder)"
         )
     order, counts = targets.argsort(stable=True), targets.bincount()
     number_in_class = torch.empty_like(targets)
     number_in_class[order] = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets[order]]
     is_val = (number_in_class % 10 == 0) & (counts[targets] > 1)
     if not is_val.any():
-        raise UserError(
-            f"{source} has one image in each class: nothing to hold out for k-NN. Name another by --knn_data"
-        )
+        raise UserError(f"{source} has one image per class: none is left for k-NN. Set --knn_data")
     parts = [wanted.nonzero()[:, 0] for wanted in (~is_val, is_val)]
     sets = (EvalImages(images.take(part.tolist()), transform, inputs=inputs) for part in parts)
     return *sets, *(targets[part] for part in parts)
@@ -282,7 +280,7 @@ def split_every_tenth(images, transform, source, inputs=utils.RGB):
 
 
 class ImageStatistics(Dataset):
-    """Of an image its channels' means and variances, float64 [2, C]; of one that can't be read what is wrong."""
+    """Per image: means and variances of its channels, float64 [2, C]; the error message of an unreadable one."""
 
     def __init__(self, images, inputs):
         self.images, self.inputs = images, inputs
@@ -303,26 +301,26 @@ class ImageStatistics(Dataset):
 
 
 def image_statistics(images, inputs, num_workers):
-    """(mean, std) by channel of numbered images, of at most 5,000 of them, two tuples of values from 0 to 1.
+    """(mean, std) per channel over numbered images, at most MOST_MEASURED of them: two tuples of values from 0 to 1.
 
-    Each image counts as much as any other, whatever its size, as it does in training. Raises UserError if none can be
-    read, or if a channel is constant.
+    Each image has the same weight, whatever its size, as in training. Raises UserError if none can be read, or if a
+    channel is constant.
     """
     measured = ImageStatistics(images, inputs)
     how = {"num_workers": num_workers, "worker_init_fn": utils.ignore_signals}
-    own = torch.Generator()  # else it would take a number from those that the networks are made of
+    own = torch.Generator()  # without it, the initial weights would depend on --compute_stats
     loader = DataLoader(measured, batch_size=None, generator=own, **how)
     found = list(utils.MetricLogger().log_every(loader, 500, "Mean and std:"))
     good = [one for one in found if isinstance(one, torch.Tensor)]
     if not good:
-        raise UserError(f"--compute_stats: none of {len(found)} images can be read. Of the first one: {found[0]}")
+        raise UserError(f"--compute_stats: none of {len(found)} images can be read. The first: {found[0]}")
     means, variances = torch.stack(good).unbind(1)  # [images, C] each
     std = (variances.mean(dim=0) + means.var(dim=0, correction=0)).sqrt()
     if not (std > 1e-9).all():
         constant = (std <= 1e-9).nonzero()[0].item()
         raise UserError(
-            f"--compute_stats: channel {constant} (from 0) is the same number in all {len(good)} images. Leave it out, "
-            "or name --mean and --std"
+            f"--compute_stats: channel {constant} (from 0) is constant in all {len(good)} images. Remove it, or set "
+            "--mean and --std"
         )
     return tuple(means.mean(dim=0).tolist()), tuple(std.tolist())
 
@@ -433,7 +431,7 @@ def training_loader(images, augment, args, device):
 
 
 def eval_loader(dataset, batch_size, num_workers, device, in_worker=None):
-    """Loader of this rank's share of a labelled data set, in order, all shares of one length."""
+    """Loader of this rank's share of a data set, in order. All shares have the same length."""
     sampler = DistributedSampler(dataset, shuffle=False) if utils.get_world_size() > 1 else None
     how = {"num_workers": num_workers, "pin_memory": device.type == "cuda", "worker_init_fn": in_worker}
     return DataLoader(dataset, batch_size, sampler=sampler, **how)
@@ -441,7 +439,7 @@ def eval_loader(dataset, batch_size, num_workers, device, in_worker=None):
 
 # ---- the sample data set ----
 
-# Photographs inside the scikit-image wheel, each a class. Read as files: skimage.data's functions may download.
+# Photographs in the scikit-image wheel, one class each. Read as files: skimage.data's functions can download.
 PHOTOGRAPHS = (
     "astronaut.png",
     "brick.png",
@@ -462,22 +460,22 @@ PHOTOGRAPHS = (
     "rocket.jpg",
     "text.png",
 )
-SAMPLE_VERSION = 1  # part of the folder's name: raise it with any change to what is drawn
+SAMPLE_VERSION = 1  # part of the folder's name: raise it if anything drawn changes
 SAMPLE_TRAIN, SAMPLE_VAL, SAMPLE_SIDE = 240, 60, 64  # crops per photograph, pixels
 
 
 def find_data(data_path, part=""):
-    """The folder that --data_path means, or, for `sample`, the `part` (train or val) of the embedded data set."""
+    """The folder of --data_path or, for `sample`, the `part` (train or val) of the sample data set."""
     return os.path.join(sample_dataset(), part) if data_path == "sample" else data_path
 
 
 def sample_dataset():
-    """The folder of the embedded data set, train/<class>/*.png and val/<class>/*.png; built at the first call.
+    """The folder of the sample data set, train/<class>/*.png and val/<class>/*.png; built at the first call.
 
-    One class per photograph; training crops come from its left 60 %, validation crops from its right 40 %. Each has its
-    own flip, light, contrast and color baked in, and some are gray, so that color alone does not give the class away.
-    Deterministic. It appears whole or not at all, also when several processes ask at once. Raises UserError if a
-    photograph is not installed or the cache can't be written.
+    One class per photograph: training crops are from its left 60 %, validation crops from its right 40 %. Each crop has
+    its own flip, brightness, contrast and color, and some are gray, so that color alone does not tell the class.
+    Deterministic. It appears whole or not at all, also for several processes. Raises UserError if a photograph is not
+    installed or the cache can't be written.
     """
     target = os.path.join(utils.cache_dir(), f"sample-v{SAMPLE_VERSION}")
     if os.path.isdir(target):
@@ -489,13 +487,13 @@ def sample_dataset():
         building = tempfile.mkdtemp(prefix=".sample-", dir=utils.cache_dir())
         for number, path in enumerate(photographs):
             write_sample_crops(path, building, random.Random(number))
-        os.chmod(building, 0o755)  # mkdtemp's is for its owner only
+        os.chmod(building, 0o755)  # mkdtemp makes it private
         os.rename(building, target)
     except OSError as e:
-        if not os.path.isdir(target):  # else another process was first, which is as good
+        if not os.path.isdir(target):  # otherwise another process was first
             raise UserError(
-                f"can't build the sample data set in {utils.cache_dir()}: {e.strerror}. Set DINO_CACHE to a folder you "
-                "may write to"
+                f"can't build the sample data set in {utils.cache_dir()}: {e.strerror}. Set DINO_CACHE to a folder "
+                "that you can write to"
             ) from e
     finally:
         if building:
@@ -504,23 +502,23 @@ def sample_dataset():
 
 
 def find_photographs(names=None):
-    """Paths of photographs inside scikit-image, by default all PHOTOGRAPHS. Raises UserError if one is not there."""
+    """Paths of photographs in scikit-image, default: PHOTOGRAPHS. Raises UserError if one is missing."""
     spec = importlib.util.find_spec("skimage")
     if spec is None:
-        raise UserError("photographs to do without data come from scikit-image: pip install scikit-image")
+        raise UserError("the sample photographs are in scikit-image: pip install scikit-image")
     folder = os.path.join(os.path.dirname(spec.origin), "data")
     paths = [os.path.join(folder, name) for name in names or PHOTOGRAPHS]
     missing = [os.path.basename(path) for path in paths if not os.path.isfile(path)]
     if missing:
         raise UserError(
             f"this scikit-image has no {', '.join(missing)} in {folder}: pip install --force-reinstall scikit-image, "
-            "or name images of your own"
+            "or use images of your own"
         )
     return paths
 
 
 def write_sample_crops(path, root, rng):
-    """Draw a photograph's crops and write them below root/train and root/val."""
+    """Draw the crops of a photograph and write them below root/train and root/val."""
     image = dino_images.load_image(path)
     border = round(0.6 * image.width)
     name = Path(path).stem
@@ -536,10 +534,10 @@ def write_sample_crops(path, root, rng):
 
 
 def sample_crop(region, rng):
-    """A random square of the region at SAMPLE_SIDE pixels, with a flip, light and color of its own, or gray.
+    """A random square of the region at SAMPLE_SIDE pixels with its own flip, brightness and color, or gray.
 
-    Light and color vary no more than in the training augmentation. A stronger tint would outlast the augmentation, and
-    tell which crops come from one image without a look at what they show: such a set teaches nothing.
+    Brightness and color vary no more than in the training augmentation. A stronger tint would survive the augmentation
+    and tell which crops are of one image without a look at their content.
     """
     side = round(rng.uniform(0.35, 0.8) * min(region.size))
     left, top = rng.randint(0, region.width - side), rng.randint(0, region.height - side)
@@ -548,10 +546,10 @@ def sample_crop(region, rng):
     if rng.random() < 0.5:
         crop = ImageOps.mirror(crop)
     hue, saturation, value = crop.convert("HSV").split()
-    turn = rng.randint(-25, 25)  # of 256 levels
+    turn = rng.randint(-25, 25)  # of 256
     hue = hue.point([(level + turn) % 256 for level in range(256)])
     crop = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    gains = [rng.uniform(0.8, 1.2) for _ in range(3)]  # so that gray photographs get a color too
+    gains = [rng.uniform(0.8, 1.2) for _ in range(3)]  # gray photographs get a color, too
     crop = crop.point([min(255, round(gain * level)) for gain in gains for level in range(256)])
     crop = ImageEnhance.Brightness(crop).enhance(rng.uniform(0.6, 1.4))
     crop = ImageEnhance.Contrast(crop).enhance(rng.uniform(0.6, 1.4))

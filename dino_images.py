@@ -590,7 +590,7 @@ def split_lines(lines, root):
 
 
 def torchvision_images(data_path, part, flag):
-    """A data set such as torchvision:CIFAR10: its training images, or its test images for `val`. Downloaded if needed."""
+    """A data set such as torchvision:CIFAR10: training images, or test images for `val`. Downloaded if needed."""
     name = data_path.partition(":")[2]
     known = {n: getattr(datasets, n) for n in datasets.__all__ if isinstance(getattr(datasets, n), type)}
     known = {

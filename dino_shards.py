@@ -285,8 +285,8 @@ def shard_index(paths, extensions):
                     make_table(*shard)
         except OSError as e:
             utils.log(
-                f"warning: indexes of shards can't be cached in {folder} ({e.strerror}) and are made at each start. Set "
-                "DINO_CACHE to a folder that you can write to"
+                f"warning: indexes of shards can't be cached in {folder} ({e.strerror}) and are made at each start. "
+                "Set DINO_CACHE to a folder that you can write to"
             )
     return [read_head(*shard) or index_header(load_index(shard[0], tuple(shard[1]), extensions)) for shard in shards]
 

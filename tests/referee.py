@@ -225,7 +225,8 @@ class Runner:
         """Begin a training run and interrupt it within an epoch."""
         with contextlib.suppress(FileNotFoundError):  # there is no log.txt yet
             self.train(name, output, RESUMED[name])
-        if not torch.load(output / "checkpoint.pth", weights_only=False)["step"]:
+        checkpoint = torch.load(output / "checkpoint.pth", weights_only=False)
+        if not (checkpoint.get("step") or checkpoint.get("images_done")):  # older and newer versions
             raise RuntimeError(f"{name}: the run was not interrupted within an epoch, try again")
 
     def resume(self, name, output, recorded=False):
@@ -291,7 +292,7 @@ def flatten(value, name):
 
 def checkpoint_digests(path):
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-    parts = ("student", "teacher", "optimizer", "dino_loss", "fp16_scaler", "state_dict", "epoch", "step", "best_acc")
+    parts = ("student", "teacher", "optimizer", "dino_loss", "fp16_scaler", "state_dict", "epoch", "best_acc")
     return flatten({part: checkpoint[part] for part in parts if part in checkpoint}, path.name.split(".")[0])
 
 
