@@ -1,6 +1,6 @@
 """Checkpoint files: write them whole, read them safely, compare settings, restore.
 
-Keys are those of the authors' release: student, teacher, optimizer, epoch (the next one), args, dino_loss, fp16_scaler;
+Keys as in the authors' release: student, teacher, optimizer, epoch (the next one), args, dino_loss, fp16_scaler;
 and ours for a resume within an epoch: images_done, meters, health. Besides tensors only plain types.
 """
 
@@ -61,7 +61,7 @@ def previous_checkpoint(path):
 def run_state(parts, args, progress):
     """The content of a checkpoint: the state of each of `parts` (main_dino.Parts), `args`, and the dict `progress`.
 
-    As in the authors' files, keys of the student start with `module.`, and so do those of a teacher with batch norms.
+    As in the authors' files, keys of the student start with `module.`, and the keys of a teacher with batch norms, too.
     """
     state = {name: part.state_dict() for name, part in parts._asdict().items()}
     for name, prefixed in (("student", True), ("teacher", utils.has_batchnorms(parts.teacher))):

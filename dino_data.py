@@ -5,6 +5,7 @@ crops are a function of (seed, epoch, index) alone, whichever process makes them
 """
 
 import argparse
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -274,6 +275,28 @@ def split_every_tenth(images, transform, source, inputs=utils.RGB):
     parts = [wanted.nonzero()[:, 0] for wanted in (~is_val, is_val)]
     sets = (EvalImages(images.take(part.tolist()), transform, inputs=inputs) for part in parts)
     return *sets, *(targets[part] for part in parts)
+
+
+def digest_of_names(images):
+    """A digest that identifies a set of numbered images by their order and the last two parts of their names."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name in images.names():
+        digest.update("/".join(name.split("/")[-2:]).encode(errors="surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
+def recheck_bad_images(health, images, inputs=utils.RGB):
+    """{name: reason} of the unreadable images that a checkpoint remembers and that can't be read now, either."""
+    before = health.get("bad_images") if isinstance(health, dict) else None
+    found = {}
+    for i in range(len(images)) if before and isinstance(before, dict) else ():
+        name = images.name(i)
+        if name in before:
+            try:
+                dino_images.decode(images.open(i), inputs)
+            except dino_images.BadImage as e:
+                found[name] = e.reason
+    return found
 
 
 # ---- mean and standard deviation ----

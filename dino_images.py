@@ -175,28 +175,6 @@ def with_retries(act, path, name):
         retry_budget_used, pause = retry_budget_used + pause, 2 * pause
 
 
-def digest_of_names(images):
-    """A digest that identifies a set of numbered images by their order and the last two parts of their names."""
-    digest = hashlib.blake2b(digest_size=6)
-    for name in images.names():
-        digest.update("/".join(name.split("/")[-2:]).encode(errors="surrogateescape") + b"\n")
-    return digest.hexdigest()
-
-
-def recheck_bad_images(health, images, inputs=utils.RGB):
-    """{name: reason} of the unreadable images that a checkpoint remembers and that can't be read now, either."""
-    before = health.get("bad_images") if isinstance(health, dict) else None
-    found = {}
-    for i in range(len(images)) if before and isinstance(before, dict) else ():
-        name = images.name(i)
-        if name in before:
-            try:
-                decode(images.open(i), inputs)
-            except BadImage as e:
-                found[name] = e.reason
-    return found
-
-
 # ---- images of one or many channels ----
 
 

@@ -24,7 +24,6 @@ import dino_crops
 import dino_data
 import dino_features
 import dino_health
-import dino_images
 import utils
 from dino_cli import at_least, between
 from utils import Stopped, UserError, bool_flag
@@ -177,7 +176,7 @@ class Run(Bare):
         super().__init__(args, len(data_loader))
         self.parts, self.data_loader, self.parser, self.amp_dtype = parts, data_loader, parser, amp_dtype
         args.images = len(data_loader.dataset)
-        args.image_names = dino_images.digest_of_names(data_loader.dataset.images)
+        args.image_names = dino_data.digest_of_names(data_loader.dataset.images)
         self.path = os.path.join(args.output_dir, "checkpoint.pth")
         self.bad_steps, self.unsaved, self.stats = 0, {}, {}
         self.buffers = [*parts.student.buffers(), *parts.teacher.buffers()]  # statistics of batch norms
@@ -193,7 +192,7 @@ class Run(Bare):
             self.monitor = dino_health.HealthMonitor(args, self.steps_per_epoch, self.curves, progress["health"])
             if utils.plain_args(progress["args"]).get("knn_data") != args.knn_data:
                 self.monitor.forget_best()  # it was measured on other images
-            self.bad_images = dino_images.recheck_bad_images(progress["health"], images, utils.inputs_of(args))
+            self.bad_images = dino_data.recheck_bad_images(progress["health"], images, utils.inputs_of(args))
             utils.log(dino_health.describe_start(args, self.parser, self.device, self.amp_dtype, self.steps_per_epoch))
             dino_health.write_environment(args, self.parser)
             self.monitor.check_settings()
