@@ -282,9 +282,9 @@ def train_one_epoch(parts, data_loader, schedules, epoch, args, autocast=None, r
         optimizer.zero_grad(set_to_none=True)
         losses, entropies, teacher_means = [], [], []
         for i, views in enumerate(zip(*(crop.chunk(passes) for crop in crops), strict=True)):
+            views = [inputs.normalize(view.to(device, non_blocking=True)) for view in views]  # uint8 -> float
             utils.seed_step(args.seed, step * passes + i)  # drop path: a function of seed, step and rank
             student.require_backward_grad_sync = i == passes - 1  # DDP: one all-reduce per step, in the last pass
-            views = [inputs.normalize(view.to(device, non_blocking=True)) for view in views]  # uint8 -> float
             with autocast:
                 with torch.no_grad():
                     teacher_output = teacher(views[:2])  # [2 * B, K]
