@@ -109,9 +109,7 @@ def to_rgb(image):
     try:
         if isinstance(image, ArrayFile):
             raise ValueError("it is an array, which needs --in_chans of other than 3")
-        if image.mode.startswith("I;16"):  # 16 bits: Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode == "I":  # 16 bits, too, which Pillow stores in 32
+        if image.mode.startswith("I"):  # 16 bits, which Pillow stores in 16 or 32 and would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         elif image.mode == "F":
             image = Image.fromarray(float_levels(np.asarray(image)))
