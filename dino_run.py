@@ -231,8 +231,8 @@ class Run(Bare):
         self.images_done = steps_done * args.images_per_step
         if steps_done:
             self.metrics.restore(progress["meters"])
-        if self.loaded:
-            utils.log(f"resuming from {self.loaded}: epoch {self.first_epoch}, {steps_done} steps done")
+        if self.loaded and self.first_epoch < args.epochs:
+            utils.log(f"continuing in epoch {self.first_epoch} after step {steps_done}")
         if self.first_epoch >= args.epochs:
             utils.log(f"{self.loaded} has all of --epochs {args.epochs}: nothing to do")
         return progress
