@@ -84,8 +84,8 @@ def find_blocks(data_path):
 def positives(block, files, originals):
     """Per file of a block, the indices of its originals: same name, or, in `strong`, same first 4 characters.
 
-    Blocks other than `strong` may use other names for all files: with one file per original, both are sorted. Raises
-    UserError for images without an original.
+    If no name in a block matches, and there is one file per original, files and originals are paired in sorted order
+    (not in `strong`). Raises UserError for images without an original.
     """
     length = 4 if block == "strong" else None
     found = [[i for i, original in enumerate(originals) if original.name[:length] == f.name[:length]] for f in files]
