@@ -244,7 +244,7 @@ def test_nan_features_are_an_error_and_not_a_result(monkeypatch, capsys, copyday
     state["blocks.0.mlp.fc1.bias"][0] = np.nan
     torch.save(state, tmp_path / "diverged.pth")
     flags = ("--data_path", copydays, "--pretrained_weights", tmp_path / "diverged.pth")
-    assert "the features hold NaN or infinite numbers" in error_line(monkeypatch, capsys, *flags)
+    assert "NaN or infinite numbers" in error_line(monkeypatch, capsys, *flags)
 
 
 # ---- features ----

@@ -243,7 +243,7 @@ def test_nan_features_are_an_error_and_not_a_result(monkeypatch, capsys, data, w
     state["norm.bias"][0] = np.nan
     torch.save(state, data / "nan.pth")
     flags = ("--data_path", data, "--pretrained_weights", data / "nan.pth")
-    assert "the features hold NaN or infinite numbers" in error_line(monkeypatch, capsys, *flags)
+    assert "NaN or infinite numbers" in error_line(monkeypatch, capsys, *flags)
 
 
 def test_an_architecture_with_a_fixed_input_shape_is_one_line(monkeypatch, capsys, data):
