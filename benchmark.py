@@ -6,7 +6,7 @@
 
 All that one table compares does its work in turn, each in a process of its own, so that whatever else the machine does
 falls on all of them. A ratio, such as `/ plain`, says how many times as fast it is: the median of the ratios of
-neighbours, behind it the lowest and the highest. The baseline is the algorithm in its plainest form, and stands below.
+neighbors, behind it the lowest and the highest. The baseline is the algorithm in its plainest form, and stands below.
 Everything runs on the CPU; nothing is written but temporary files.
 """
 
@@ -205,7 +205,7 @@ def compare(title, unit, pieces, rounds, warm_up=1, again=0, memory=False):
 
 
 def ratio(values, others):
-    """The median of the ratios of neighbours and, if they differ, the lowest and the highest, as text."""
+    """The median of the ratios of neighbors and, if they differ, the lowest and the highest, as text."""
     ratios = [a / b for a, b in zip(values, others, strict=True)]
     low, middle, high = (f(ratios) for f in (min, statistics.median, max))
     return f"{middle:.2f}" + (f" ({low:.2f}-{high:.2f})" if f"{low:.2f}" != f"{high:.2f}" else "")
@@ -263,7 +263,7 @@ CROP_SIZES = [224] * 2 + [96] * 8
 
 
 class PlainAugmentation:
-    """PIL image -> two global and eight local crops as normalised floats, by torchvision's transforms on PIL images."""
+    """PIL image -> two global and eight local crops as normalized floats, by torchvision's transforms on PIL images."""
 
     def __init__(self):
         blur = dino_crops.GaussianBlur
@@ -318,7 +318,7 @@ class PlainTraining:
         return utils.MultiCropWrapper(backbone, DINOHead(width, out_dim))
 
     def step(self, crops):
-        """One step on normalised crops; returns the loss."""
+        """One step on normalized crops; returns the loss."""
         with torch.autocast("cpu", dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             taught, seen = self.teacher(crops[:2]), self.student(crops)
             loss = plain_loss(seen.chunk(len(crops)), taught.chunk(2), self.center)
@@ -396,7 +396,7 @@ def precisions():
 
 
 def limits(args, side=SIDE, gigabytes=0.5):
-    """Matrix products, which the networks are made of, and memory, which optimiser and teacher wait for."""
+    """Matrix products, which the networks are made of, and memory, which optimizer and teacher wait for."""
     print("\nlimits of this machine", flush=True)
     contenders = {
         f"GFLOP/s, {name} matrix products": (matrix_product, d, side) for name, (_, d) in precisions().items()
@@ -518,7 +518,7 @@ def some_crops(batch_size, local_crops=8):
 
 
 def plain_step(arch, patch_size, batch_size, amp_dtype):
-    """A step on crops that are normalised already: a plain loader does that."""
+    """A step on crops that are normalized already: a plain loader does that."""
     training = PlainTraining(arch, patch_size, amp_dtype)
     return functools.partial(training.step, [utils.normalize(crop) for crop in some_crops(batch_size)])
 

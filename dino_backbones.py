@@ -1,14 +1,18 @@
 """A network by its name, and weights into it."""
 
 import argparse
+import ctypes
+import inspect
 import math
 import os
 import re
 import shutil
+import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import dino_checkpoints
 import utils
@@ -23,7 +27,7 @@ def vit_names():
 
 
 def vit_factory(arch):
-    """The function that builds one of our ViTs, under either of its names; None for any other network."""
+    """The function that builds one of our ViTs, by either of its names; None for any other network."""
     name = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}.get(arch, arch)
     return vars(vits)[name] if name in vit_names() else None
 
@@ -43,9 +47,9 @@ def import_timm(arch):
 
 
 def timm_name(arch):
-    """What timm calls the network `arch`, or None if it is not one of timm's: `timm:<name>`, or an XCiT.
+    """timm's name of the network `arch` (`timm:<name>`, or an XCiT), or None if it is not one of timm's.
 
-    The public names of the XCiTs end in the patch size; timm's, which are known too, in the image size they are for.
+    Public XCiT names end in the patch size, timm's in the image size. Both are known.
     """
     if arch.startswith("xcit_"):
         return arch if re.search(r"_p\d+_\d+", arch) else f"{arch}_224"
@@ -53,14 +57,14 @@ def timm_name(arch):
 
 
 def list_archs():
-    """Every name that `build_backbone` knows, in the order ours, XCiT, torchvision, timm."""
+    """Every name that `build_backbone` knows: ours, XCiTs, torchvision's, timm's."""
     timm = import_timm("timm:<name>")
     xcits = [name.removesuffix("_224") for name in timm.list_models("xcit_*_224")]
     return [*vit_names(), *xcits, *convnet_names(), *(f"timm:{name}" for name in timm.list_models())]
 
 
 class ListArchs(argparse.Action):
-    """Like --help: print, and be done. Only here, because timm takes seconds to import."""
+    """Like --help: print and exit. An action, because timm takes seconds to import."""
 
     def __call__(self, parser, *_):
         print("\n".join(list_archs()))
@@ -68,12 +72,12 @@ class ListArchs(argparse.Action):
 
 
 def check_arch(arch):
-    """Raise UserError, with the nearest names, if there is no such network."""
+    """Raise UserError, with similar names, if there is no such network."""
     if vit_factory(arch):
         return
     if timm_name(arch):
         known, prefix = import_timm(arch).list_models(), "timm:" * arch.startswith("timm:")
-        if timm_name(arch).split(".")[0] in known:  # a dot and the name of some weights may follow
+        if timm_name(arch).split(".")[0] in known:  # the name of weights can follow after a dot
             return
         near = utils.did_you_mean(arch, [prefix + name for name in known])
     else:
@@ -81,19 +85,19 @@ def check_arch(arch):
         if arch in known:
             return
         near = utils.did_you_mean(arch, known)
-    raise UserError(f"unknown --arch {arch}{near or '; vit_small and resnet50 are two'} (main_dino.py --list_archs)")
+    raise UserError(f"unknown --arch {arch}{near or '; try vit_small or resnet50'} (main_dino.py --list_archs)")
 
 
 # ---- networks ----
 
 
 def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0, in_chans=3):
-    """A network [B, in_chans, H, W] -> [B, width] by its name (`list_archs` has them), and its width.
+    """(network [B, in_chans, H, W] -> [B, width], its width) for a name of `list_archs`.
 
-    One of our ViTs (deit_tiny and deit_small are other names of two of them), an XCiT, a torchvision classification
-    network without its last layer, or `timm:<name>`. `patch_size` and `img_size` (of the positional grid) apply to our
-    ViTs only, `drop_path_rate` to networks that have one. Raises UserError for an unknown name, and for a network that
-    does not take images of `img_size` or gives no pooled features.
+    One of our ViTs (deit_tiny and deit_small are aliases), an XCiT, a torchvision classification network without its
+    last layer, or `timm:<name>`. `patch_size` and `img_size` (of the positional grid) are for our ViTs only,
+    `drop_path_rate` for networks that have it. Raises UserError for an unknown name, and for a network that does not
+    take images of `img_size` or has no pooled features.
     """
     vit = vit_factory(arch)
     if vit:
@@ -107,10 +111,10 @@ def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0, in_cha
 
 
 def build_convnet(arch, drop_path_rate=0.0, in_chans=3):
-    """torchvision's network without its classifier; none of them has an argument for the rate of drop path."""
+    """torchvision's network without its classifier. None of them has an argument for the drop path rate."""
     from torchvision import models
 
-    # Auxiliary classifiers take no part: their parameters would never get a gradient.
+    # Auxiliary classifiers are not used: their parameters would never get a gradient.
     no_extras = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
     model = take_off_classifier(models.get_model(arch, weights=None, **no_extras), arch)
     if in_chans != 3:
@@ -119,7 +123,7 @@ def build_convnet(arch, drop_path_rate=0.0, in_chans=3):
 
 
 def replace_first_conv(model, in_chans):
-    """Put a new first convolution into a network, for so many channels: normal weights as spread as the old ones."""
+    """Replace the first convolution of a network by one for `in_chans` channels: random weights, same std."""
     name, old = first_convolution(model)
     shape = (old.kernel_size, old.stride, old.padding, old.dilation)
     new = nn.Conv2d(in_chans, old.out_channels, *shape, bias=old.bias is not None)
@@ -131,18 +135,18 @@ def replace_first_conv(model, in_chans):
 
 
 def first_convolution(model):
-    """(name, module) of the convolution that sees the image; (None, None) if there is none."""
+    """(name, module) of the convolution that takes the image; (None, None) if there is none."""
     found = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     return next(found, (None, None))
 
 
 def build_timm(arch, drop_path_rate=0.0, pretrained=False, in_chans=3):
-    """timm's network for `arch` without its classifier; images of any size where timm provides for that.
+    """timm's network for `arch` without its classifier, for images of any size where timm supports that.
 
-    Raises UserError if it can't be had for so many channels.
+    Raises UserError if it does not support `in_chans` channels.
     """
     channels = {} if in_chans == 3 else {"in_chans": in_chans}
-    # What a network has no argument for is left out, one by one: timm says which.
+    # Not every network has all of these arguments. timm's error names one at a time.
     wishes = {"dynamic_img_size": True, "strict_img_size": False, "drop_path_rate": drop_path_rate}
     while True:
         try:
@@ -158,16 +162,16 @@ def build_timm(arch, drop_path_rate=0.0, pretrained=False, in_chans=3):
 
 
 def take_off_classifier(model, arch):
-    """A torchvision network with its last layer, linear or a convolution, replaced by Identity."""
+    """A torchvision network with its last layer (linear or convolution) replaced by Identity."""
     for name in ("fc", "classifier", "head", "heads"):
         layer, parent = getattr(model, name, None), model
-        if isinstance(layer, nn.Sequential):  # the classifier stands at its end, or has only a pooling behind it
+        if isinstance(layer, nn.Sequential):  # the classifier is its last layer, or the last before a pooling
             parent, layers = layer, [(n, sub) for n, sub in layer.named_children() if isinstance(sub, CLASSIFIERS)]
             name, layer = layers[-1] if layers else (name, None)
         if isinstance(layer, CLASSIFIERS):
             setattr(parent, name, nn.Identity())
             return model
-    raise UserError(f"--arch {arch} does not end in a classifier that could be taken off; choose another")
+    raise UserError(f"--arch {arch} does not end in a classifier that can be removed. Use another network")
 
 
 CLASSIFIERS = (nn.Linear, nn.Conv2d)
@@ -176,7 +180,7 @@ CLASSIFIERS = (nn.Linear, nn.Conv2d)
 def features_width(model, img_size, arch, in_chans=3):
     """Width of a network's features, found by running it on an empty image.
 
-    Raises UserError if it can't digest images of img_size × img_size, or gives anything but one vector an image.
+    Raises UserError if it does not take images of img_size x img_size, or does not return one vector per image.
     """
     training = model.training
     weight = next(model.parameters(), torch.empty(0))
@@ -191,7 +195,7 @@ def features_width(model, img_size, arch, in_chans=3):
     finally:
         model.train(training)
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
-        raise UserError(f"--arch {arch} gives no pooled features, one vector an image; choose another")
+        raise UserError(f"--arch {arch} does not return one vector per image. Use another network")
     return features.shape[1]
 
 
@@ -202,39 +206,124 @@ def is_vit(model):
 # ---- how a network computes ----
 
 
-def use_fused_attention(model, device, amp_dtype=None):
-    """Turn on torch's fused attention on a ViT that we build, where it was measured to be faster.
+def prepare_for_training(student, teacher, args, device, amp_dtype):
+    """Switch two backbones to what trains fastest. Raises UserError if they can't do what the flags ask for."""
+    if device.type == "cpu":
+        tune_cpu()
+        warn_of_size(student, args, amp_dtype)
+    if args.local_crops_number:  # global crops were tried when the network was built
+        features_width(teacher, args.local_crops_size, args.arch, args.in_chans)
+    for backbone in (student, teacher):
+        use_fused_attention(backbone, device, amp_dtype)
+        if is_vit(backbone):
+            backbone.set_cls_only(True)
+    if args.grad_checkpointing:
+        checkpoint_activations(student, args.arch)
+    if args.compile:
+        compile_in_place(student)
+        compile_in_place(teacher)
 
-    In bf16 on the CPU it is slower than written-out attention, forward and backward; everywhere else it is faster.
+
+def warn_of_size(model, args, amp_dtype):
+    """Say before the first step that a ViT is too large for a CPU, and what it will need."""
+    if not is_vit(model) or len(model.blocks) * model.embed_dim < 12 * 192:  # vit_tiny and larger
+        return
+    sides = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
+    tokens = sum((side // args.patch_size) ** 2 + 1 for side in sides)
+    bytes_per_value = 34 if amp_dtype else 68  # activations per token, channel and block (arXiv 2205.05198, eq. 2)
+    activations = args.batch_size_per_gpu * tokens * model.embed_dim * len(model.blocks) * bytes_per_value
+    weights = 5 * 4 * (sum(p.numel() for p in model.parameters()) + 256 * args.out_dim)  # Adam, gradients, teacher
+    utils.log(
+        f"warning: {args.arch} is large for a CPU: expect about {(activations + weights) / 1e9:.0f} GB of memory and "
+        "minutes per step. Try --config recipes/demo.yaml, or a smaller --batch_size_per_gpu"
+    )
+
+
+def distribute(student, teacher, device):
+    """Wrap the student for several processes, and synchronize batch norms (on GPUs)."""
+    if utils.get_world_size() == 1:
+        return student, teacher
+    if utils.has_batchnorms(student):
+        if device.type == "cuda":
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
+        else:
+            utils.log("note: torch synchronizes batch norms on GPUs only; each process normalizes its own batch")
+    # Buffers belong to batch norms, which are synchronized already or local to each process. Newer versions of torch
+    # have another name for the option.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    no_broadcast = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    device_ids = [device] if device.type == "cuda" else None
+    wrapped = DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
+    return wrapped, teacher
+
+
+def tune_cpu():
+    """Make training on CPUs faster: keep freed memory, and use oneDNN where it beats MKL. Settings of the process."""
+    keep_freed_memory()
+    multiply_by_onednn()
+
+
+def keep_freed_memory():
+    """Let glibc keep large blocks that are freed, as torch does on GPUs.
+
+    By default they are returned to the system, and each step has its activations mapped and zeroed again, page by page:
+    a third of the time of a step. The price is that the process stays at its peak.
     """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # other C libraries have none
+        trim_threshold, mmap_max = -1, -4
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+
+
+def multiply_by_onednn():
+    """Multiply float32 matrices with oneDNN on AMD CPUs with AVX-512: as exact as MKL, torch's choice, twice as fast.
+
+    torch uses oneDNN only where it may round to bf16, which oneDNN does only on CPUs with AMX; these are left alone. If
+    a product is rounded nevertheless, the setting is undone. torch.get_float32_matmul_precision() raises after this.
+    """
+    flags, settings = utils.cpu_flags(), getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(settings, "fp32_precision") or "AuthenticAMD" not in flags or "avx512f" not in flags:
+        return
+    if any(flag.startswith("amx") for flag in flags):
+        return
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    ramp = torch.linspace(1, 2, 2**16).view(256, 256)  # numbers that bf16 does not have
+    exact = ramp.double() @ ramp.double()
+    if not torch.allclose((ramp @ ramp).double(), exact, rtol=1e-5, atol=0):
+        settings.fp32_precision = before
+
+
+def use_fused_attention(model, device, amp_dtype=None):
+    """Use torch's fused attention in our ViTs where it was measured to be faster: everywhere but in bf16 on CPUs."""
     if is_vit(model):
         model.set_fused_attention(device.type != "cpu" or amp_dtype is None)
 
 
 def checkpoint_activations(backbone, arch):
-    """Let a backbone compute activations again in the backward pass. Raises UserError if it can't, or not exactly."""
+    """Recompute a backbone's activations in the backward pass. Raises UserError if it can't, or not exactly."""
     try:
         if utils.has_batchnorms(backbone):  # would count each batch twice
             raise AssertionError
         backbone.set_grad_checkpointing()
     except (AttributeError, AssertionError) as e:
         raise UserError(
-            f"--grad_checkpointing is for ViTs, and for timm's networks without batch norms that know it, not for "
-            f"--arch {arch}"
+            f"--grad_checkpointing works for ViTs and for timm networks without batch norms that support it, not for "
+            f"--arch {arch}. Remove it"
         ) from e
 
 
 def compile_in_place(model):
-    """torch.compile for a model that keeps its state-dict keys, with a graph for each crop size.
+    """torch.compile for a model that keeps its state-dict keys, with one graph per crop size.
 
-    Random numbers stay torch's own, so that drop path drops what it drops otherwise. Raises UserError if there is no
-    C++ compiler.
+    Random numbers stay torch's own, so that drop path drops the same. Raises UserError without a C++ compiler.
     """
     import torch._inductor.config
 
     compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
     if not any(name and shutil.which(name) for name in compilers):
-        raise UserError("--compile needs a C++ compiler, such as g++. Install one, or leave --compile out")
+        raise UserError("--compile needs a C++ compiler, such as g++. Install one, or remove --compile")
     torch._inductor.config.fallback_random = True
     model.compile(dynamic=False)
 
@@ -243,17 +332,16 @@ def compile_in_place(model):
 
 
 def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None, patch_size=None, part="backbone"):
-    """Load a backbone's weights from a checkpoint or a plain state dict, and say how many tensors matched.
+    """Load a backbone's weights from a checkpoint or a plain state dict, and log how many tensors matched.
 
-    `pretrained_weights` is a file; or "", for the weights that the paper's authors published for `arch` and
-    `patch_size` (downloaded once; random, with a warning, where they published none); or "random". `checkpoint_key`
-    picks the network in a training checkpoint, `part` those for a special purpose among the published (see
-    hubconf.PUBLISHED). The projection head is passed over. A ViT takes on the positional grid of the file. Returns
-    (tensors matched, tensors of the model). Raises UserError if one of the model's tensors is not in the file or has
-    another shape there, or if the file can't be read.
+    `pretrained_weights` is a file; or "" for the weights that the authors published for `arch` and `patch_size`
+    (downloaded once; random with a warning if there are none); or "random". `checkpoint_key` picks the network of a
+    training checkpoint, `part` the published file for a special purpose (see hubconf.PUBLISHED). The projection head is
+    ignored. A ViT gets the positional grid of the file. Returns (tensors matched, tensors of the model). Raises
+    UserError if the file can't be read, or lacks a tensor, or has another shape of it.
     """
     if pretrained_weights == "random":
-        utils.log("random weights, as asked for")
+        utils.log("random weights (--pretrained_weights random)")
         return 0, len(model.state_dict())
     if pretrained_weights:
         source, file = pretrained_weights, dino_checkpoints.load_checkpoint(pretrained_weights)
@@ -261,7 +349,7 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
         source, file = load_published(arch, patch_size, part)
         if file is None:
             what = f"{arch} with patch size {patch_size}" if vit_factory(arch) else arch
-            utils.log(f"warning: no weights were published for {what}: going on with random weights")
+            utils.log(f"warning: no weights were published for {what}: using random weights")
             return 0, len(model.state_dict())
     state, source = dino_checkpoints.pick_state_dict(file, checkpoint_key, source)
     state = dino_checkpoints.backbone_state(state)
@@ -269,12 +357,24 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
     return load_backbone_state(model, state, source, arch, dino_checkpoints.trained_crop_size(file))
 
 
-load_pretrained_weights = load_weights  # the public name
+def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_name, patch_size):
+    """`load_weights` under the name and with the arguments of the authors' utils."""
+    return load_weights(model, pretrained_weights, checkpoint_key, model_name, patch_size)
+
+
+def load_pretrained_linear_weights(linear_classifier, model_name, patch_size):
+    """Load the linear classifier that the authors published for a network, as their utils does. Raises UserError."""
+    source, file = load_published(model_name, patch_size, "linear", flag="linear weights")
+    if file is None:
+        raise UserError(f"no linear classifier was published for {model_name} with patch size {patch_size}")
+    dino_checkpoints.load_state(linear_classifier, file["state_dict"])  # with DDP or without
+    utils.log(f"loaded the linear classifier {source}")
 
 
 def load_published(arch, patch_size, part="backbone", flag="--pretrained_weights"):
-    """(URL, file) of what the authors published for a network, by the names in hubconf.PUBLISHED; the plain backbone
-    stands in for one of a special purpose. (None, None) if there is nothing.
+    """(URL, content) of the file that the authors published for a network; (None, None) if there is none.
+
+    `part` is a name in hubconf.PUBLISHED; the plain backbone is used where there is no file for a special purpose.
     """
     import hubconf
 
@@ -284,16 +384,16 @@ def load_published(arch, patch_size, part="backbone", flag="--pretrained_weights
     if not found:
         return None, None
     url = hubconf.BASE_URL + found[0].get(part, found[0]["backbone"])
-    utils.log(f"no {flag}: taking the published one, {url}")
+    utils.log(f"no {flag}: using the published file {url}")
     try:
         return url, hubconf._download(url)
     except OSError as e:
-        otherwise = ", or `random` for an untrained network" if part != "linear" else ""
-        raise UserError(f"can't download {url}: {e}. Give a file as {flag}{otherwise}") from e
+        otherwise = ", or use `random` for an untrained network" if part != "linear" else ""
+        raise UserError(f"can't download {url}: {e}. Give a file with {flag}{otherwise}") from e
 
 
 def load_backbone_state(model, state, source, arch=None, trained_size=None):
-    """Give a backbone all its tensors from a state dict; see `load_weights` for what is returned, raised and said."""
+    """Load all tensors of a backbone from a state dict; see `load_weights` for what it returns, raises and logs."""
     wanted = model.state_dict()
     if "cls_attn_blocks.0.attn.q.weight" in wanted:
         import hubconf
@@ -316,7 +416,7 @@ def load_backbone_state(model, state, source, arch=None, trained_size=None):
             theirs, ours = list(state[key].shape), list(wanted[key].shape)
             alike = len(theirs) == len(ours) == 4 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
             hint = (
-                "Name the training checkpoint, which says how many channels"
+                "Use the training checkpoint, which says how many channels"
                 if alike
                 else "Check --arch and --patch_size"
             )
@@ -326,12 +426,12 @@ def load_backbone_state(model, state, source, arch=None, trained_size=None):
     utils.log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}{trained_at}")
     unused = [key for key in state if key not in wanted and not key.startswith(("head.", "fc."))]
     if unused:
-        utils.log(f"warning: in the file but not in the model: {utils.summarize(unused)}")
+        utils.log(f"warning: {source} has tensors that the model does not have: {utils.summarize(unused)}")
     return len(matched), len(wanted)
 
 
 def resize_model_grid(model, state):
-    """Give a ViT the positional grid that the weights were trained on; other image sizes are interpolated from it."""
+    """Give a ViT the positional grid of the weights, from which other image sizes are interpolated."""
     learned = state.get("pos_embed")
     if not is_vit(model) or learned is None or learned.shape == model.pos_embed.shape:
         return
@@ -343,21 +443,23 @@ def resize_model_grid(model, state):
 
 
 def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
-    """The trained network that `args` (see `model_flags`) name, for evaluation on the device; its width.
+    """(trained network for evaluation on the device, its width), as `args` (dino_cli.model_flags) name it.
 
-    `image_size` is the side of the positional grid of a network that stays untrained. `inputs` are the network's, as
-    `trained_inputs` has them, of a caller that goes by them; without, only a network for photographs will do. Raises
+    `image_size` is the side of the positional grid of an untrained network. `inputs` are the network's
+    (dino_checkpoints.trained_inputs), from callers that support any; without, it must be for RGB photographs. Raises
     UserError.
     """
     if inputs is None:
         inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
         if inputs != utils.RGB:
             raise UserError(
-                f"--pretrained_weights {args.pretrained_weights} takes images of its own kind ({inputs.describe()}); "
-                "here they are photographs with ImageNet's mean and std. eval_knn.py and eval_linear.py go by the kind"
+                f"--pretrained_weights {args.pretrained_weights} was trained on other inputs ({inputs.describe()}). "
+                "This script needs RGB photographs with ImageNet's mean and std. eval_knn.py and eval_linear.py do not"
             )
     model, width = build_backbone(args.arch, args.patch_size, image_size, in_chans=inputs.in_chans)
     load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, part)
+    if device.type == "cpu":
+        tune_cpu()
     use_fused_attention(model, device)
     return model.to(device).eval().requires_grad_(False), width
 
@@ -365,8 +467,8 @@ def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
 # ---- weights to start from ----
 
 
-def start_from_weights(student, teacher, args):
-    """Give both networks the weights that --init_from names: the backbone's, and the projection head's if they fit."""
+def start_from_weights(student, args):
+    """Load the weights that --init_from names: the backbone's, and the projection head's if they fit."""
     state, source = initial_weights(args.init_from, args.arch, args.patch_size)
     backbone = dino_checkpoints.backbone_state(state)
     resize_state_grid(student.backbone, backbone)
@@ -374,26 +476,25 @@ def start_from_weights(student, teacher, args):
     load_backbone_state(student.backbone, backbone, source, args.arch)
     wanted = student.head.state_dict()
     head = {name: state.get(f"head.{name}") for name in wanted}
-    fits = all(tensor is not None and tensor.shape == wanted[name].shape for name, tensor in head.items())
-    if fits:
+    if all(tensor is not None and tensor.shape == wanted[name].shape for name, tensor in head.items()):
         student.head.load_state_dict(head)
-    what = f"comes from there too ({len(head)} tensors)" if fits else "starts afresh: the file has none that fits"
-    utils.log(f"the projection head {what}")
-    teacher.load_state_dict(student.state_dict())
+        utils.log(f"loaded the projection head from there, too ({len(head)} tensors)")
+    else:
+        utils.log("the projection head starts at random: the file has none that fits")
 
 
 def initial_weights(init_from, arch, patch_size):
-    """The tensors that --init_from names, and where they came from: (state dict, source). Raises UserError.
+    """(state dict, where it came from) for --init_from. Raises UserError.
 
-    `init_from` is a file, a training checkpoint's teacher being preferred; "published", for those of the paper's
-    authors; or "timm", for timm's pretrained ones of a network by that name, or of our ViT's size.
+    `init_from` is a file (of a training checkpoint, the teacher is used); "published" for the authors' weights; or
+    "timm" for timm's pretrained weights of that network, or of our ViT's size.
     """
     if init_from == "timm":
         return timm_weights(arch, patch_size)
     if init_from == "published":
         source, file = load_published(arch, patch_size, flag="--init_from file")
         if file is None:
-            raise UserError(f"no weights were published for --arch {arch} --patch_size {patch_size}. Name a file")
+            raise UserError(f"no weights were published for --arch {arch} --patch_size {patch_size}. Give a file")
     else:
         source, file = init_from, dino_checkpoints.load_checkpoint(init_from)
     networks = (
@@ -410,19 +511,18 @@ def timm_weights(arch, patch_size):
     try:
         check_arch(name)
     except UserError as e:
-        raise UserError(f"timm has no weights of {name.removeprefix('timm:')}. Give a file as --init_from") from e
+        raise UserError(f"timm has no weights of {name.removeprefix('timm:')}. Give a file with --init_from") from e
     try:
         return build_timm(name, pretrained=True).state_dict(), f"{name} [pretrained]"
-    except Exception as e:  # what a hub's client raises without a network differs from version to version
+    except Exception as e:  # hub clients raise different types without a network
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"can't get timm's weights of {name}: {reason}. Give a file as --init_from") from e
+        raise UserError(f"can't download timm's weights of {name}: {reason}. Give a file with --init_from") from e
 
 
 def fit_first_layer(model, state, source):
-    """Make the first convolution in a state dict fit a model for images of another number of channels.
+    """Make the first convolution in a state dict fit a model with another number of channels.
 
-    For grey images the weights of three channels are added up, which is what three equal channels would give; for any
-    other number the layer starts afresh.
+    From 3 to 1, its weights are summed, as if the three channels were equal. For any other number it starts at random.
     """
     name, layer = first_convolution(model)
     learned = state.get(f"{name}.weight")
@@ -430,16 +530,16 @@ def fit_first_layer(model, state, source):
         return
     if (learned.shape[1], layer.weight.shape[1]) == (3, 1):
         state[f"{name}.weight"] = learned.sum(dim=1, keepdim=True)
-        utils.log(f"{name} is for grey images: its weights for three channels in {source} are added up")
+        utils.log(f"{name} has one channel: its weights for three channels in {source} are summed")
     else:
-        channels = f"it is for {learned.shape[1]} channels in {source}, for {layer.weight.shape[1]} here"
+        channels = f"it has {learned.shape[1]} channels in {source}, {layer.weight.shape[1]} here"
         for part, tensor in layer.state_dict().items():
             state[f"{name}.{part}"] = tensor
-        utils.log(f"{name} starts afresh: {channels}")
+        utils.log(f"{name} starts at random: {channels}")
 
 
 def resize_state_grid(model, state):
-    """Interpolate the positions in a ViT's state dict to the grid of `model`; what does not fit is left as it is."""
+    """Interpolate the positions in a ViT's state dict to the grid of `model`. What does not fit stays."""
     learned = state.get("pos_embed")
     if not is_vit(model) or learned is None or learned.ndim != 3 or learned.shape[2] != model.embed_dim:
         return
@@ -448,4 +548,4 @@ def resize_state_grid(model, state):
         grid = learned[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat((learned[:, :1].float(), grid.flatten(2).transpose(1, 2)), dim=1)
-        utils.log(f"the positions of {side} × {side} patches are interpolated to {wanted} × {wanted}")
+        utils.log(f"positions are interpolated from {side} x {side} to {wanted} x {wanted} patches")

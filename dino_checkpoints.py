@@ -1,11 +1,13 @@
-"""Checkpoint files: write them whole, read them safely, compare settings, restore."""
+"""Checkpoint files: write them whole, read them safely, compare settings, restore.
+
+Keys as in the authors' release: student, teacher, optimizer, epoch (the next one), args, dino_loss, fp16_scaler;
+and ours for a resume within an epoch: images_done, meters, health. Besides tensors only plain types.
+"""
 
 import argparse
 import contextlib
-import math
 import os
 import re
-import threading
 import zipfile
 from pathlib import Path
 
@@ -13,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-import dino_backbones
 import utils
 from utils import UserError
 
@@ -21,82 +22,34 @@ from utils import UserError
 
 
 def lock_output_dir(folder, patience=10.0):
-    """Keep other runs out of an output folder until what this returns, a context manager, is closed.
+    """Lock an output folder against other runs. Returns a context manager that unlocks it.
 
-    The lock ends with the process, however that ends. Raises UserError, on all ranks, if another run holds it for
-    longer than `patience` seconds: one that was just killed may still be dying.
+    The lock ends with the process, however that ends. Raises UserError on all ranks if another run holds it for more
+    than `patience` seconds: a run that was just killed may need a moment.
     """
     path = os.path.join(folder, ".lock")
     try:
         file, free = utils.lock_file(path, patience) if utils.is_main_process() else (contextlib.nullcontext(), True)
     except OSError as e:
-        file, free = None, f"can't write {path}: {e.strerror}. Delete it, or name another --output_dir"
+        file, free = None, f"can't write {path}: {e.strerror}. Delete it, or use another --output_dir"
     free = utils.gather_objects(free)[0]
     if isinstance(free, str):
         raise UserError(free)
     if not free:
         raise UserError(
-            f"another run is writing to --output_dir {folder}. End it (a killed launcher leaves its processes behind), "
-            f"or name another folder. If there is none, delete {path}"
+            f"another run is writing to --output_dir {folder}. End it (a killed launcher can leave its processes "
+            f"running), or use another folder. If there is no such run, delete {path}"
         )
     return file
 
 
-def to_host(state):
-    """A copy of nested dicts, lists and tuples with the tensors in them copied to main memory."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: to_host(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(map(to_host, state))
-    return state
-
-
-class CheckpointWriter:
-    """Writes checkpoints to `path` on rank 0, in the background; the one before stays beside it as *.prev.pth.
-
-    As a context manager, which waits for the last one. `failures` holds, by its path, what could not be written, and
-    why: the run goes on, and what was there before is as it was.
-    """
-
-    def __init__(self, path, keep_previous=True):
-        self.path, self.previous = path, previous_checkpoint(path)
-        self.keep_previous = keep_previous  # False if what is at `path` is damaged
-        self.thread, self.failures = None, {}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind is not KeyboardInterrupt:  # that ends at once, and leaves what was there before
-            self.wait()
-
-    def save(self, state, *copies):
-        """Take a copy of the state and write it, also to the files `copies`, while the caller goes on."""
-        self.wait()
-        if utils.is_main_process():
-            self.thread = threading.Thread(target=self._write, args=(to_host(state), copies), daemon=True)
-            self.thread.start()
-
-    def wait(self):
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-
-    def _write(self, state, copies):
-        for path in (*copies, self.path):  # in this order: a run killed in between comes back to make the copies
-            keep_previous = path == self.path and self.keep_previous
-            try:
-                utils.write_whole(path, lambda file: torch.save(state, file), self.previous if keep_previous else None)
-            except Exception as e:
-                cause = e if isinstance(e, OSError) else e.__context__ or e  # torch.save wraps what the system says
-                reason = " ".join(str(getattr(cause, "strerror", None) or e).split())[:200]
-                self.failures[path] = what = f"{path} could not be written ({reason})"
-                utils.say(f"warning: {what}; an earlier one, if any, is as it was. The run goes on")
-            else:
-                self.failures.pop(path, None)
-                self.keep_previous = self.keep_previous or path == self.path
+def save(path, state, keep_previous=False):
+    """Write a checkpoint whole or not at all; with `keep_previous` the old file stays as *.prev.pth. Raises OSError."""
+    try:
+        previous = previous_checkpoint(path) if keep_previous else None
+        utils.write_whole(path, lambda file: torch.save(state, file), previous)
+    except RuntimeError as e:  # torch.save wraps what the system says
+        raise e.__context__ if isinstance(e.__context__, OSError) else OSError(" ".join(str(e).split())[:200]) from e
 
 
 def previous_checkpoint(path):
@@ -105,61 +58,47 @@ def previous_checkpoint(path):
     return str(path.with_name(f"{path.stem}.prev{path.suffix}"))
 
 
-def run_state(student, teacher, optimizer, dino_loss, fp16_scaler, args, doctor, epoch, step=0, meters=(), sittings=()):
-    """What a checkpoint holds: the public release's keys and prefixes, and plain types only beside the tensors.
+def run_state(parts, args, progress):
+    """The content of a checkpoint: the state of each of `parts` (main_dino.Parts), `args`, and the dict `progress`.
 
-    `epoch` is the one to go on with, `step` how many of its steps are done, `meters` what they have added up,
-    `sittings` who has done them: (processes, images a step in each, steps, lanes of shards) for each start. `doctor` is
-    health.py's.
+    As in the authors' files, keys of the student start with `module.`, and the keys of a teacher with batch norms, too.
     """
-
-    def with_prefix(module):
-        return {f"module.{key.removeprefix('module.')}": value for key, value in module.state_dict().items()}
-
-    state = {
-        "student": with_prefix(student),
-        "teacher": with_prefix(teacher) if utils.has_batchnorms(teacher) else teacher.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "epoch": epoch,
-        "step": step,
-        "meters": list(meters),
-        "sittings": list(sittings),
-        "args": utils.plain_args(args),
-        "dino_loss": dino_loss.state_dict(),
-        "health": doctor.state_dict(),
-    }
-    if fp16_scaler.is_enabled():
-        state["fp16_scaler"] = fp16_scaler.state_dict()
-    return state
+    state = {name: part.state_dict() for name, part in parts._asdict().items()}
+    for name, prefixed in (("student", True), ("teacher", utils.has_batchnorms(parts.teacher))):
+        prefix = "module." if prefixed else ""
+        state[name] = {prefix + key.removeprefix("module."): value for key, value in state[name].items()}
+    if not parts.fp16_scaler.is_enabled():
+        del state["fp16_scaler"]
+    return {**state, **progress, "args": utils.plain_args(args)}
 
 
 # ---- reading ----
 
 
 def _allow_public_checkpoints():
-    """Let weights_only loading accept what the public checkpoints hold besides tensors, and nothing more.
+    """Let weights_only loading accept what public checkpoints contain besides tensors, and nothing more.
 
-    That is the arguments as a Namespace, and learning rates as numpy float64 scalars, by the names of old numpy and
-    new. None of them runs code when unpickled.
+    That is the arguments as a Namespace, and learning rates as numpy float64 scalars, under their names in old and new
+    numpy. None of them runs code when unpickled.
     """
     from _codecs import encode
 
     scalar = np.float64(0).__reduce__()[0]
     allowed = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), encode, scalar]
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5):  # where a name may stand beside the object
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5):  # which accepts (object, name) pairs
         allowed += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     torch.serialization.add_safe_globals(allowed)
 
 
 def load_checkpoint(path, verify=False):
-    """Everything in a checkpoint file, on the CPU. Unpickles tensors, plain types and Namespaces only.
+    """Everything in a checkpoint file, on the CPU. Only tensors, plain types and Namespaces are unpickled.
 
-    `verify` holds it against its checksums, which torch writes, unless told not to, but never looks at. Raises
-    UserError if the file is missing, torn, or holds anything else.
+    `verify` compares it with the checksums that torch.save writes and torch.load ignores. Raises UserError if the file
+    is missing, damaged, or contains anything else.
     """
     _allow_public_checkpoints()
     if str(path).endswith(".onnx"):
-        raise UserError(f"{path} is a graph for other software, not weights. Give the checkpoint that it was made of")
+        raise UserError(f"{path} is an ONNX graph, not weights. Use the checkpoint that it was exported from")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -169,34 +108,34 @@ def load_checkpoint(path, verify=False):
             check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as e:
-        raise UserError(f"{path} is read by safetensors, which is not installed: pip install safetensors") from e
+        raise UserError(f"{path} needs safetensors to be read: pip install safetensors") from e
     except FileNotFoundError as e:
         raise UserError(f"there is no file {path}") from e
-    except Exception as e:  # torch raises a dozen types here, by where the damage is
+    except Exception as e:  # torch raises a dozen types, depending on where the damage is
         reason = " ".join(str(e).split())
-        # torch has one message for what it does not know and another for modules such as os that it blocks.
+        # torch has one message for unknown types and another for modules such as os that it blocks.
         unsafe = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", reason, re.IGNORECASE)
         if unsafe:
             what = unsafe[1]
-            raise UserError(f"{path} holds a {what}, which could run code when loaded, and was not loaded") from e
-        # torch advises to load it in full, code and all
+            raise UserError(f"{path} contains a {what}, which could run code when loaded. It was not loaded") from e
+        # Without torch's advice to load it with weights_only=False, which would run code.
         reason = re.sub(r"^.*WeightsUnpickler error: | Check the documentation of torch\.load.*$", "", reason)
         what = reason[:200] or type(e).__name__
         raise UserError(f"{path} can't be read as a checkpoint; is it complete? ({what})") from e
 
 
 def load_args(path):
-    """The arguments in a checkpoint file, {} if it has none; of a large file of torch's little else is read."""
+    """The arguments in a checkpoint file as a dict, {} if it has none. The tensors of a large file are not read."""
     _allow_public_checkpoints()
     try:
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # of an old layout, or damaged: that says what it is
+    except Exception:  # an old layout, or damaged: load_checkpoint names the problem
         file = load_checkpoint(path)
     return utils.plain_args(file.get("args")) if isinstance(file, dict) else {}
 
 
 def check_archive(path):
-    """Raise BadZipFile if the checksums that torch.save wrote, and torch.load ignores, don't match."""
+    """Raise BadZipFile if the content does not match the checksums that torch.save wrote."""
     with zipfile.ZipFile(path) as file:
         damaged = file.testzip()
     if damaged:
@@ -204,9 +143,9 @@ def check_archive(path):
 
 
 def load_newest(path):
-    """(checkpoint, its path): of `path`, or, with a warning, of the one before if that is missing or damaged.
+    """(checkpoint, its path) from `path` or, with a warning, from *.prev.pth if that is missing or damaged.
 
-    (None, None) if there is neither. Raises UserError if what there is can't be read.
+    (None, None) if there is neither. Raises UserError if none of them can be read.
     """
     found = [file for file in (path, previous_checkpoint(path)) if os.path.isfile(file)]
     for i, file in enumerate(found):
@@ -215,12 +154,10 @@ def load_newest(path):
         except UserError as e:
             if i == len(found) - 1:
                 raise
-            utils.log(f"warning: {e}. Going on from the one before, {found[i + 1]}")
+            utils.log(f"warning: {e}. Using the previous one, {found[i + 1]}")
             continue
         if file != path and len(found) == 1:
-            utils.log(
-                f"warning: there is no {path}. Going on from the one before, {file}; delete that too to begin anew"
-            )
+            utils.log(f"warning: there is no {path}. Using the previous one, {file}; delete it to start a new run")
         return checkpoint, file
     return None, None
 
@@ -230,41 +167,40 @@ def is_network_state(value):
 
 
 def pick_state_dict(state, checkpoint_key, source):
-    """A network's tensors in what a file held, without DDP's `module.` in front, and where they came from."""
+    """(tensors of one network in what a file contained, without DDP's `module.` prefix; where they came from)."""
     if not isinstance(state, dict):
-        raise UserError(f"{source} holds a {type(state).__name__}, not a state dict")
+        raise UserError(f"{source} contains a {type(state).__name__}, not a state dict")
     networks = [key for key, value in state.items() if is_network_state(value)]
     if checkpoint_key in networks:
         state, source = state[checkpoint_key], f"{source} [{checkpoint_key}]"
     elif networks or any(isinstance(value, dict) for value in state.values()):
-        could = f"could be one of {', '.join(networks)}" if networks else "can't be any"
-        raise UserError(f"{source} has no network {checkpoint_key!r}; --checkpoint_key {could}")
+        there = f"it has {', '.join(networks)} (--checkpoint_key)" if networks else "it has none"
+        raise UserError(f"{source} has no network {checkpoint_key!r}; {there}")
     return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}, source
 
 
 def backbone_state(state):
-    """The backbone's tensors in a network's: those behind `backbone.`, or all of them if there is no such prefix."""
+    """The backbone's tensors of a network: those with the prefix `backbone.`, or all if none has it."""
     inner = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     return inner or dict(state)
 
 
 def trained_crop_size(checkpoint):
-    """Side of the global crops of the run that a checkpoint is of, if it says; the best size to evaluate at."""
+    """Side of the run's global crops, if the checkpoint says; the best size to evaluate at."""
     args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
     return args.get("global_crops_size") if isinstance(args, dict) else None
 
 
 def trained_inputs(path):
-    """The Inputs of the training checkpoint in a file; RGB where none are said, as in the published files."""
+    """The utils.Inputs of the training checkpoint in a file; RGB for files that don't say, as the published ones."""
     if not path or path == "random" or str(path).endswith(".safetensors"):
         return utils.RGB
     return utils.inputs_of(load_args(path))
 
 
-# ---- resuming ----
+# ---- comparing settings ----
 
-
-# Arguments that decide which tensors a run has: with others, a checkpoint can't be gone on from.
+# These decide which tensors a run has. A checkpoint with other values can't be resumed from.
 SHAPING_ARGS = (
     "arch",
     "patch_size",
@@ -275,88 +211,103 @@ SHAPING_ARGS = (
     "optimizer",
     "global_crops_size",
 )
-
-
-# Those that change nothing of what is computed, or (the last line) only where: what they amount to, the images a step,
-# is looked at instead.
+# These change nothing of what is computed.
 FREE_ARGS = (
-    *(
-        "config",
-        "init_from",
-        "data_path",
-        "data_format",
-        "max_bad_images",
-        "strict_images",
-        "output_dir",
-        "num_workers",
-        "dist_url",
-        "local_rank",
-        "rank",
-        "gpu",
-    ),
-    *("grad_checkpointing", "compile", "stop_on_collapse", "tensorboard", "wandb", "knn_every", "knn_data"),
-    "compute_stats",  # what came of it, mean and std, is looked at
-    *("saveckp_freq", "saveckp_iters", "save_every_minutes", "max_bad_steps", "allow_changed_args"),
-    *("world_size", "batch_size_per_gpu", "grad_accum_steps", "device"),
+    # where things are
+    "config",
+    "init_from",
+    "data_path",
+    "data_format",
+    "output_dir",
+    "dist_url",
+    # how the run is watched, saved and stopped
+    "max_bad_images",
+    "strict_images",
+    "max_bad_steps",
+    "stop_on_collapse",
+    "tensorboard",
+    "wandb",
+    "knn_every",
+    "knn_data",
+    "saveckp_freq",
+    "saveckp_iters",
+    "save_every_minutes",
+    "allow_changed_args",
+    # which hardware does it; images_per_step, which follows from these, is compared
+    "device",
+    "num_workers",
+    "local_rank",
+    "rank",
+    "gpu",
+    "world_size",
+    "batch_size_per_gpu",
+    "grad_accum_steps",
+    "grad_checkpointing",
+    "compile",
+    # mean and std, which it measures, are compared
+    "compute_stats",
 )
+IN_WORDS = {
+    "images_per_step": "images per step",
+    "images": "training images",
+    "image_names": "names of the training images",
+}
+
+
+def comparable(args):
+    """The arguments of a run as a dict, in one form for files of any age."""
+    args = utils.plain_args(args)
+    if args:
+        args["arch"] = str(args.get("arch")).replace("deit_", "vit_")  # another name of the same networks
+        args["images_per_step"] = utils.global_batch(args)
+    if args and args.get("mean") is None:
+        args |= {"in_chans": args.get("in_chans", 3), "mean": [*utils.IMAGENET_MEAN], "std": [*utils.IMAGENET_STD]}
+    return args
 
 
 def check_resumable(path, checkpoint, args):
-    """Raise UserError if a file is no training checkpoint, or one of a run whose arguments make other tensors.
+    """Raise UserError if a file is not a checkpoint that a run with `args` can resume from.
 
-    Arguments that would change the result need --allow_changed_args, and are named.
+    Settings that shape tensors must be the same; others that change the result need --allow_changed_args, and are
+    logged.
     """
     epoch = checkpoint.get("epoch") if isinstance(checkpoint, dict) else None
     networks = isinstance(epoch, int) and all(is_network_state(checkpoint.get(key)) for key in ("student", "teacher"))
     if not networks or epoch < 0:
-        raise UserError(f"{path} is no training checkpoint, and would be overwritten. Move it, or name another folder")
-    before, now = utils.plain_args(checkpoint.get("args")), utils.plain_args(args)
-    if dino_backbones.vit_factory(before.get("arch")) is dino_backbones.vit_factory(args.arch) is not None:
-        before["arch"] = args.arch  # deit_small is another name of vit_small
-    batches = (utils.global_batch(before), utils.global_batch(now))
-    if None not in batches:
-        before["images a step"], now["images a step"] = batches
-    for values in (before, now):
-        if values and values.get("mean") is None:
-            values |= {
-                "in_chans": values.get("in_chans", 3),
-                "mean": [*utils.IMAGENET_MEAN],
-                "std": [*utils.IMAGENET_STD],
-            }
-        for name, said in (("images", "training images"), ("image_names", "names of the training images")):
-            if name in values:
-                values[said] = values.pop(name)
-    changed = [name for name in now if name in before and before[name] != now[name] and name not in FREE_ARGS]
-    if "training images" in changed:  # then their names have, too
-        changed = [name for name in changed if name != "names of the training images"]
+        raise UserError(f"{path} is not a training checkpoint and would be overwritten. Move it, or use another folder")
+    before, now = comparable(checkpoint.get("args")), comparable(args)
+    changed = [name for name in now if before.get(name, now[name]) != now[name] and name not in FREE_ARGS]
+    changed = [name for name in changed if before[name] is not None or name != "images_per_step"]
+    if "images" in changed:  # then their names differ, too
+        changed = [name for name in changed if name != "image_names"]
     shaping = [name for name in changed if name in SHAPING_ARGS]
     then, wanted = (
-        [f"{'' if ' ' in name else '--'}{name} {values[name]}" for name in shaping or changed]
-        for values in (before, now)
+        [f"{IN_WORDS.get(name, '--' + name)} {values[name]}" for name in shaping or changed] for values in (before, now)
     )
     if shaping:
         raise UserError(
-            f"{path} was made with {' '.join(then)}, this run has {' '.join(wanted)}. Use the same, or another "
-            "--output_dir"
+            f"{path} was made with {' '.join(then)}, this run has {' '.join(wanted)}. Use the same settings, or "
+            "another --output_dir"
         )
     if changed and not getattr(args, "allow_changed_args", True):
         raise UserError(
             f"{path} was made with {', '.join(then)}; this run has {', '.join(wanted)}, which would change the result. "
-            "Use the same, or add --allow_changed_args true to go on with these"
+            "Use the same settings, or add --allow_changed_args true"
         )
     if changed:
-        utils.log(
-            "note: going on with "
-            + ", ".join(f"{w} (was {before[name]})" for w, name in zip(wanted, changed, strict=True))
-        )
+        pairs = (f"{new} (was {before[name]})" for new, name in zip(wanted, changed, strict=True))
+        utils.log(f"note: resuming with {', '.join(pairs)}")
+
+
+# ---- resuming ----
 
 
 def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
-    """If there is a checkpoint at `path`, load each object's state from it and update the dict `run_variables`.
+    """Load each object's state from the checkpoint at `path`, if there is one, and update the dict `run_variables`.
 
-    `objects` are modules, optimisers or scalers (None is passed over), by their keys in the file; `module.` in front
-    of a module's keys doesn't matter. `args` are this run's, to be held against those in the file. In place of a
-    damaged file comes *.prev.pth. Returns the path of what was loaded, or None. Raises UserError if it does not fit.
+    `objects` are modules, optimizers or scalers (None is skipped) by their keys in the file; a `module.` prefix of a
+    module's keys does not matter. `args` are this run's, to compare. A damaged file is replaced by *.prev.pth. Returns
+    the path of what was loaded, or None. Raises UserError if it does not fit.
     """
     checkpoint, path = load_newest(str(path))
     if checkpoint is None:
@@ -368,14 +319,14 @@ def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
         if target is None:
             continue
         if name not in checkpoint:
-            utils.log(f"warning: {path} has no {name!r}; it starts afresh")
+            utils.log(f"warning: {path} has no {name!r}; it starts anew")
             continue
         try:
             load_state(target, checkpoint[name])
         except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
             problem = " ".join(str(e).split())[:300]
             raise UserError(
-                f"{path} does not fit this run: {name}: {problem}. Give the arguments of that run, or another "
+                f"{path} does not fit this run: {name}: {problem}. Use the settings of that run, or another "
                 "--output_dir"
             ) from e
     for name in run_variables or {}:
@@ -389,7 +340,7 @@ def load_state(target, state):
         prefix = "module." if any(key.startswith("module.") for key in target.state_dict()) else ""
         state = {prefix + key.removeprefix("module."): value for key, value in state.items()}
     if isinstance(target, torch.optim.Optimizer):
-        # Files of the authors' release lack what torch has added since; which kernels to use is this run's own choice.
+        # The authors' files lack options that torch has added since; which kernels to use is this run's own choice.
         groups = []
         for ours, theirs in zip(target.param_groups, state["param_groups"], strict=True):
             kernels = {key: ours[key] for key in ("fused", "foreach") if key in ours}
@@ -398,39 +349,34 @@ def load_state(target, state):
     target.load_state_dict(state)
 
 
-def check_progress(progress, path, images):
-    """Raise UserError if what a checkpoint says of its epoch can't be; `images` is how many there are."""
+def position(progress, args, path):
+    """(epoch, images of it that are done) of a checkpoint's `progress`. Raises UserError if it can't be true.
 
-    def count(value, least=0, most=2**53):
-        return type(value) is int and least <= value <= most
-
-    def is_sitting(sitting):
-        numbers = isinstance(sitting, list | tuple) and len(sitting) in (3, 4) and all(map(count, sitting))
-        processes, batch_size, _, lanes = (*sitting, 1)[:4] if numbers else (0,) * 4
-        return count(processes * batch_size * lanes, 1, images)
-
-    def is_total(total):
-        return isinstance(total, list | tuple) and len(total) == 2 and is_number(total[0]) and count(total[1])
-
-    def is_number(value):
-        return type(value) is float or (type(value) is int and abs(value) < 2**53)
-
-    def are_totals(totals):
-        return isinstance(totals, dict) and all(map(is_total, totals.values()))
-
-    if not (
-        all(count(progress[name]) for name in ("epoch", "step"))
-        and all(isinstance(progress[name], list | tuple) for name in ("meters", "sittings"))
-        and all(map(are_totals, progress["meters"]))
-        and all(map(is_sitting, progress["sittings"]))
-    ):
+    Files of older versions count steps instead of images.
+    """
+    before = utils.global_batch(utils.plain_args(progress["args"])) or utils.global_batch(vars(args))
+    images_done = progress["images_done"]
+    if images_done is None and is_count(progress["step"]):
+        images_done = progress["step"] * before
+    valid = is_count(progress["epoch"]) and is_count(images_done) and isinstance(progress["meters"], list | tuple)
+    if not (valid and all(map(are_totals, progress["meters"]))):
         raise UserError(
-            f"{path} says of its epoch what can't be: it is damaged, or was made by something else. Remove it, or give "
-            "another --output_dir"
+            f"{path} has an impossible position in its epoch: it is damaged, or made by something else. Remove it, or "
+            "use another --output_dir"
         )
+    return progress["epoch"], images_done
 
 
-def steps_done(progress, args, steps):
-    """How many of an epoch's `steps` the checkpoint has behind it, also if a step was of another number of images."""
-    now, before = utils.global_batch(vars(args)), utils.global_batch(utils.plain_args(progress["args"]))
-    return min(math.ceil(progress["step"] * (before or now) / now), steps)  # no image twice
+def is_count(value):
+    return type(value) is int and 0 <= value < 2**53
+
+
+def are_totals(totals):
+    """Whether a value is {name: (total, count)}, as utils.MetricLogger.totals returns it."""
+
+    def is_total(pair):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and is_count(pair[1])):
+            return False
+        return type(pair[0]) is float or (type(pair[0]) is int and abs(pair[0]) < 2**53)
+
+    return isinstance(totals, dict) and all(map(is_total, totals.values()))

@@ -1,4 +1,8 @@
-"""One view of an image: drawn first, then rendered, with PIL, with OpenCV, or for N channels."""
+"""One view of an image (section 3.1): drawn first, then rendered with PIL, with OpenCV, or for N channels.
+
+Drawing consumes random numbers exactly as the release's transforms do. Rendering has no randomness, so that the same
+views can be rendered exactly (`pil`) or faster (`fast`).
+"""
 
 import contextlib
 import functools
@@ -21,13 +25,13 @@ from utils import UserError
 
 
 class View(NamedTuple):
-    """All that is random about one crop of an image: drawn first, then rendered with PIL or, faster, with OpenCV."""
+    """All that is random about one crop of an image."""
 
     size: int  # side of the crop in pixels
     box: tuple  # left, top, right, bottom in the image
     flip: bool
-    jitter: tuple  # ((operation, factor), ...) in their order; () leaves the colours alone
-    grey: bool
+    jitter: tuple  # ((operation, factor), ...) in their order; () for none
+    gray: bool
     blur: float | None  # radius in pixels of the crop
     solarize: bool
 
@@ -35,34 +39,34 @@ class View(NamedTuple):
 class RandomView:
     """PIL image -> a crop of it, resized to `size` and augmented, as uint8 [3, size, size] (section 3.1).
 
-    `draw` takes what torchvision's transforms take from torch's random numbers, in their order, and what the blur and
-    the solarisation take from Python's.
+    `draw` consumes torch's random numbers as torchvision's transforms do, in their order, and Python's as blur and
+    solarization do.
     """
 
     def __init__(self, size, scale, blur, solarization=None, augmentation="pil"):
         self.size, self.scale, self.blur, self.solarization = size, scale, blur, solarization
         self.render = RENDERERS[augmentation]
-        self.colours = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-        self.jitter_p = torch.tensor(0.8).item()  # in float32, as torch compares it with a random number
+        self.colors = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+        self.jitter_p = torch.tensor(0.8).item()  # as float32, since torch compares it with a float32 number
 
     def __call__(self, image):
         return self.render(image, [self.draw(image)])[0]
 
     def draw(self, image):
-        """A View for an image, of which only the size counts."""
+        """A View for an image, of which only the size matters."""
         top, left, height, width = transforms.RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
         return View(
             size=self.size,
             box=(left, top, left + width, top + height),
             flip=torch.rand(1).item() < 0.5,
             jitter=self.draw_jitter() if torch.rand(1).item() <= self.jitter_p else (),
-            grey=torch.rand(1).item() < 0.2,
+            gray=torch.rand(1).item() < 0.2,
             blur=self.blur.draw(),
             solarize=self.solarization is not None and self.solarization.draw(),
         )
 
     def draw_jitter(self):
-        j = self.colours
+        j = self.colors
         order, *factors = j.get_params(j.brightness, j.contrast, j.saturation, j.hue)
         return tuple((("brightness", "contrast", "saturation", "hue")[i], factors[i]) for i in order.tolist())
 
@@ -83,7 +87,7 @@ class GaussianBlur:
 
 
 class Solarization:
-    """Invert the levels from 128 up, with probability p."""
+    """Invert values of 128 and above, with probability p."""
 
     def __init__(self, p):
         self.p = p
@@ -96,9 +100,9 @@ class Solarization:
 
 
 def eval_transform(image_size=224, inputs=utils.RGB):
-    """PIL image -> uint8 [3, image_size, image_size]: the centre of the image resized to 8/7 of that (256 for 224).
+    """PIL image -> uint8 [3, image_size, image_size]: resize to 8/7 of that (256 for 224), bicubic, then center crop.
 
-    With other inputs than photographs, what dino_images.decode gives -> normalised floats of their channels.
+    For inputs other than RGB: what dino_images.decode returns -> normalized floats of all channels.
     """
     return transforms.Compose(
         [
@@ -110,16 +114,22 @@ def eval_transform(image_size=224, inputs=utils.RGB):
 
 
 def last_transforms(inputs):
-    """The last steps of a transform: uint8 [3, H, W] of a photograph, normalised floats [C, H, W] of other inputs."""
+    """The last steps of a transform: to uint8 [3, H, W] for photographs, to normalized floats [C, H, W] for others."""
     steps = [transforms.PILToTensor() if inputs.in_chans == 3 else to_int16]
     return steps if inputs == utils.RGB else [*steps, inputs.normalize]
+
+
+def prepare(image, inputs):
+    """An opened image as `RENDERERS` take it: photographs undecoded, since views are drawn before decoding."""
+    lazy = inputs.in_chans == 3 and not isinstance(image, dino_images.ArrayFile)
+    return image if lazy else dino_images.decode(image, inputs)
 
 
 # ---- rendering with PIL ----
 
 
 def render_pil(image, views):
-    """Views of a PIL image, each uint8 [3, size, size]: the very pixels of torchvision's transforms on PIL images."""
+    """Views of a PIL image, each uint8 [3, size, size]: the same pixels as torchvision's transforms on PIL images."""
     image = dino_images.to_rgb(image)
     return [render_pil_view(image, view) for view in views]
 
@@ -130,7 +140,7 @@ def render_pil_view(image, view):
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for operation, factor in view.jitter:
         crop = PIL_JITTER[operation](crop, factor)
-    bands = [crop.convert("L")] if view.grey else crop.split()  # apart: what follows is faster so, and so are tensors
+    bands = [crop.convert("L")] if view.gray else crop.split()  # bands: blur and conversion are faster
     if view.blur is not None:
         bands = [band.filter(ImageFilter.GaussianBlur(view.blur)) for band in bands]
     if view.solarize:
@@ -139,22 +149,22 @@ def render_pil_view(image, view):
 
 
 def bands_to_tensor(channels, size):
-    """The bytes of three channels as a tensor [3, size, size]."""
+    """The bytes of three channels -> tensor [3, size, size]."""
     return torch.frombuffer(bytearray().join(channels), dtype=torch.uint8).view(3, size, size)
 
 
 def pil_contrast(image, factor):
-    """ImageEnhance.Contrast: away from, or towards, the mean grey of the image."""
+    """ImageEnhance.Contrast: blend with the mean gray of the image."""
     counts = image.convert("L").histogram()
     mean = sum(map(operator.mul, counts, range(256))) / (image.width * image.height)
     return Image.blend(Image.new("RGB", image.size, (int(mean + 0.5),) * 3), image, factor)
 
 
 def pil_hue(image, factor):
-    """torchvision's turn of the hue, which is a level of PIL's HSV.
+    """torchvision's hue shift, in PIL's HSV.
 
-    The way back from HSV to RGB is PIL's formula for all pixels at once, in a third of PIL's time: a channel is
-    v · (1 - s · w), where w, between 0 and 1, follows from the hue. Equal to PIL for every one of the 256³ colours.
+    Back from HSV to RGB, PIL's formula is applied to all pixels at once, in a third of PIL's time: a channel is
+    v * (1 - s * w), where w from 0 to 1 is a function of the hue. Equal to PIL for each of the 256^3 colors.
     """
     hue, saturation, value = image.convert("HSV").split()
     value = np.asarray(value).astype(np.float32).ravel()
@@ -162,7 +172,7 @@ def pil_hue(image, factor):
     value += 0.5  # rounds
     levels = hue.tobytes()
     channels = []
-    for table in np.roll(hue_weights(), -int(factor * 255), axis=1):  # the hue is turned in the table
+    for table in np.roll(hue_weights(), -int(factor * 255), axis=1):  # the table shifts the hue
         weight = np.frombuffer(levels.translate(table.tobytes()), np.uint8)
         channels.append((weight * drop + value).astype(np.uint8))
     return Image.merge("RGB", [Image.frombytes("L", image.size, channel) for channel in channels])
@@ -170,7 +180,7 @@ def pil_hue(image, factor):
 
 @functools.cache
 def hue_weights():
-    """[3, 256]: how much of the saturation, of 255, each channel loses for each level of hue."""
+    """[3, 256]: w * 255 of each channel for each hue."""
     sixth, within = np.divmod(np.arange(256) * 6, 255)
     zero, one = np.zeros_like(within), np.full_like(within, 255)
     up, down = within, 255 - within
@@ -191,28 +201,27 @@ PIL_JITTER = {
 # ---- rendering with torch and OpenCV ----
 
 
-TRUNCATE = 0.498  # taken off levels, which PIL truncates and OpenCV rounds
+TRUNCATE = 0.498  # subtracted, since PIL truncates and OpenCV rounds
 
 
 @functools.cache
 def opencv():
-    """The module cv2, told to use no threads: each process makes its own crops. Raises UserError if not installed."""
+    """The module cv2 without threads, since each loader is a process. Raises UserError if it is not installed."""
     try:
         import cv2
 
         cv2.IMREAD_COLOR_RGB  # noqa: B018 (new in OpenCV 4.11)
     except (ImportError, AttributeError) as e:
-        raise UserError("--augmentation fast takes OpenCV, 4.11 or newer: pip install opencv-python-headless") from e
+        raise UserError("--augmentation fast needs OpenCV 4.11 or newer: pip install opencv-python-headless") from e
     cv2.setNumThreads(0)
     return cv2
 
 
 def render_fast(image, views):
-    """Views of a PIL image, each uint8 [3, size, size]: what render_pil gives but for a level or so, much faster.
+    """Views of a PIL image, each uint8 [3, size, size]: render_pil's to within a level or two, much faster.
 
-    An image that is not decoded yet (see dino_images.open_image) is decoded at a half, a quarter or an eighth of its
-    size if it is a JPEG and each view has to be shrunk by 2 or more even so; boxes then count in whole pixels of the
-    smaller image.
+    A JPEG that is not decoded yet (dino_images.open_image) is decoded at 1/2, 1/4 or 1/8 of its size if each view still
+    has to be shrunk by 2 or more. Boxes are then rounded to whole pixels of the smaller image.
     """
     width = image.width
     pixels = decode_reduced(image, views)  # [1, 3, H, W]
@@ -223,9 +232,9 @@ def render_fast(image, views):
 
 
 def decode_reduced(image, views):
-    """A PIL image as uint8 [1, 3, H, W], channels last in memory, perhaps reduced for these views."""
+    """A PIL image as uint8 [1, 3, H, W], channels last in memory, reduced where these views allow it."""
     pixels = None
-    if image.format == "JPEG" and image.mode == "RGB" and image.tile:  # not decoded yet, nor of an odd kind
+    if image.format == "JPEG" and image.mode == "RGB" and image.tile:  # not decoded yet, and a plain one
         spare = min(min(v.box[2] - v.box[0], v.box[3] - v.box[1]) / v.size for v in views)
         shrink = max(k for k in (1, 2, 4, 8) if k == 1 or spare >= 2 * k)
         if shrink > 1:
@@ -238,11 +247,11 @@ def decode_reduced(image, views):
 
 
 def decode_whole_jpeg(file):
-    """An open JPEG file as levels [H, W, 3], PIL's in less time; None if there is anything unusual about it."""
+    """An open JPEG file -> uint8 [H, W, 3], as PIL decodes it but faster; None if anything about it is unusual."""
     cv2 = opencv()
     file.seek(0)
     data = file.read()
-    if not data.endswith(b"\xff\xd9"):  # OpenCV would fill what is missing of a truncated file with grey
+    if not data.endswith(b"\xff\xd9"):  # truncated: OpenCV would fill the rest with gray
         return None
     with contextlib.suppress(cv2.error):
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -251,19 +260,19 @@ def decode_whole_jpeg(file):
 def render_fast_view(pixels, view):
     cv2 = opencv()
     left, top, right, bottom = view.box
-    region = pixels[:, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)  # so it remains
+    region = pixels[:, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
     crop = F.interpolate(region, (view.size, view.size), mode="bicubic", antialias=True)
     crop = crop[0].permute(1, 2, 0).numpy()  # [size, size, 3]
     for operation, factor in view.jitter:
         crop = FAST_JITTER[operation](cv2, crop, factor)
-    if view.grey:
+    if view.gray:
         crop = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)  # [size, size]
     if view.blur is not None:
         kernel = blur_kernel(view.blur)
         crop = cv2.sepFilter2D(crop, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
     if view.solarize:
-        crop = np.minimum(crop, ~crop)  # ~ inverts levels
-    channels = [crop] * 3 if view.grey else cv2.split(crop)
+        crop = np.minimum(crop, ~crop)  # ~ is 255 - value
+    channels = [crop] * 3 if view.gray else cv2.split(crop)
     if view.flip:
         channels = [cv2.flip(channel, 1) for channel in channels]
     return torch.from_numpy(np.stack(channels))
@@ -275,13 +284,13 @@ def fast_contrast(cv2, crop, factor):
 
 
 def fast_saturation(cv2, crop, factor):
-    grey = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(crop, factor, grey, 1 - factor, -TRUNCATE)
+    gray = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(crop, factor, gray, 1 - factor, -TRUNCATE)
 
 
 def fast_hue(cv2, crop, factor):
     hsv = cv2.cvtColor(crop, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(int(factor * 255) % 256)  # goes round at 256
+    hsv[..., 0] += np.uint8(int(factor * 255) % 256)  # wraps at 256
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
@@ -294,9 +303,9 @@ FAST_JITTER = {
 
 
 def blur_kernel(radius):
-    """PIL's Gaussian of this radius: three boxes in a row with fractions of a pixel at their ends.
+    """PIL's Gaussian kernel of this radius: three box blurs with fractional ends.
 
-    In steps of 1/256, as OpenCV computes, but with a sum of 1, so that no light is lost.
+    In steps of 1/256, as OpenCV computes, with a sum of exactly 1.
     """
     kernel = np.round(256 * exact_blur_kernel(radius))
     kernel[len(kernel) // 2] += 256 - kernel.sum()
@@ -315,10 +324,9 @@ def exact_blur_kernel(radius):
 
 
 def render_planes(image, views):
-    """Views of an image, float32 [C, H, W] from 0 to 1, each as int16 [C, size, size]: see `to_int16`.
+    """Views of an image, float32 [C, H, W] from 0 to 1, each as int16 [C, size, size] (see `to_int16`).
 
-    Step for step what render_pil does, but on floats, which are cut off at 0 and 1 where levels are at 0 and 255. The
-    mean of all channels takes the place of grey; there are no hues.
+    The steps of render_pil on floats, clipped to 0 and 1. Gray is the mean over channels; hue jitter is skipped.
     """
     return [render_planes_view(image, view) for view in views]
 
@@ -332,7 +340,7 @@ def render_planes_view(image, view):
     for operation, factor in view.jitter:
         if operation != "hue":
             crop = crop.lerp(PLANES_JITTER[operation](crop), 1 - factor).clamp(0, 1)
-    if view.grey:
+    if view.gray:
         crop = crop.mean(dim=0, keepdim=True).expand_as(crop)
     if view.blur is not None:
         crop = blur_planes(crop, view.blur)
@@ -341,7 +349,7 @@ def render_planes_view(image, view):
     return to_int16(crop)
 
 
-# What a factor of 0 would leave of a crop [C, H, W]; 1 leaves all as it is.
+# What a crop [C, H, W] is blended with: all of it at a factor of 0, nothing of it at 1.
 PLANES_JITTER = {
     "brightness": torch.zeros_like,
     "contrast": lambda crop: crop.mean().expand_as(crop),
@@ -354,14 +362,14 @@ def blur_planes(crop, radius):
     reach = kernel.shape[-1] // 2
     crop = F.pad(crop, (reach, reach, reach, reach), mode="replicate")[None]
     for one_way in (kernel, kernel.transpose(2, 3)):
-        crop = F.conv2d(crop, one_way, groups=len(kernel))  # each channel by itself
+        crop = F.conv2d(crop, one_way, groups=len(kernel))  # depthwise
     return crop[0]
 
 
 def to_int16(values):
-    """Values from 0 to 1 in 65,536 levels: half the bytes of floats, and nothing lost of images of 16 bits.
+    """Values from 0 to 1 -> int16 from -32,768: half the bytes of floats, and lossless for 16-bit images.
 
-    They are counted from -32,768 on, int16, because torch can do little with uint16, and the older the less.
+    Not uint16, which torch barely supports. utils.normalize converts it back.
     """
     return values.clamp(0, 1).mul(65535).round().sub(32768).to(torch.int16)
 

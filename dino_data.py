@@ -1,10 +1,13 @@
-"""From images to batches: transforms, data sets, loaders, and the photographs that train with no data set at hand.
+"""Data sets, samplers and loaders, and the sample set that trains with no data at hand.
 
-The way of a training image: (epoch, number) from the sampler -> file -> PIL image, RGB -> crops, uint8 -> batch. What
-its crops are follows from (seed, epoch, number) alone, whichever process makes them and in whatever order.
+The path of a training image: (epoch, index) from the sampler -> file -> PIL image (RGB) -> crops, uint8 -> batch. Its
+crops are a function of (seed, epoch, index) alone, whichever process makes them and in whatever order.
 """
 
+import argparse
+import hashlib
 import importlib.util
+import itertools
 import os
 import random
 import re
@@ -15,50 +18,103 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 from torchvision import transforms
 
 import dino_checkpoints
 import dino_images
 import dino_shards
-import main_dino
 import utils
-from utils import UserError
+from dino_cli import between, share
+from utils import UserError, bool_flag
 
-# ---- transforms ----
+# ---- flags ----
+
+FORMATS = (*dino_images.FORMATS, "shards")
+MOST_MEASURED = 5000  # images that --compute_stats reads
 
 
-# ---- transforms: with PIL ----
+def training_flags():
+    """The flags of the training data, as a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    # fmt: off
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", default="sample", metavar="PATH", help="""Training images (labels are not used): a
+        folder with images in it or in sub-folders; a list of paths (.txt, or .csv and .tsv with labels); tar shards
+        ('shards/{0000..0999}.tar', or a folder of them); a torchvision data set (torchvision:CIFAR10); or `sample`, a
+        small set made from photographs that are installed with the requirements.""")
+    data.add_argument("--data_format", default="auto", choices=FORMATS, help="""What --data_path is. auto: a folder with
+        images directly in it is flat, any other has class folders.""")
+    data.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
+        help="Rotate photographs by their EXIF orientation. The release does not.")
+    data.add_argument("--max_bad_images", default=0.001, type=share, metavar="SHARE", help="""Unreadable images are
+        replaced by others and listed in bad_images.txt. A larger share of them (rounded up) ends the run.""")
+    data.add_argument("--strict_images", default=False, type=bool_flag, metavar="BOOL",
+        help="End the run at the first unreadable image.")
+
+    images = parser.add_argument_group("channels")
+    images.add_argument("--in_chans", default=3, type=between(1, 1000), metavar="N", help="""Channels of an image. 3:
+        RGB photographs. 1: grayscale. N: the pages of a TIFF, the bands of an image, or numpy arrays (.npy) [H, W, N]
+        or [N, H, W]. Other than 3 keep 16 bits and floats; grayscale crops are the mean over channels, and hue jitter
+        is skipped.""")
+    images.add_argument("--mean", default=None, type=share, nargs="+", metavar="M",
+        help="Mean of the training images per channel, from 0 (black) to 1 (white). Default: ImageNet's.")
+    images.add_argument("--std", default=None, type=between(1e-6, 1, float), nargs="+", metavar="S",
+        help="Standard deviation of the training images per channel.")
+    images.add_argument("--compute_stats", default=False, type=bool_flag, metavar="BOOL", help=f"""Measure mean and std
+        once before training, on at most {MOST_MEASURED} images. They are stored in the checkpoint.""")
+    images.add_argument("--value_range", default=None, type=between(-(10**10), 10**10, float), nargs=2,
+        metavar=("MIN", "MAX"), help="""Values that count as black and white in the files, for other than 3 channels:
+        0 4095 for 12 bits, -1000 400 for a CT window. Default: 0 and the largest value of the integer type; floats are
+        between 0 and 1.""")
+    # fmt: on
+    return parser
 
 
-# ---- transforms: with torch and OpenCV ----
-
-# ---- transforms: of one or many channels ----
+def check_flags(args):
+    """Raise UserError for flags on channels and values that contradict each other."""
+    channels = f"--in_chans {args.in_chans}"
+    if args.in_chans != 3 and args.augmentation == "fast":
+        raise UserError(f"--augmentation fast is for 3 channels. Use --augmentation pil with {channels}")
+    if args.in_chans == 3 and args.value_range:
+        raise UserError("--value_range is for other than 3 channels (--in_chans). Remove it")
+    if args.value_range and not args.value_range[0] < args.value_range[1]:
+        low, high = args.value_range
+        raise UserError(f"--value_range {low} {high}: put the smaller number first")
+    given = [flag for flag in ("mean", "std") if getattr(args, flag)]
+    if given and args.compute_stats:
+        raise UserError(f"--{given[0]} is given, and --compute_stats would measure it. Remove one of them")
+    if len(given) == 1:
+        raise UserError(f"--{given[0]} is given without --{'std' if given == ['mean'] else 'mean'}. Give both, or none")
+    if not given and args.in_chans != 3 and not args.compute_stats:
+        raise UserError(f"{channels} needs --mean and --std, {args.in_chans} numbers each, or --compute_stats true")
+    for flag in given:
+        number = len(getattr(args, flag))
+        if number != args.in_chans:
+            raise UserError(f"--{flag} has {number} numbers, {channels} needs {args.in_chans}: one per channel")
 
 
 # ---- data sets ----
 
-FORMATS = (*dino_images.FORMATS, "shards")
-
 
 def image_files(folder, flag):
-    """Paths of the images directly in a folder, frame-2 before frame-10. Raises UserError, naming the flag, if none."""
+    """Paths of the images directly in a folder, frame-2 before frame-10. Raises UserError if there are none."""
     if not os.path.isdir(folder):
-        raise UserError(f"{flag} {folder} is no folder")
+        raise UserError(f"{flag} {folder} is not a folder")
     try:
-        files = [path for path in Path(folder).iterdir() if not path.name.startswith(".")]  # ._a.jpg is none
+        files = [path for path in Path(folder).iterdir() if not path.name.startswith(".")]  # ._a.jpg is not an image
     except OSError as e:
         raise UserError(f"can't list {flag} {folder}: {e.strerror}") from e
     paths = [path for path in files if path.suffix.lower() in dino_images.EXTENSIONS]
     if not paths:
-        raise UserError(f"{flag} {folder} has no images in it ({', '.join(dino_images.EXTENSIONS)})")
+        raise UserError(f"{flag} {folder} has no images ({', '.join(dino_images.EXTENSIONS)})")
     return sorted(paths, key=lambda path: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)])
 
 
 def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3):
-    """The numbered images that --data_path means, of dino_images or dino_shards; `sample` are the embedded ones.
+    """The numbered images of --data_path (dino_images.ImageFiles, TorchvisionImages or dino_shards.TarShards).
 
-    Of `sample` and of torchvision's sets, `part` (train or val) is taken. Raises UserError if there are none.
+    `part` (train or val) selects from `sample` and from torchvision's sets. Raises UserError if there are none.
     """
     path = os.fspath(find_data(data_path, part))
     if data_format == "shards" or (data_format == "auto" and dino_shards.are_shards(path)):
@@ -67,10 +123,10 @@ def find_images(data_path, part="", data_format="auto", exif=False, flag="--data
 
 
 class MultiCropDataset(Dataset):
-    """Training crops of numbered images: dataset[epoch, i] -> (crops, number of the image, "" or what is wrong with i).
+    """Training crops: dataset[epoch, i] -> (crops, index, None or what is wrong with image i).
 
-    In the place of an image that can't be read comes another, which follows from (seed, epoch, i). BadImage is raised
-    if TRIES in a row can't be read, or, with `strict`, one. What is wrong is its name, a zero, and why.
+    An unreadable image is replaced by another, which is a function of (seed, epoch, i). BadImage is raised if TRIES
+    images in a row can't be read, or, if `strict`, for the first.
     """
 
     TRIES = 100
@@ -82,21 +138,27 @@ class MultiCropDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, key):
-        number, wrong = key[1], ""
+        index, unreadable = key[1], None
         for attempt in range(1 if self.strict else self.TRIES):
             utils.fix_random_seeds(utils.derive_seed(self.seed, utils.SAMPLE, *key), cpu_only=True)
             try:
-                return self.augment(self.images.open(number)), number, wrong
+                return self.augment(self.images.open(index)), index, unreadable
             except dino_images.BadImage as e:
-                bad, wrong = e, wrong or f"{self.images.name(number)}\0{e}"
-            number = utils.derive_seed(self.seed, utils.REPLACEMENT, *key, attempt) % len(self.images)
+                bad, unreadable = e, unreadable or dino_images.Unreadable(self.images.name(index), e.reason)
+            index = utils.derive_seed(self.seed, utils.REPLACEMENT, *key, attempt) % len(self.images)
         raise bad
 
 
-class EvalImages(Dataset):
-    """Numbered images for evaluation: dataset[i] -> (transform(image, decoded for the inputs: RGB), i).
+def collate(batch):
+    """[(crops, index, unreadable)] -> ([[B, C, h, w] per crop], indices [B], [dino_images.Unreadable, ...])."""
+    crops, indices, unreadable = zip(*batch, strict=True)
+    return default_collate(crops), torch.tensor(indices), [image for image in unreadable if image]
 
-    One that can't be read raises BadImage, or, with `lenient`, is a warning, and black.
+
+class EvalImages(Dataset):
+    """Numbered images for evaluation: dataset[i] -> (transform(decoded image), i).
+
+    An unreadable image raises BadImage or, with `lenient`, becomes a black one with a warning.
     """
 
     def __init__(self, images, transform, lenient=False, inputs=utils.RGB):
@@ -111,7 +173,7 @@ class EvalImages(Dataset):
         except dino_images.BadImage as e:
             if not self.lenient:
                 raise
-            utils.say(f"warning: {e}. It is taken for a black one")
+            utils.say(f"warning: {e}. A black image replaces it")
             channels = self.inputs.in_chans
             image = Image.new("RGB", (8, 8)) if channels == 3 else torch.zeros(channels, 8, 8)
         return self.transform(image), i
@@ -121,9 +183,9 @@ class EvalImages(Dataset):
 
 
 def find_part(data_path, part):
-    """Where --data_path has one of the two parts of a data set: a folder, list or shards so named; None if nowhere."""
+    """The path of train or val in --data_path: a folder, a list or shards of that name; None if there is none."""
     root = os.fspath(find_data(data_path))
-    if root.startswith("torchvision:"):  # which has both
+    if root.startswith("torchvision:"):  # they have both
         return root
     names = [part, *(part + suffix for suffix in dino_images.LISTS)]
     found = next((path for path in (os.path.join(root, name) for name in names) if os.path.exists(path)), None)
@@ -131,99 +193,117 @@ def find_part(data_path, part):
 
 
 def holds_both_parts(data_path, images):
-    """Whether training would take the images of val as well, of class folders or of shards."""
+    """Whether a path contains train and val, as class folders or as shards, so that val would be trained on."""
     if isinstance(images, dino_shards.TarShards):
         return all(dino_shards.shards_of_part(os.fspath(data_path), part) for part in ("train", "val"))
     return images.classes == ["train", "val"]
 
 
 def labelled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
-    """The numbered images of train or val of --data_path. Raises UserError if it is not there, or has no labels."""
+    """The numbered images of train or val in --data_path. Raises UserError if they or their labels are missing."""
     path = find_part(data_path, part)
     if path is None:
-        what = f"has no {part} in it" if os.path.isdir(find_data(data_path)) else "is no folder"
+        what = f"has no {part}" if os.path.isdir(find_data(data_path)) else "is not a folder"
         raise UserError(
-            f"{flag} {data_path} {what}. It takes folders {part}/<class>/*, a list {part}.csv, or, in that folder, "
-            f"shards {part}-*.tar"
+            f"{flag} {data_path} {what}. It needs class folders {part}/<class>/*, a list {part}.csv, or shards "
+            f"{part}-*.tar"
         )
     images = find_images(path, part, labelled_format(path), exif, flag, in_chans)
     if images.targets is None:
         raise UserError(
-            f"{flag} {path} has no labels. Sort the images into a folder for each class, or write a list; in shards, "
-            "give each a key.cls"
+            f"{flag} {path} has no labels. Sort the images into one folder per class, or write a list with labels; in "
+            "shards, add key.cls files"
         )
     return images
 
 
 def labelled_images(data_path, transform, exif=False, flag="--data_path", inputs=utils.RGB):
-    """(train, val, labels of train, labels of val): train and val of data_path as EvalImages, labels by one numbering.
+    """(train, val, labels of train, labels of val) of data_path: EvalImages, and class indices [N].
 
-    The classes are train's; val may lack some of them. Raises UserError if it has one that train has not.
+    The classes are those in train. Raises UserError if val has another one.
     """
     train, val = (labelled_part(data_path, part, exif, flag, inputs.in_chans) for part in ("train", "val"))
     both = isinstance(train, dino_shards.TarShards) and set(train.paths) & set(getattr(val, "paths", ()))
     if both:
-        raise UserError(
-            f"{flag} {data_path}: {utils.summarize(sorted(both))} would be of train and of val. Rename them"
-        )
+        raise UserError(f"{flag} {data_path}: {utils.summarize(sorted(both))} match train and val. Rename them")
     number = {name: i for i, name in enumerate(train.classes)}
     unknown = sorted(set(val.classes) - set(number))
     if unknown:
         some = ", ".join(unknown[:5])
-        raise UserError(f"{flag} {data_path}: val has classes that train has not: {some}. Give both the same")
+        raise UserError(f"{flag} {data_path}: val has classes that train does not have: {some}. Use the same classes")
     renumbered = torch.tensor([number[name] for name in val.classes])
     sets = (EvalImages(images, transform, inputs=inputs) for images in (train, val))
     return *sets, train.targets, renumbered[val.targets]
 
 
 def find_labelled(path, transform, exif, flag, inputs=utils.RGB):
-    """(train, val, labels of train, labels of val) of train and val in a folder, or of the labelled images in it."""
+    """(train, val, labels of train, labels of val) of train and val in a folder, or of its images, split."""
     parts = [find_part(path, part) for part in ("train", "val")]
     if all(parts):
         return labelled_images(path, transform, exif, flag, inputs)
     if any(parts) and not dino_shards.are_shards(os.fspath(path)):
-        raise UserError(f"{flag} {path} has only one of train and val. Name a folder that has both, or class folders")
+        raise UserError(
+            f"{flag} {path} has only one of train and val. Name a folder with both, or one of class folders"
+        )
     images = find_images(path, "", labelled_format(path), exif, flag, inputs.in_chans)
     return split_every_tenth(images, transform, f"{flag} {path}", inputs)
 
 
 def labelled_format(path):
-    """What a path with labelled images is, for find_images: of a folder the sub-folders are classes."""
+    """data_format of a path with labels: the sub-folders of a folder are classes."""
     return "folder" if os.path.isdir(path) and not dino_shards.are_shards(os.fspath(path)) else "auto"
 
 
 def split_every_tenth(images, transform, source, inputs=utils.RGB):
-    """(train, val, labels of train, labels of val) of one set of images: every tenth of a class is in `val`.
+    """(train, val, labels of train, labels of val): every tenth image per class is in val.
 
-    Classes of fewer than ten images give their first one, those of a single image none. Raises UserError if `source`,
-    where they are from, has a single class, or nothing to hold out.
+    Classes of fewer than ten images contribute their first one; classes of one image, none. Raises UserError, naming
+    `source`, if there is only one class, or nothing for val.
     """
     targets = images.targets
     if targets is None or len(targets.unique()) < 2:
         raise UserError(
-            f"{source} has its images in a single class folder, or in none, and k-NN needs labels. Name a folder with "
-            "some by --knn_data, or leave out --knn_every (class folders beside single images: --data_format folder)"
+            f"{source} has one class folder or none, but k-NN needs labels. Set --knn_data, or remove --knn_every (if "
+            "there are single images beside class folders: --data_format folder)"
         )
     order, counts = targets.argsort(stable=True), targets.bincount()
     number_in_class = torch.empty_like(targets)
     number_in_class[order] = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets[order]]
     is_val = (number_in_class % 10 == 0) & (counts[targets] > 1)
     if not is_val.any():
-        raise UserError(
-            f"{source} has one image in each class: nothing to hold out for k-NN. Name another by --knn_data"
-        )
+        raise UserError(f"{source} has one image per class: none is left for k-NN. Set --knn_data")
     parts = [wanted.nonzero()[:, 0] for wanted in (~is_val, is_val)]
     sets = (EvalImages(images.take(part.tolist()), transform, inputs=inputs) for part in parts)
     return *sets, *(targets[part] for part in parts)
 
 
-# ---- mean and standard deviation ----
+def digest_of_names(images):
+    """A digest that identifies a set of numbered images by their order and the last two parts of their names."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name in images.names():
+        digest.update("/".join(name.split("/")[-2:]).encode(errors="surrogateescape") + b"\n")
+    return digest.hexdigest()
 
-MOST_MEASURED = 5000  # images
+
+def recheck_bad_images(health, images, inputs=utils.RGB):
+    """{name: reason} of the unreadable images that a checkpoint remembers and that can't be read now, either."""
+    before = health.get("bad_images") if isinstance(health, dict) else None
+    found = {}
+    for i in range(len(images)) if before and isinstance(before, dict) else ():
+        name = images.name(i)
+        if name in before:
+            try:
+                dino_images.decode(images.open(i), inputs)
+            except dino_images.BadImage as e:
+                found[name] = e.reason
+    return found
+
+
+# ---- mean and standard deviation ----
 
 
 class ImageStatistics(Dataset):
-    """Of an image its channels' means and variances, float64 [2, C]; of one that can't be read what is wrong."""
+    """Per image: means and variances of its channels, float64 [2, C]; the error message of an unreadable one."""
 
     def __init__(self, images, inputs):
         self.images, self.inputs = images, inputs
@@ -244,94 +324,137 @@ class ImageStatistics(Dataset):
 
 
 def image_statistics(images, inputs, num_workers):
-    """(mean, std) by channel of numbered images, of at most 5,000 of them, two tuples of values from 0 to 1.
+    """(mean, std) per channel over numbered images, at most MOST_MEASURED of them: two tuples of values from 0 to 1.
 
-    Each image counts as much as any other, whatever its size, as it does in training. Raises UserError if none can be
-    read, or if a channel is constant.
+    Each image has the same weight, whatever its size, as in training. Raises UserError if none can be read, or if a
+    channel is constant.
     """
     measured = ImageStatistics(images, inputs)
     how = {"num_workers": num_workers, "worker_init_fn": utils.ignore_signals}
-    own = torch.Generator()  # else it would take a number from those that the networks are made of
+    own = torch.Generator()  # without it, the initial weights would depend on --compute_stats
     loader = DataLoader(measured, batch_size=None, generator=own, **how)
     found = list(utils.MetricLogger().log_every(loader, 500, "Mean and std:"))
     good = [one for one in found if isinstance(one, torch.Tensor)]
     if not good:
-        raise UserError(f"--compute_stats: none of {len(found)} images can be read. Of the first one: {found[0]}")
+        raise UserError(f"--compute_stats: none of {len(found)} images can be read. The first: {found[0]}")
     means, variances = torch.stack(good).unbind(1)  # [images, C] each
     std = (variances.mean(dim=0) + means.var(dim=0, correction=0)).sqrt()
     if not (std > 1e-9).all():
         constant = (std <= 1e-9).nonzero()[0].item()
         raise UserError(
-            f"--compute_stats: channel {constant} (from 0) is the same number in all {len(good)} images. Leave it out, "
-            "or name --mean and --std"
+            f"--compute_stats: channel {constant} (from 0) is constant in all {len(good)} images. Remove it, or set "
+            "--mean and --std"
         )
     return tuple(means.mean(dim=0).tolist()), tuple(std.tolist())
+
+
+def earlier_statistics(args):
+    """(mean, std) that the run in --output_dir has measured, as rank 0 reads them; None if there are none."""
+    checkpoint, _ = dino_checkpoints.load_newest(os.path.join(args.output_dir, "checkpoint.pth"))
+    before = utils.plain_args(checkpoint.get("args")) if isinstance(checkpoint, dict) else {}
+    now = utils.plain_args(args)
+    same = before.get("compute_stats") and all(before.get(name) == now[name] for name in ("in_chans", "value_range"))
+    return utils.gather_objects((before.get("mean"), before.get("std")) if same else None)[0]
+
+
+def measure_statistics(images, args):
+    """(mean, std) of the images, two lists, measured by rank 0. Raises UserError on all ranks."""
+    found = None
+    if utils.is_main_process():
+        try:
+            inputs = utils.RGB._replace(in_chans=args.in_chans, value_range=args.value_range)
+            found = [list(numbers) for numbers in image_statistics(images, inputs, args.num_workers)]
+        except UserError as e:
+            found = str(e)
+    found = utils.gather_objects(found)[0]
+    if isinstance(found, str):
+        raise UserError(found)
+    for name, numbers in zip(("mean", "std"), found, strict=True):
+        utils.log(f"measured: --{name} {' '.join(f'{number:.6g}' for number in numbers)}")
+    mean, std = map(np.asarray, found)
+    if args.in_chans != 3 and ((mean + 2 * std < 0.1).all() or (mean - 2 * std > 0.9).all()):
+        utils.log(
+            "warning: nearly all values are in a tenth of the range: the images are almost black or white. Set "
+            "--value_range, such as 0 4095 for 12 bits"
+        )
+    return found
 
 
 # ---- samplers and loaders ----
 
 
 class EpochSampler(Sampler):
-    """(epoch, index) of the images that this rank sees in an epoch: every image at most once over all ranks.
+    """(epoch, index) of the images that this rank sees in an epoch: each image at most once over all ranks.
 
-    The order follows from (seed, epoch). Step i of n ranks with b images each sees the same n·b images as step i of one
-    process with a batch of n·b. What does not fill a last global batch is left out.
+    The order of an epoch is one sequence, a function of (seed, epoch). Step k of n ranks with B images each takes the
+    slice k of n * B images, whatever n is. Images that do not fill a last slice are left out.
     """
 
-    lanes = 1  # see ShardSampler
-
-    def __init__(self, num_images, batch_size, seed=0, rank=0, world_size=1):
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+    def __init__(self, images, batch_size, seed=0, rank=0, world_size=1):
+        self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.used = num_images // (batch_size * world_size) * batch_size * world_size
+        images_per_step = batch_size * world_size
+        self.used = len(images) // images_per_step * images_per_step
         self.set_epoch(0)
 
-    def set_epoch(self, epoch, first_step=0, sittings=()):
-        """Which epoch comes next, and with which of its steps it begins; what came before is not even looked at.
-
-        By how many processes it was done (`sittings`, see ShardSampler) does not matter here.
-        """
-        self.epoch, self.first = epoch, first_step * self.batch_size * self.world_size
+    def set_epoch(self, epoch, images_done=0):
+        """Which epoch comes next, and how many of its images are done already, over all ranks."""
+        self.epoch, self.first = epoch, images_done
 
     def __len__(self):
         return max(self.used - self.first, 0) // self.world_size
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(utils.derive_seed(self.seed, utils.ORDER, self.epoch))
-        order = torch.randperm(self.num_images, generator=generator)[: self.used]
-        for index in order[self.first + self.rank :: self.world_size].tolist():
+        order = self.images.order(self.seed, self.epoch, self.first)
+        for index in itertools.islice(order, self.rank, self.used - self.first, self.world_size):
             yield self.epoch, index
 
 
-def train_loader(dataset, batch_size, seed, num_workers, device):
-    """Loader of this rank's training batches: (list of crops [B, 3, h, w] uint8, indices [B])."""
-    rank, world_size = utils.get_rank(), utils.get_world_size()
-    if len(dataset) < batch_size * world_size:
+def training_images(args):
+    """The numbered images of --data_path. With --compute_stats, sets args.mean and args.std. Raises UserError."""
+    images = find_images(args.data_path, "train", args.data_format, args.exif, in_chans=args.in_chans)
+    if holds_both_parts(args.data_path, images):
         raise UserError(
-            f"the {len(dataset)} training images are fewer than one batch of {batch_size * world_size} "
-            f"(--batch_size_per_gpu × --grad_accum_steps {batch_size} × {world_size} processes). Lower it to "
-            f"{len(dataset) // world_size}"
+            f"--data_path {args.data_path} contains train and val. Train on train alone: --data_path "
+            f"{os.path.join(args.data_path, 'train')}"
         )
-    share = (batch_size, seed, rank, world_size)
-    shards = isinstance(dataset.images, dino_shards.TarShards)
-    if shards and dataset.images.are_sorted():
+    if args.compute_stats:
+        args.mean, args.std = earlier_statistics(args) or measure_statistics(images, args)
+    return images
+
+
+def training_loader(images, augment, args, device):
+    """Loader of this rank's batches: ([[B, C, h, w] per crop], indices [B], unreadable images).
+
+    A batch has --batch_size_per_gpu * --grad_accum_steps images. Raises UserError if there is not one per step.
+    """
+    rank, world_size, batch_size = utils.get_rank(), utils.get_world_size(), args.batch_size_per_gpu
+    batch_size *= args.grad_accum_steps
+    if len(images) < batch_size * world_size:
+        raise UserError(
+            f"the {len(images)} training images are fewer than one step of {batch_size * world_size} "
+            f"(--batch_size_per_gpu x --grad_accum_steps: {batch_size}, times {world_size} processes). Lower it to "
+            f"{len(images) // world_size}"
+        )
+    if images.sharded and images.are_sorted():
         utils.log(
-            "warning: these shards hold a class or two each. A batch comes from a few shards, so it will have few "
-            "classes, of which little is learnt. Pack the images anew, in random order"
+            "warning: these shards contain one or two classes each. A batch comes from a few shards, so it has few "
+            "classes, and little is learned. Write the shards again, in random order"
         )
     return DataLoader(
-        dataset,
+        MultiCropDataset(images, augment, args.seed, args.strict_images),
         batch_size=batch_size,
-        sampler=dino_shards.ShardSampler(dataset.images, *share) if shards else EpochSampler(len(dataset), *share),
-        num_workers=num_workers,
+        sampler=EpochSampler(images, batch_size, args.seed, rank, world_size),
+        num_workers=args.num_workers,
+        collate_fn=collate,
         pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
+        persistent_workers=args.num_workers > 0,
         worker_init_fn=utils.ignore_signals,
     )
 
 
 def eval_loader(dataset, batch_size, num_workers, device, in_worker=None):
-    """Loader of this rank's share of a labelled data set, in order, all shares of one length."""
+    """Loader of this rank's share of a data set, in order. All shares have the same length."""
     sampler = DistributedSampler(dataset, shuffle=False) if utils.get_world_size() > 1 else None
     how = {"num_workers": num_workers, "pin_memory": device.type == "cuda", "worker_init_fn": in_worker}
     return DataLoader(dataset, batch_size, sampler=sampler, **how)
@@ -339,7 +462,7 @@ def eval_loader(dataset, batch_size, num_workers, device, in_worker=None):
 
 # ---- the sample data set ----
 
-# Photographs inside the scikit-image wheel, each a class. Read as files: skimage.data's functions may download.
+# Photographs in the scikit-image wheel, one class each. Read as files: skimage.data's functions can download.
 PHOTOGRAPHS = (
     "astronaut.png",
     "brick.png",
@@ -360,22 +483,22 @@ PHOTOGRAPHS = (
     "rocket.jpg",
     "text.png",
 )
-SAMPLE_VERSION = 1  # part of the folder's name: raise it with any change to what is drawn
+SAMPLE_VERSION = 1  # part of the folder's name: raise it if anything drawn changes
 SAMPLE_TRAIN, SAMPLE_VAL, SAMPLE_SIDE = 240, 60, 64  # crops per photograph, pixels
 
 
 def find_data(data_path, part=""):
-    """The folder that --data_path means, or, for `sample`, the `part` (train or val) of the embedded data set."""
+    """The folder of --data_path or, for `sample`, the `part` (train or val) of the sample data set."""
     return os.path.join(sample_dataset(), part) if data_path == "sample" else data_path
 
 
 def sample_dataset():
-    """The folder of the embedded data set, train/<class>/*.png and val/<class>/*.png; built at the first call.
+    """The folder of the sample data set, train/<class>/*.png and val/<class>/*.png; built at the first call.
 
-    One class per photograph; training crops come from its left 60 %, validation crops from its right 40 %. Each has its
-    own flip, light, contrast and colour baked in, and some are grey, so that colour alone does not give the class away.
-    Deterministic. It appears whole or not at all, also when several processes ask at once. Raises UserError if a
-    photograph is not installed or the cache can't be written.
+    One class per photograph: training crops are from its left 60 %, validation crops from its right 40 %. Each crop has
+    its own flip, brightness, contrast and color, and some are gray, so that color alone does not tell the class.
+    Deterministic. It appears whole or not at all, also for several processes. Raises UserError if a photograph is not
+    installed or the cache can't be written.
     """
     target = os.path.join(utils.cache_dir(), f"sample-v{SAMPLE_VERSION}")
     if os.path.isdir(target):
@@ -387,13 +510,13 @@ def sample_dataset():
         building = tempfile.mkdtemp(prefix=".sample-", dir=utils.cache_dir())
         for number, path in enumerate(photographs):
             write_sample_crops(path, building, random.Random(number))
-        os.chmod(building, 0o755)  # mkdtemp's is for its owner only
+        os.chmod(building, 0o755)  # mkdtemp makes it private
         os.rename(building, target)
     except OSError as e:
-        if not os.path.isdir(target):  # else another process was first, which is as good
+        if not os.path.isdir(target):  # otherwise another process was first
             raise UserError(
-                f"can't build the sample data set in {utils.cache_dir()}: {e.strerror}. Set DINO_CACHE to a folder you "
-                "may write to"
+                f"can't build the sample data set in {utils.cache_dir()}: {e.strerror}. Set DINO_CACHE to a folder "
+                "that you can write to"
             ) from e
     finally:
         if building:
@@ -402,23 +525,23 @@ def sample_dataset():
 
 
 def find_photographs(names=None):
-    """Paths of photographs inside scikit-image, by default all PHOTOGRAPHS. Raises UserError if one is not there."""
+    """Paths of photographs in scikit-image, default: PHOTOGRAPHS. Raises UserError if one is missing."""
     spec = importlib.util.find_spec("skimage")
     if spec is None:
-        raise UserError("photographs to do without data come from scikit-image: pip install scikit-image")
+        raise UserError("the sample photographs are in scikit-image: pip install scikit-image")
     folder = os.path.join(os.path.dirname(spec.origin), "data")
     paths = [os.path.join(folder, name) for name in names or PHOTOGRAPHS]
     missing = [os.path.basename(path) for path in paths if not os.path.isfile(path)]
     if missing:
         raise UserError(
             f"this scikit-image has no {', '.join(missing)} in {folder}: pip install --force-reinstall scikit-image, "
-            "or name images of your own"
+            "or use images of your own"
         )
     return paths
 
 
 def write_sample_crops(path, root, rng):
-    """Draw a photograph's crops and write them below root/train and root/val."""
+    """Draw the crops of a photograph and write them below root/train and root/val."""
     image = dino_images.load_image(path)
     border = round(0.6 * image.width)
     name = Path(path).stem
@@ -434,10 +557,10 @@ def write_sample_crops(path, root, rng):
 
 
 def sample_crop(region, rng):
-    """A random square of the region at SAMPLE_SIDE pixels, with a flip, light and colour of its own, or grey.
+    """A random square of the region at SAMPLE_SIDE pixels with its own flip, brightness and color, or gray.
 
-    Light and colour vary no more than in the training augmentation. A stronger tint would outlast the augmentation, and
-    tell which crops come from one image without a look at what they show: such a set teaches nothing.
+    Brightness and color vary no more than in the training augmentation. A stronger tint would survive the augmentation
+    and tell which crops are of one image without a look at their content.
     """
     side = round(rng.uniform(0.35, 0.8) * min(region.size))
     left, top = rng.randint(0, region.width - side), rng.randint(0, region.height - side)
@@ -446,89 +569,11 @@ def sample_crop(region, rng):
     if rng.random() < 0.5:
         crop = ImageOps.mirror(crop)
     hue, saturation, value = crop.convert("HSV").split()
-    turn = rng.randint(-25, 25)  # of 256 levels
+    turn = rng.randint(-25, 25)  # of 256
     hue = hue.point([(level + turn) % 256 for level in range(256)])
     crop = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    gains = [rng.uniform(0.8, 1.2) for _ in range(3)]  # so that grey photographs get a colour too
+    gains = [rng.uniform(0.8, 1.2) for _ in range(3)]  # gray photographs get a color, too
     crop = crop.point([min(255, round(gain * level)) for gain in gains for level in range(256)])
     crop = ImageEnhance.Brightness(crop).enhance(rng.uniform(0.6, 1.4))
     crop = ImageEnhance.Contrast(crop).enhance(rng.uniform(0.6, 1.4))
     return ImageOps.grayscale(crop).convert("RGB") if rng.random() < 0.4 else crop
-
-
-# ---- the training loader ----
-
-
-def check_inputs(args):
-    """Raise UserError if what the flags say of an image's channels and values does not make sense."""
-    channels = f"--in_chans {args.in_chans}"
-    if args.in_chans != 3 and args.augmentation == "fast":
-        raise UserError(f"--augmentation fast is for 3 channels. With {channels} there is one way to make crops: pil")
-    if args.in_chans == 3 and args.value_range:
-        raise UserError(
-            "--value_range is for grey images and arrays, --in_chans 1 or another number but 3. Leave it out"
-        )
-    if args.value_range and not args.value_range[0] < args.value_range[1]:
-        low, high = args.value_range
-        raise UserError(f"--value_range {low} {high}: give two numbers, the smaller one first")
-    given = [flag for flag in ("mean", "std") if getattr(args, flag)]
-    if given and args.compute_stats:
-        raise UserError(f"--{given[0]} is given, and --compute_stats would measure it. Leave out one of them")
-    if len(given) == 1:
-        raise UserError(f"--{given[0]} is given without --{'std' if given == ['mean'] else 'mean'}. Give both, or none")
-    if not given and args.in_chans != 3 and not args.compute_stats:
-        raise UserError(f"{channels} needs --mean and --std, {args.in_chans} numbers each, or --compute_stats true")
-    for flag in given:
-        number = len(getattr(args, flag))
-        if number != args.in_chans:
-            raise UserError(f"--{flag} has {number} numbers, {channels} needs {args.in_chans}: one each")
-
-
-def build_data(args, device):
-    """Loader of this process's crops, and the number of images. With --compute_stats, sets args.mean and args.std."""
-    images = find_images(args.data_path, "train", args.data_format, args.exif, in_chans=args.in_chans)
-    if holds_both_parts(args.data_path, images):
-        raise UserError(f"--data_path {args.data_path} holds train and val. Training takes the images of train alone")
-    if args.compute_stats:
-        args.mean, args.std = earlier_statistics(args) or measure_statistics(images, args)
-    sizes = (args.global_crops_size, args.local_crops_size)
-    scales = (args.global_crops_scale, args.local_crops_scale, args.local_crops_number)
-    how = (args.blur_radius, True, args.augmentation, utils.inputs_of(args))
-    dataset = MultiCropDataset(
-        images, main_dino.DataAugmentationDINO(*scales, *sizes, *how), args.seed, args.strict_images
-    )
-    images_a_step = args.batch_size_per_gpu * args.grad_accum_steps
-    loader = train_loader(dataset, images_a_step, args.seed, args.num_workers, device)
-    return loader, len(dataset)
-
-
-def earlier_statistics(args):
-    """(mean, std) that the run in --output_dir has measured, as rank 0 reads them; None if there is none."""
-    checkpoint, _ = dino_checkpoints.load_newest(os.path.join(args.output_dir, "checkpoint.pth"))
-    before = utils.plain_args(checkpoint.get("args")) if isinstance(checkpoint, dict) else {}
-    now = utils.plain_args(args)
-    same = before.get("compute_stats") and all(before.get(name) == now[name] for name in ("in_chans", "value_range"))
-    return utils.gather_objects((before.get("mean"), before.get("std")) if same else None)[0]
-
-
-def measure_statistics(images, args):
-    """(mean, std) of the images, two lists, measured by rank 0. Raises UserError on all of them."""
-    found = None
-    if utils.is_main_process():
-        try:
-            inputs = utils.RGB._replace(in_chans=args.in_chans, value_range=args.value_range)
-            found = [list(numbers) for numbers in image_statistics(images, inputs, args.num_workers)]
-        except UserError as e:
-            found = str(e)
-    found = utils.gather_objects(found)[0]
-    if isinstance(found, str):
-        raise UserError(found)
-    for name, numbers in zip(("mean", "std"), found, strict=True):
-        utils.log(f"measured: --{name} {' '.join(f'{number:.6g}' for number in numbers)}")
-    mean, std = map(np.asarray, found)
-    if args.in_chans != 3 and ((mean + 2 * std < 0.1).all() or (mean - 2 * std > 0.9).all()):
-        utils.log(
-            "warning: nearly all values lie in a tenth of the range: the images are all but black or white. Say what "
-            "counts as 0 and as 1 by --value_range, such as 0 4095 for 12 bits"
-        )
-    return found

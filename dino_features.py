@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor, resize
 
@@ -16,12 +17,12 @@ from utils import UserError
 
 @torch.no_grad()
 def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=None):
-    """Features of a whole data set, in its order: [N, D] float32 on rank 0, None on the other ranks.
+    """Features of a whole data set, in its order: [N, D] float32 on rank 0, None on other ranks.
 
-    `data_loader` yields (images, indices into the data set), images as uint8 RGB or normalised floats; in a distributed
-    run each rank's loader covers its share, all shares of one length. `use_cuda` leaves the features on the model's
-    GPU, if it has one, instead of in main memory. What the ranks found is gathered once, at the end. Now and then all
-    look whether `stop`, a StopRequest, has a signal on one of them, and raise Stopped.
+    `data_loader` yields (images, indices into the data set), images as uint8 RGB or normalized floats; each rank's
+    loader covers its share, all shares of one length. `use_cuda` keeps the features on the model's GPU, if it has one,
+    instead of in main memory. They are gathered once, at the end. Every 10 batches, all ranks check whether `stop`, a
+    StopRequest, has a signal on any rank, and raise utils.Stopped.
     """
     weight = next(model.parameters(), torch.empty(0))
     store = weight.device if use_cuda else torch.device("cpu")
@@ -35,7 +36,7 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=N
         places.append(indices)
     found, places = torch.cat(parts), torch.cat(places)
     if utils.get_world_size() > 1:
-        found, places = utils.gather_rows(found, places)
+        found, places = gather_rows(found, places)
         if found is None:
             return None
     ordered = torch.empty(len(data_loader.dataset), found.shape[1], device=store)
@@ -43,8 +44,21 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=N
     return ordered
 
 
+def gather_rows(*tensors):
+    """The rows of all ranks (the same number each) in one tensor, on the CPU of rank 0; None per tensor elsewhere."""
+    group = dist.new_group(backend="gloo")  # main memory on every rank, whatever the training runs on
+    gathered = []
+    for rows in tensors:
+        rows = rows.cpu()
+        everyone = [torch.empty_like(rows) for _ in range(utils.get_world_size())] if utils.is_main_process() else None
+        dist.gather(rows, everyone, group=group)
+        gathered.append(torch.cat(everyone) if everyone else None)
+    dist.destroy_process_group(group)
+    return gathered
+
+
 def multi_scale(images, model):
-    """Mean of a model's features [B, D] over the scales 1, 1/√2 and 1/2 of the images, L2-normalised."""
+    """Mean of a model's features [B, D] over the scales 1, 1/sqrt(2) and 1/2 of the images, L2-normalized."""
     features = [utils.features_of(model, images)]
     for scale in (2**-0.5, 0.5):
         smaller = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
@@ -53,10 +67,10 @@ def multi_scale(images, model):
 
 
 def check_finite_features(*features):
-    """Raise UserError if features hold NaN or infinite numbers."""
+    """Raise UserError if features contain NaN or infinite numbers."""
     if not all(part.isfinite().all() for part in features):
         raise UserError(
-            "the features hold NaN or infinite numbers: the network has diverged, or its weights are damaged"
+            "the features contain NaN or infinite numbers: the network has diverged, or its weights are damaged"
         )
 
 
@@ -65,9 +79,9 @@ def check_finite_features(*features):
 
 @torch.no_grad()
 def cls_attention(model, images):
-    """How much CLS looks at each patch in a ViT's last block: [B, heads, H / patch, W / patch] of images [B, 3, H, W].
+    """Attention of CLS to each patch in a ViT's last block: images [B, 3, H, W] -> [B, heads, H / patch, W / patch].
 
-    H and W are multiples of the patch size. The mass that CLS gives itself is left out, so a map sums to less than 1.
+    H and W are multiples of the patch size. Without the attention of CLS to itself, so a map sums to less than 1.
     """
     rows, columns = (side // model.patch_embed.patch_size for side in images.shape[-2:])
     tokens = model.prepare_tokens(images)
@@ -80,7 +94,7 @@ def cls_attention(model, images):
 
 
 def largest_mass(attention, threshold):
-    """Mask of the fewest patches that hold a share `threshold` of each map's mass: bool like attention [..., h, w]."""
+    """Mask of the fewest patches that have a share `threshold` of each map's mass: bool like attention [..., h, w]."""
     mass, order = attention.flatten(-2).sort(dim=-1)
     cumulated = mass.cumsum(dim=-1) / mass.sum(dim=-1, keepdim=True)
     kept = cumulated > 1 - threshold
@@ -91,15 +105,15 @@ def largest_mass(attention, threshold):
 
 
 def labelled_features(model, sets, batch_size, num_workers, device, use_cuda=True, stop=None):
-    """(train features, train labels, test features, test labels), the features L2-normalised; None but on rank 0.
+    """(train features, train labels, test features, test labels), features L2-normalized; None on other ranks than 0.
 
-    `sets` are two data sets of (image, index) and their labels, [N] each. `stop`, a StopRequest, may end it with a
-    utils.Stopped. All ranks have to call it.
+    `sets` are two data sets of (image, index), and the labels [N] of each. All ranks have to call it. Raises
+    utils.Stopped if the StopRequest `stop` has a signal.
     """
     train, test, train_labels, test_labels = sets
     features = []
     for dataset in (train, test):
-        # A signal to the whole process group is for the process that answers it.
+        # A signal to the whole process group is for the training process, not for its loaders.
         in_worker = utils.ignore_signals if stop else None
         loader = dino_data.eval_loader(dataset, batch_size, num_workers, device, in_worker)
         features.append(extract_features(model, loader, use_cuda, stop=stop))
@@ -109,15 +123,14 @@ def labelled_features(model, sets, batch_size, num_workers, device, use_cuda=Tru
     return train_features, train_labels.to(train_features.device), test_features, test_labels.to(test_features.device)
 
 
-NUMBERS_AT_ONCE = 2**25  # similarities, or votes, held at a time: 128 MB
+NUMBERS_AT_ONCE = 2**25  # similarities, or votes, in memory at a time: 128 MB
 
 
 def knn_classifier(train_features, train_labels, test_features, test_labels, k, T, num_classes=1000):
-    """Weighted k-NN accuracy of L2-normalised features: (top-1, top-5) in per cent.
+    """Weighted k-NN accuracy (section 4.1, after arXiv 1805.01978): (top-1, top-5) in percent.
 
-    Features [N, D], labels [N] of class numbers from 0; `num_classes` is taken from the labels and kept for callers
-    that give it. A k above the number of training images means all of them. Raises UserError for NaN or infinite
-    features. Memory is bounded for any number of images, classes and neighbours.
+    L2-normalized features [N, D], labels [N] from 0. `num_classes` is ignored: the labels say it. If k is larger than
+    the training set, all of it votes. Raises UserError for NaN or infinite features. Memory is bounded.
     """
     return knn_accuracies(train_features, train_labels, test_features, test_labels, [k], T)[k]
 
@@ -136,18 +149,18 @@ def knn_accuracies(train_features, train_labels, test_features, test_labels, ks,
         for i, k in enumerate(ks):
             rank = rank_of_target(similarity[:, :k], train_labels[nearest[:, :k]], target, T, classes)
             hits[i] += torch.stack(((rank < 1).sum(), (rank < min(5, k)).sum()))
-    per_cent = (100.0 * hits.double().cpu() / len(test_labels)).tolist()
-    return {k: tuple(accuracies) for k, accuracies in zip(ks, per_cent, strict=True)}
+    percent = (100.0 * hits.double().cpu() / len(test_labels)).tolist()
+    return {k: tuple(accuracies) for k, accuracies in zip(ks, percent, strict=True)}
 
 
-def rank_of_target(similarities, neighbour_labels, target, T, classes):
-    """Place of the right class, 0 being the best, where neighbour j votes with weight exp(similarity_j / T): [rows].
+def rank_of_target(similarities, neighbor_labels, target, T, classes):
+    """Rank of the right class (0: best) if neighbor j votes with weight exp(similarity_j / T): [rows].
 
-    Labels count the sorted class numbers in `classes`. Classes with equal votes rank by their number; so do those
-    without any, numbers that no image has included, as where votes are kept for all of 1000 classes.
+    Labels are indices into the sorted class numbers `classes`. Classes with equal votes rank by number. So do classes
+    without votes, and numbers that no image has count too, as if votes were kept for all of 1000 classes.
     """
     weights = ((similarities - similarities[:, :1]) / T).exp()  # relative to the nearest: no overflow, the same ranks
-    votes = weights.new_zeros(len(weights), len(classes)).scatter_add_(1, neighbour_labels, weights)
+    votes = weights.new_zeros(len(weights), len(classes)).scatter_add_(1, neighbor_labels, weights)
     target = target[:, None]
     votes_of_target = votes.gather(1, target)
     voted, lower = votes > 0, torch.arange(len(classes), device=votes.device) < target
@@ -160,7 +173,7 @@ def rank_of_target(similarities, neighbour_labels, target, T, classes):
 
 
 def compute_ap(ranks, nres):
-    """Average precision by trapezoids of the `nres` positives of a query that were found at these ranks, from 0."""
+    """Average precision (by trapezoids) of a query whose `nres` positives have these ranks, from 0."""
     before = np.arange(len(ranks))
     ranks = np.asarray(ranks, dtype=np.float64)
     precision_left = np.where(ranks == 0, 1.0, before / np.maximum(ranks, 1))
@@ -169,18 +182,18 @@ def compute_ap(ranks, nres):
 
 
 def compute_map(ranks, gnd, kappas=()):
-    """(mAP, AP of each query, mP@k for each k of `kappas`, P@k of each query and k), shares of 1.
+    """(mAP, AP per query, mP@k for each k of `kappas`, P@k per query and k), from 0 to 1.
 
-    `ranks` [database, queries] holds the numbers of the database's images, best first; `gnd` for each query the numbers
-    that are `ok` and, if there are any, those that are `junk`, which are passed over. Queries without a positive have
-    NaN and do not count. P@k of a query whose last positive comes before rank k is over the ranks up to that one.
+    `ranks` [database, queries] has the indices of database images, best first; `gnd` one dict per query with the
+    indices that are `ok` and, optionally, `junk`, which are skipped. Queries without a positive are NaN and do not
+    count. If the last positive of a query comes before rank k, its P@k is over the ranks up to that one.
     """
     aps, precisions = np.full(len(gnd), np.nan), np.full((len(gnd), len(kappas)), np.nan)
     for i, query in enumerate(gnd):
         if not len(query["ok"]):
             continue
         junk = np.isin(ranks[:, i], query.get("junk", ()))
-        places = np.arange(len(ranks)) - np.cumsum(junk)  # ranks from 0, as if the junk were not there
+        places = np.arange(len(ranks)) - np.cumsum(junk)  # ranks from 0 without the junk
         found = places[np.isin(ranks[:, i], query["ok"])]
         aps[i] = compute_ap(found, len(query["ok"]))
         depths = np.minimum(kappas, found.max() + 1)
@@ -194,20 +207,20 @@ def compute_map(ranks, gnd, kappas=()):
 class PCA:
     """Projection to `dim` principal components, each divided by its variance to the power `whit` (0.5: whitened).
 
-    `mean`, if it is set, is taken off first.
+    `mean`, if set, is subtracted first.
     """
 
     def __init__(self, dim=256, whit=0.5):
         self.dim, self.whit, self.mean = dim, whit, None
 
     def train_pca(self, cov):
-        """Learn the components from a symmetric matrix [D, D]. Variances below 1e-5 of the largest count as that."""
+        """Learn the components of a symmetric matrix [D, D]. Variances are at least 1e-5 of the largest."""
         variances, components = np.linalg.eigh(np.asarray(cov, dtype=np.float64))  # ascending; components in columns
         variances = np.maximum(variances, 1e-5 * variances.max())[::-1][: self.dim]
         self.dvt = components[:, ::-1][:, : self.dim].T / variances[:, None] ** self.whit  # [dim, D]
 
     def apply(self, x):
-        """Project the rows of x [N, D], an array or a tensor, -> [N, dim] of its kind."""
+        """Project the rows of x [N, D], an array or a tensor -> [N, dim], of the same type."""
         rows = x.cpu().double().numpy() if isinstance(x, torch.Tensor) else x
         projected = (rows if self.mean is None else rows - self.mean) @ self.dvt.T
         return torch.from_numpy(projected).to(x.dtype).to(x.device) if isinstance(x, torch.Tensor) else projected

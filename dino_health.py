@@ -1,7 +1,7 @@
-"""What a run says of itself: numbers behind the loss, warnings that say what to do, curves, and where it ran.
+"""What a run says of itself: numbers beside the loss, warnings that say what to change, curves, where it ran.
 
-The loss alone tells little: it can stand still while features get better, and fall while they collapse. Split into the
-teacher's entropy and the divergence of the student from it (section 5.3 of the paper) it answers.
+The loss alone says little: it can stand still while features improve, and fall while they collapse. Split into the
+teacher's entropy and the KL divergence of the student from it (section 5.3 of the paper), it tells which.
 """
 
 import copy
@@ -19,22 +19,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import dino_backbones
 import utils
 from utils import UserError
 
 # ---- numbers ----
-
 
 NUMBERS = ("top_prototype", "center_norm", "feature_std", "grad_norm", "grad_norm_max")
 
 
 @torch.no_grad()
 def step_numbers(features, dino_loss, gradient_norms):
-    """Numbers about the step just made, {name: number}.
+    """Numbers about the step just made: {name: number}.
 
-    `features` [2·B, D] are the teacher's of the global crops, `gradient_norms` has a norm for each parameter. What is
-    not finite is left out: under fp16 gradients overflow until the scaler has found its scale.
+    `features` [2 * B, D] are the teacher's features of the global crops, `gradient_norms` has one norm per parameter.
+    What is not finite is left out: under fp16, gradients overflow until the scaler has found its scale.
     """
     found = {
         "top_prototype": dino_loss.top_prototype,
@@ -53,175 +51,104 @@ def norm_of_weights(network):
 
 # ---- warnings ----
 
-PATIENCE = 3  # times in a row that a condition has to be seen on the log
+PATIENCE = 3  # log lines in a row that must show a condition before it is a warning
+COLLAPSE = ("uniform", "dominant", "agreement", "features")
 
 
 def conditions(numbers):
-    """{name: what is wrong and what to do} of what a step's numbers show; those of COLLAPSE mean a collapse."""
+    """{name: what is wrong and what to change} for the numbers of one step. The names in COLLAPSE mean a collapse."""
     ln_k, dim, found = numbers["ln_k"], numbers["feature_dim"], {}
     if numbers["entropy"] > 0.99 * ln_k and numbers["warm"]:
         found["uniform"] = (
-            f"the teacher's entropy is {numbers['entropy']:.3f}, all but ln K = {ln_k:.3f}: every prototype is as "
-            "likely as any other (uniform collapse). Lower --warmup_teacher_temp and --teacher_temp"
+            f"the teacher's entropy is {numbers['entropy']:.3f}, nearly ln K = {ln_k:.3f}: all prototypes are equally "
+            "likely (uniform collapse). Lower --warmup_teacher_temp and --teacher_temp"
         )
-    if numbers["entropy"] < 0.05 * ln_k and numbers["top_prototype"] > 0.25:  # sharp and balanced is no collapse
+    if numbers["entropy"] < 0.05 * ln_k and numbers["top_prototype"] > 0.25:  # sharp but balanced is not a collapse
         found["dominant"] = (
             f"the teacher's entropy is {numbers['entropy']:.4f}, near 0, and one prototype has "
-            f"{100 * numbers['top_prototype']:.0f} % of the images: it looks like collapse onto one. Is the center "
-            "being moved? Raise --teacher_temp a little, or lower --lr"
+            f"{100 * numbers['top_prototype']:.0f} % of the images (collapse onto one). Raise --teacher_temp a little, "
+            "or lower --lr"
         )
     if numbers["kl"] < 0.002 * ln_k:
         found["agreement"] = (
-            f"the student differs from the teacher by a KL divergence of {numbers['kl']:.5f}, near 0: there is nothing "
-            "left to learn from it (collapse). Lower --teacher_temp, and --lr; look at the augmentation"
+            f"the KL divergence of the student from the teacher is {numbers['kl']:.5f}, near 0: nothing is left to "
+            "learn (collapse). Lower --teacher_temp and --lr, and check the augmentation"
         )
     if numbers["feature_std"] < 0.1 / math.sqrt(dim) and numbers["images"] > 2:  # views of one image are alike
         found["features"] = (
-            f"the features of different images are nearly the same (standard deviation {numbers['feature_std']:.5f}, "
-            f"where 1/√d is {1 / math.sqrt(dim):.4f}). Lower --lr, or start again with --norm_last_layer true"
+            f"features of different images are nearly the same (standard deviation {numbers['feature_std']:.5f}, "
+            f"where 1/sqrt(D) is {1 / math.sqrt(dim):.4f}). Lower --lr, or start again with --norm_last_layer true"
         )
     return found
 
 
-COLLAPSE = ("uniform", "dominant", "agreement", "features")
+def suspicious_settings(args, images):
+    """{name: what is wrong and what to change} for settings that are allowed and have cost people a run.
 
-# Settings that are allowed, and seldom meant: {name: what is wrong and what to do} of the arguments, the images a step
-# and the images an epoch.
-
-
-def unwise_teacher(args, batch, images):
+    `images` is the number of images per epoch.
+    """
     found, temperature = {}, max(args.teacher_temp, args.warmup_teacher_temp)
     if temperature > 0.07:
         found["temperature"] = (
-            f"a teacher temperature of {temperature} is more than 0.07, up to which training is known to be "
-            "stable. Lower --teacher_temp and --warmup_teacher_temp"
+            f"a teacher temperature of {temperature} is above 0.07, where training is known to be unstable. Lower "
+            "--teacher_temp and --warmup_teacher_temp"
         )
-    if args.warmup_teacher_temp_epochs and args.teacher_temp < args.warmup_teacher_temp:
-        found["falling temperature"] = (
-            f"the teacher's temperature falls, from --warmup_teacher_temp {args.warmup_teacher_temp} to --teacher_temp "
-            f"{args.teacher_temp}. The warm-up is there to start lower, where training is steadier: exchange the two"
-        )
-    horizon = batch / max(1 - args.momentum_teacher, 1e-9)  # images that the teacher averages over
-    if horizon < min(64_000, args.epochs * images / 1000):
-        found["momentum"] = (
-            f"--momentum_teacher {args.momentum_teacher} is low for {batch} images a step: the teacher averages "
-            f"over only {horizon:.0f} images of the run's {args.epochs * images}. Small batches need it closer to 1, "
-            "such as 0.9995 for 256"
-        )
-    elif args.momentum_teacher < 0.9:
-        found["momentum"] = (
-            f"--momentum_teacher {args.momentum_teacher} makes the teacher all but a copy of the student, which is "
-            "known to learn nothing. Take 0.99 or more"
-        )
+    horizon = args.images_per_step / max(1 - args.momentum_teacher, 1e-9)  # images that the teacher averages over
     if args.momentum_teacher == 1:
-        found["still teacher"] = (
-            "--momentum_teacher 1 leaves the teacher as it is at the start, at random unless there is --init_from. "
-            "Take less, 0.996 to 0.9995"
+        found["momentum"] = "--momentum_teacher 1 freezes the teacher at its initial weights. Use 0.996 to 0.9995"
+    elif horizon < min(64_000, args.epochs * images / 1000) or args.momentum_teacher < 0.9:
+        found["momentum"] = (
+            f"--momentum_teacher {args.momentum_teacher} is low for {args.images_per_step} images per step: the "
+            f"teacher averages over only {horizon:.0f} of the run's {args.epochs * images} images. Use 0.9995 for 256 "
+            "images per step, and more for fewer"
         )
-    if batch < 8:
-        found["batch"] = (
-            f"{batch} images a step are so few that the center, a mean over the last ten steps or so, is mostly noise. "
-            "Raise --batch_size_per_gpu, or --grad_accum_steps, to 8 or more"
+    if args.global_crops_size <= 64 and args.blur_radius[1] > 1:
+        found["blur"] = (
+            f"blur of up to {args.blur_radius[1]} pixels removes all texture from crops of {args.global_crops_size}. "
+            "Use --blur_radius 0.1 0.5"
         )
     if args.out_dim > 10 * images:
         found["prototypes"] = (
-            f"--out_dim {args.out_dim} is more than ten prototypes for each of {images} images: most of them will "
-            "never be used, and each costs time. A few thousand images are served by 1024 to 4096"
+            f"--out_dim {args.out_dim} is more than ten prototypes per image ({images} images): most will never be "
+            "used, and each costs time. Use 1024 to 4096 for a few thousand images"
         )
-    return found
-
-
-def unwise_optimisation(args, batch, images):
-    found, peak_lr = {}, args.lr * batch / 256
-    if args.lr == 0:
-        found["lr"] = "with --lr 0 nothing is learnt but what the end of the schedule, --min_lr, brings"
-    elif args.min_lr > peak_lr:
-        found["lr"] = (
-            f"the learning rate rises to the end of the run: --min_lr {args.min_lr} is more than the highest, --lr "
-            f"{args.lr} × {batch} / 256 = {peak_lr:.2g}. Lower --min_lr"
-        )
-    if args.optimizer == "adamw" and args.lr > 0.005:
-        found["high lr"] = (
-            f"--lr {args.lr} is more than ten times the usual 0.0005 of adamw, which is for 256 images a step and "
-            "scaled by the batch already. Lower it"
-        )
-    if args.weight_decay_end < args.weight_decay:
-        found["weight decay"] = (
-            f"the weight decay falls, from --weight_decay {args.weight_decay} to --weight_decay_end "
-            f"{args.weight_decay_end}. It is meant to rise, 0.04 to 0.4, or to stay: give both the same value"
-        )
-    if args.warmup_epochs > args.epochs / 2:
-        found["warm-up"] = (
-            f"--warmup_epochs {args.warmup_epochs} take more than half of --epochs {args.epochs}: hardly any are left "
-            "at a full learning rate. A tenth of the run is enough"
-        )
-    if args.freeze_last_layer >= args.epochs:
-        found["frozen layer"] = (
-            f"--freeze_last_layer {args.freeze_last_layer} keeps the head's last layer at its random start for all of "
-            f"--epochs {args.epochs}. Lower it"
-        )
-    if not args.use_fp16 and args.amp_dtype != "auto":
-        found["precision"] = f"--amp_dtype {args.amp_dtype} has no effect with --use_fp16 false. Leave one of them out"
-    if args.use_fp16 and args.amp_dtype == "fp16" and args.patch_size <= 8 and dino_backbones.vit_factory(args.arch):
+    if args.use_fp16 and args.amp_dtype == "fp16" and args.patch_size <= 8 and "vit" in args.arch:
         found["precision"] = (
-            f"fp16 is known to be unstable with patches of {args.patch_size}. Take --amp_dtype bf16, or --use_fp16 "
+            f"fp16 is known to be unstable with --patch_size {args.patch_size}. Use --amp_dtype bf16, or --use_fp16 "
             "false"
         )
-    return found
-
-
-def unwise_crops(args, batch, images):
-    found, size = {}, args.global_crops_size
-    (global_min, _), (_, local_max) = args.global_crops_scale, args.local_crops_scale
-    if not args.local_crops_number and global_min > 0.25:
+    if not args.local_crops_number and args.global_crops_scale[0] > 0.25:
         found["global scale"] = (
-            f"without local crops the two global ones, of at least {global_min} of the image, are too alike to learn "
-            "much from. Take --global_crops_scale 0.14 1"
-        )
-    if args.local_crops_number and local_max > 2 * global_min:
-        found["local scale"] = (
-            f"local crops cover up to {local_max} of an image, global ones from {global_min} on: the small ones are "
-            "often the larger part. Let --local_crops_scale end where --global_crops_scale begins"
-        )
-    if args.local_crops_number and args.local_crops_size > size:
-        found["local size"] = (
-            f"--local_crops_size {args.local_crops_size} is larger than --global_crops_size {size}: each step costs "
-            "more than with global crops alone. About 0.43 of it is usual"
-        )
-    if dino_backbones.vit_factory(args.arch) and size < 2 * args.patch_size:
-        found["patches"] = (
-            f"--global_crops_size {size} is a single patch of --patch_size {args.patch_size}: there is nothing for "
-            "attention to attend to. Take larger crops or smaller patches"
-        )
-    if size <= 64 and args.blur_radius[1] > 1:
-        found["blur"] = (
-            f"a blur of up to {args.blur_radius[1]} pixels (--blur_radius) wipes out all texture of crops of {size}. "
-            "Take --blur_radius 0.1 0.5"
+            f"without local crops, two global crops of at least {args.global_crops_scale[0]} of the image are too "
+            "alike to learn much from. Use --global_crops_scale 0.14 1"
         )
     return found
 
 
 class HealthMonitor:
-    """Looks at a run's numbers, on rank 0, and warns, once for a condition, also of a run that is stopped and goes on.
+    """Checks a run's numbers on rank 0 and warns once per condition, also across restarts.
 
-    `warnings` has what was said and is not in the log yet, `collapse` what is seen of one, if anything. `steps` are
-    those of an epoch, `state` what `state_dict` gave.
+    `warnings` has what is not in the log yet; `collapse` describes a collapse, if there is one. `steps` is per epoch,
+    `state` what `state_dict` returned.
     """
 
-    REMEMBERED = ("seen", "warnings", "streaks", "norms", "best_knn", "best_epoch", "bad_images")
+    REMEMBERED = ("seen", "warnings", "streaks", "norms", "best_knn", "best_epoch")
 
     def __init__(self, args, steps, curves=None, state=None):
         self.args, self.steps, self.curves, self.collapse = args, steps, curves, ""
         self.seen, self.warnings, self.streaks, self.norms = [], [], {}, None
-        self.best_knn, self.best_epoch, self.bad_images = -1.0, None, {}
+        self.forget_best()
         for name in self.REMEMBERED if isinstance(state, dict) else ():
             value, default = state.get(name), getattr(self, name)
             if isinstance(value, type(default)) or (default is None and isinstance(value, int | list)):
                 setattr(self, name, value)
 
     def state_dict(self):
-        """What a checkpoint has to keep, that the rest of the run says what it would have said without a stop."""
+        """What a checkpoint has to keep, so that a resumed run warns exactly as if it had not been stopped."""
         return {name: copy.deepcopy(getattr(self, name)) for name in self.REMEMBERED}
+
+    def forget_best(self):
+        self.best_knn, self.best_epoch = -1.0, None
 
     def warn(self, name, what):
         if name not in self.seen and utils.is_main_process():
@@ -230,23 +157,19 @@ class HealthMonitor:
             utils.log(f"warning: {what}")
 
     def check_settings(self):
-        """What can be said before the first step."""
-        batch = utils.global_batch(vars(self.args))
-        for look in (unwise_teacher, unwise_optimisation, unwise_crops):
-            for name, what in look(self.args, batch, self.steps * batch).items():
-                self.warn(name, what)
+        """Before the first step."""
+        for name, what in suspicious_settings(self.args, self.steps * self.args.images_per_step).items():
+            self.warn(name, what)
 
     def check_step(self, step, numbers, student, teacher):
-        """At what step `step` of the run shows: a dict of numbers, as `measure` and the log have them."""
+        """After step `step` of the run, with its numbers as `step_numbers` and the log have them."""
         warm = max(self.args.warmup_epochs, self.args.warmup_teacher_temp_epochs, self.args.freeze_last_layer)
         numbers = {**numbers, "ln_k": math.log(self.args.out_dim), "warm": step >= warm * self.steps}
         found = conditions(numbers)
         norms = [norm_of_weights(teacher), norm_of_weights(student)]
-        late = step > 0.9 * self.args.epochs * self.steps  # the momentum is all but 1 there
+        late = step > 0.9 * self.args.epochs * self.steps  # where the momentum is nearly 1
         if self.norms and norms[0] == self.norms[0] and norms[1] != self.norms[1] and not late:
-            found["still"] = (
-                "the student changes and the teacher does not. --momentum_teacher must be less than 1, 0.996 to 0.9995"
-            )
+            found["still"] = "the student changes but the teacher does not. Lower --momentum_teacher (0.996 to 0.9995)"
         self.norms = norms
         self.streaks = {name: self.streaks.get(name, 0) + 1 for name in found}
         for name, what in found.items():
@@ -256,35 +179,107 @@ class HealthMonitor:
                     self.collapse = what
 
     def check_epoch(self, stats):
-        """At what goes into the log."""
+        """After an epoch, with its line of the log. Returns whether its k-NN accuracy is the best so far."""
         waiting = stats.get("train_data_wait", 0.0)
-        epoch_seconds = self.steps * utils.global_batch(vars(self.args)) / stats.get("train_images_per_s", math.inf)
+        epoch_seconds = self.steps * self.args.images_per_step / stats.get("train_images_per_s", math.inf)
         if waiting > 0.25 and waiting * epoch_seconds > 30:
             self.warn(
                 "loader",
-                "the loaders don't keep up: more than a quarter of the time goes by with waiting for images. Try "
+                "the data loader is too slow: more than a quarter of the time is spent waiting for images. Try "
                 "--augmentation fast, or more --num_workers",
             )
         if "knn_top1" in stats:
             self.curves.add((stats["epoch"] + 1) * self.steps - 1, {"knn_top1": stats["knn_top1"]})
             if stats["knn_top1"] > self.best_knn:
                 self.best_knn, self.best_epoch = stats["knn_top1"], stats["epoch"]
-                utils.log("the best so far: it becomes checkpoint_best.pth")
+                utils.log("best k-NN accuracy so far: saved as checkpoint_best.pth")
+        return self.best_epoch == stats["epoch"]
+
+
+# ---- log.txt ----
+
+
+def drop_log_lines(output_dir, first_epoch):
+    """Remove the lines of `first_epoch` and later from log.txt, which a restart will write again.
+
+    Lines of other programs stay; a torn last line is removed.
+    """
+    path = Path(output_dir) / "log.txt"
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for i, line in enumerate(lines) if not is_outdated(line, first_epoch, last=i == len(lines) - 1)]
+    if kept and not kept[-1].endswith(b"\n"):
+        kept[-1] += b"\n"
+    if kept != lines:
+        utils.write_whole(path, lambda file: file.write(b"".join(kept)))
+
+
+def is_outdated(line, first_epoch, last):
+    try:
+        logged = json.loads(line)
+    except ValueError:
+        return last and line.startswith(b"{")
+    ours = isinstance(logged, dict) and ("train_loss" in logged or "train_ln_k" in logged)  # no good step: no loss
+    epoch = logged.get("epoch") if ours else None
+    return isinstance(epoch, int) and epoch >= first_epoch
+
+
+# ---- first and last words ----
+
+
+def changed_settings(args, parser):
+    """{flag: value} for the settings that differ from the defaults."""
+    defaults = utils.plain_args(parser.parse_args([]))
+    return {k: v for k, v in utils.plain_args(args).items() if k in defaults and v != defaults[k]}
+
+
+def describe_start(args, parser, device, amp_dtype, steps_per_epoch):
+    """What runs where, and with which settings."""
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype, "fp32")
+    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else device.type.upper()
+    patch = f"/{args.patch_size}" if "vit" in args.arch else ""
+    changed = " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in
+                       changed_settings(args, parser).items())  # fmt: skip
+    lines = [
+        f"{args.arch}{patch} on {args.world_size} x {name} in {precision}: {args.images:,} images, {steps_per_epoch:,} "
+        f"steps per epoch, {args.epochs} epochs",
+        f"settings that differ from the defaults: {changed or 'none'} (all are in run.json)",
+        "a line per 10 steps: loss = entropy of the teacher + KL divergence of the student from it",
+    ]
+    unused = args.images - steps_per_epoch * args.images_per_step
+    if unused > 0.05 * args.images:
+        lines.append(f"note: {unused:,} images per epoch do not fill a step of {args.images_per_step} and are not used")
+    return "\n".join(lines)
+
+
+def describe_end(args, stats, path, seconds):
+    """What a run has come to, and the next commands, ready to paste. `stats` is the last line of its log."""
+    result = [f"loss {stats['train_loss']:.4f}"] if "train_loss" in stats else []
+    if "knn_top1" in stats:
+        result.append(f"k-NN top-1 {stats['knn_top1']:.2f} %")
+    patch = f" --patch_size {args.patch_size}" if "vit" in args.arch else ""
+    data = "sample" if args.data_path == "sample" else "LABELED_IMAGES"
+    return (
+        f"finished{': ' * bool(result)}{', '.join(result)}. This run took {seconds:.0f} s; weights are in {path}\n"
+        f"next: python eval_knn.py --arch {args.arch}{patch} --image_size {args.global_crops_size} "
+        f"--pretrained_weights {shlex.quote(str(path))} --data_path {data}\n"
+        f"      python report.py {shlex.quote(args.output_dir)}"
+    )
 
 
 # ---- where it ran ----
 
 
 def describe_environment(args, parser):
-    """What one wants to know of a run a year later: a dict of plain types."""
-    defaults = vars(parser.parse_args([]))
-    changed = {k: v for k, v in utils.plain_args(args).items() if k in defaults and v != utils.plain_args(defaults)[k]}
-    used = torch.cuda.is_initialized()  # else asking for names would take GPU memory
+    """What one wants to know about a run a year later: a dict of plain types."""
+    used = torch.cuda.is_initialized()  # else asking for names would use GPU memory
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if used else []
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "changed": changed,
+        "changed": changed_settings(args, parser),
+        "args": utils.plain_args(args),
         "processes": args.world_size,
         "machine": {
             "host": platform.node(),
@@ -326,7 +321,7 @@ def library_versions():
 
 
 def git_state():
-    """The commit of this code, and how many of its files were changed since; None if it is no checkout."""
+    """The commit of this code and the number of files changed since; None if it is not a checkout."""
     here = os.path.dirname(os.path.abspath(__file__))
 
     def git(*words):
@@ -355,7 +350,7 @@ def write_environment(args, parser):
 
 
 def check_curves(args):
-    """Raise UserError if curves are asked for that can't be drawn here."""
+    """Raise UserError if curves are requested that can't be drawn here."""
     if args.tensorboard == "on":
         summary_writer(required=True)
     if args.wandb:
@@ -366,7 +361,7 @@ def summary_writer(required=False):
     """TensorBoard's SummaryWriter, or None if it is not installed or does not work."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except Exception as e:  # also what a protobuf or TensorFlow that does not fit raises
+    except Exception as e:  # an incompatible protobuf or TensorFlow raises other types
         if required:
             raise UserError("--tensorboard on needs TensorBoard: pip install tensorboard") from e
         return None
@@ -376,14 +371,14 @@ def summary_writer(required=False):
 def import_wandb(project):
     try:
         import wandb
-    except Exception as e:  # an old one raises others than ImportError where numpy or protobuf is new
+    except Exception as e:  # an old client raises other types than ImportError where numpy or protobuf is new
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"--wandb {project} needs its client: pip install --upgrade wandb ({reason})") from e
     return wandb
 
 
 def log_in_to_wandb(project):
-    """Find out, in the first process, whether curves can be sent: the client itself waits for minutes, or goes without.
+    """Check in the first process that curves can be sent: the client itself would wait for minutes, or skip them.
 
     On a terminal it may ask for a key. Raises UserError.
     """
@@ -398,15 +393,12 @@ def log_in_to_wandb(project):
         reason = " ".join(str(e).split())[:200].rstrip(".") or type(e).__name__
         raise UserError(
             f"--wandb {project} can't log in: {reason}. Run `wandb login` where there is a network, or set "
-            "WANDB_MODE=offline: the curves then wait in --output_dir for `wandb sync`"
+            "WANDB_MODE=offline: the curves are then kept in --output_dir for `wandb sync`"
         ) from e
 
 
 class Curves:
-    """Sends numbers to TensorBoard and to Weights & Biases, on rank 0, where they are wanted.
-
-    If that fails, a warning says so once, and the run goes on without.
-    """
+    """Sends numbers to TensorBoard and Weights & Biases, on rank 0. If that fails, the run continues without them."""
 
     def __init__(self, args):
         self.send, self.end = [], []
@@ -423,7 +415,7 @@ class Curves:
     def open_wandb(self, args):
         if args.wandb and utils.is_main_process():
             folder = os.path.abspath(args.output_dir)
-            # The same folder is the same run, also when it goes on.
+            # The same folder is the same run, also when it resumes.
             same = {"id": hashlib.blake2b(folder.encode(), digest_size=8).hexdigest(), "resume": "allow"}
             about = {"project": args.wandb, "name": os.path.basename(folder), "config": utils.plain_args(args)}
             run = import_wandb(args.wandb).init(dir=folder, **about, **same)
@@ -441,6 +433,6 @@ class Curves:
     def try_to(self, act, *args):
         try:
             act(*args)
-        except Exception as e:  # a full disk, no network: no reason to end a run
-            utils.log(f"warning: no curves from here on: {' '.join(str(e).split())[:200] or type(e).__name__}")
+        except Exception as e:  # a full disk or no network must not end a run
+            utils.log(f"warning: no more curves: {' '.join(str(e).split())[:200] or type(e).__name__}")
             self.send = []

@@ -1,8 +1,8 @@
-"""Where images come from, and how their files are opened.
+"""Numbered images and how their files are opened.
 
-A folder of class folders, a folder without, a list of paths, or one of torchvision's data sets: each becomes numbered
-images. A file that can't be read is a BadImage, with its name; one that can't be read right now is asked for again.
-What is no photograph, but grey, or of many channels, becomes an array of floats.
+They come from class folders, a flat folder, a list of paths, or a torchvision data set. An unreadable file raises
+BadImage with its name; a file system that does not answer is asked again. Images of other than 3 channels become arrays
+of floats.
 """
 
 import contextlib
@@ -30,101 +30,116 @@ import utils
 from utils import UserError
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jp2", ".jfif")
-# Pillow's names of what may be in them. It knows others, of which EPS starts another program.
+# Formats by Pillow's names. It knows others, of which EPS starts another program.
 KINDS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")
-MOST_PIXELS = 200_000_000  # of one image: a small file can be made to fill all memory
+MOST_PIXELS = 200_000_000  # per image: a small file can be made to fill all memory
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # Pillow's own limit is lower
 
 # ---- files ----
 
 
 class BadImage(UserError):
-    """An image that can't be read."""
+    """An image that can't be read. `reason` is why, without its name."""
+
+    def __init__(self, message, reason=""):  # loader processes raise it again with the message alone
+        super().__init__(message)
+        self.reason = reason or message
+
+
+class Unreadable(NamedTuple):
+    """What a training batch reports about an image that could not be read."""
+
+    name: str
+    reason: str
+
+
+def bad_image(name, reason):
+    return BadImage(f"can't read the image {name}: {reason}. Repair or remove it", reason)
 
 
 def load_image(path, exif=False):
-    """The file as a PIL image in RGB, turned as its EXIF data say if `exif`. Raises BadImage, with the file's name."""
+    """The file as a PIL image in RGB, rotated by its EXIF orientation if `exif`. Raises BadImage."""
     return to_rgb(open_image(path, exif))
 
 
 def open_image(path, exif=False):
-    """The file as a PIL image, not decoded yet unless `exif` turns it, or an ArrayFile if it is one of numpy's.
+    """The file as a PIL image that is not decoded yet (unless `exif` rotates it), or as an ArrayFile if it is numpy's.
 
-    Raises BadImage, with the file's name.
+    Raises BadImage.
     """
     return open_content(read_file(path), os.fspath(path), exif)
 
 
 def open_content(content, name, exif=False):
-    """The bytes of a file as open_image gives it."""
+    """`open_image` for the bytes of a file."""
     try:
         if content.startswith(np.lib.format.MAGIC_PREFIX):
             return ArrayFile(read_array(content), name)
         image = Image.open(io.BytesIO(content), formats=known_kinds())
         image.filename = name
         check_pixels(image)
-        if exif and image.getexif().get(TURNED, 1) != 1:
+        if exif and image.getexif().get(ORIENTATION, 1) != 1:
             turned = ImageOps.exif_transpose(image)
             turned.filename = image.filename
             return turned
     except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise almost anything on damaged data
-        raise BadImage(f"can't read the image {name}: {one_line(e)}. Repair or remove it") from e
+        raise bad_image(name, one_line(e)) from e
     return image
 
 
 @functools.cache
 def known_kinds():
-    """Those of KINDS that this Pillow opens."""
+    """The formats of KINDS that this Pillow supports."""
     Image.init()
     return [kind for kind in KINDS if kind in Image.OPEN]
 
 
 def check_pixels(image):
     if image.width * image.height > MOST_PIXELS:
-        raise ValueError(f"{image.width} × {image.height} are more than {MOST_PIXELS // 10**6} million pixels")
+        raise ValueError(f"{image.width} x {image.height} are more than {MOST_PIXELS // 10**6} million pixels")
 
 
-TURNED = 0x0112  # EXIF's number for how the camera was held
+ORIENTATION = 0x0112  # EXIF tag
 
 
 def to_rgb(image):
-    """A PIL image, decoded if it is not yet, in RGB of 8 bits. Raises BadImage, with its name, if it is damaged."""
+    """A PIL image, decoded, as 8-bit RGB. Raises BadImage if it is damaged."""
     try:
         if isinstance(image, ArrayFile):
-            raise ValueError("it is an array, for --in_chans 1 or any other number but 3")
-        if image.mode.startswith("I;16"):  # 16 bits, of which Pillow would cut off what is above 255
+            raise ValueError("it is an array, which needs --in_chans of other than 3")
+        if image.mode.startswith("I;16"):  # 16 bits: Pillow would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode == "I":  # 16 bits, too, in what Pillow makes 32 of
+        elif image.mode == "I":  # 16 bits, too, which Pillow stores in 32
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         elif image.mode == "F":
             image = Image.fromarray(float_levels(np.asarray(image)))
         return image.convert("RGB")
     except Exception as e:
         name = getattr(image, "filename", "")
-        raise BadImage(f"can't read the image {name}: {one_line(e)}. Repair or remove it") from e
+        raise bad_image(name, one_line(e)) from e
 
 
 def float_levels(values):
-    """Floats, from 0 to 1 or from 0 to 255, as levels."""
+    """Floats from 0 to 1, or from 0 to 255 -> uint8."""
     values = np.nan_to_num(values)
     return (values * (255 if values.max(initial=0) <= 1 else 1)).clip(0, 255).round().astype(np.uint8)
 
 
 def one_line(error):
     if isinstance(error, UnidentifiedImageError):
-        return "it is no image of a known kind"
+        return "it is not an image of a known format"
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-PATIENCE = 60.0  # seconds for a file system that does not answer, until one file has been read again
-retry_budget_used = 0.0  # of it by this process
+PATIENCE = 60.0  # seconds to wait for a file system that does not answer, until a file can be read again
+retry_budget_used = 0.0  # seconds, by this process
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
 
 
 def read_file(path, start=0, size=-1, name=None):
-    """The bytes of a file, or `size` of them; `name` is what they are called if they can't be read, see `with_retries`."""
+    """The bytes of a file, or `size` of them from `start`. `name` is for the error message, see `with_retries`."""
 
     def read():
         with open(path, "rb") as file:
@@ -135,10 +150,10 @@ def read_file(path, start=0, size=-1, name=None):
 
 
 def with_retries(act, path, name):
-    """What `act` makes of a file; if its file system does not answer, or is not there, asked again for a minute.
+    """`act()` on a file, repeated for up to a minute if its file system does not answer or is not there.
 
-    When the minute is over, the files that follow are asked for once, until one can be read. Raises BadImage, or
-    UserError if the process has too many open files.
+    After that minute each file is tried once, until one can be read. Raises BadImage, or UserError if the process has
+    too many open files.
     """
     global retry_budget_used
     pause = 0.5
@@ -152,7 +167,7 @@ def with_retries(act, path, name):
             gone = number == errno.ENOENT and not os.path.isdir(os.path.dirname(path))
             if not (gone or number in PASSING) or retry_budget_used >= PATIENCE:
                 reason = getattr(e, "strerror", None) or one_line(e)
-                raise BadImage(f"can't read the image {name}: {reason}. Repair or remove it") from e
+                raise bad_image(name, reason) from e
         else:
             retry_budget_used = 0.0
             return result
@@ -160,78 +175,57 @@ def with_retries(act, path, name):
         retry_budget_used, pause = retry_budget_used + pause, 2 * pause
 
 
-def digest_of_names(images):
-    """What tells one set of numbered images from another: by their order and the last two parts of their names."""
-    digest = hashlib.blake2b(digest_size=6)
-    for name in images.names():
-        digest.update("/".join(name.split("/")[-2:]).encode(errors="surrogateescape") + b"\n")
-    return digest.hexdigest()
-
-
-def recheck_bad_images(bad_images, images, inputs=utils.RGB):
-    """Of {name: what is wrong}, the ones that are among numbered images and can't be read now either."""
-    found = {}
-    for i in range(len(images)) if bad_images else ():
-        name = images.name(i)
-        if name in bad_images:
-            try:
-                decode(images.open(i), inputs)
-            except BadImage:
-                found[name] = bad_images[name]
-    return found
-
-
 # ---- images of one or many channels ----
 
 
 class ArrayFile(NamedTuple):
-    """What numpy wrote to a file: an opened image of which `planes` can be made, but no photograph."""
+    """The array of a .npy file: an opened image with `planes`, but not a photograph."""
 
     array: np.ndarray
     filename: str
 
 
 def read_array(content):
-    """The array in the bytes of a .npy file; what its header says is looked at first. Raises ValueError."""
+    """The array in the bytes of a .npy file, whose header is checked first. Raises ValueError."""
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
-        raise ValueError(f"it is of version {version} of numpy's format, for tables")
+        raise ValueError(f"version {version} of numpy's format is for tables")
     shape, _, dtype = readers[version](file)
     check_shape(shape)
     if dtype.kind not in "buif":
-        raise ValueError(f"it is an array of {dtype}, not of numbers that an image has")
+        raise ValueError(f"it is an array of {dtype}, not of image values")
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def check_shape(shape):
     if not 0 < math.prod(shape) <= MOST_PIXELS:
-        raise ValueError(f"an array of {shape} has no numbers in it, or more than {MOST_PIXELS // 10**6} million")
+        raise ValueError(f"an array of shape {shape} is empty, or has more than {MOST_PIXELS // 10**6} million values")
 
 
 def decode(image, inputs):
-    """What was opened, decoded: a PIL image in RGB, or, of other than 3 channels, its `planes`. Raises BadImage."""
+    """An opened image, decoded: a PIL image in RGB, or its `planes` for other than 3 channels. Raises BadImage."""
     return to_rgb(image) if inputs.in_chans == 3 else planes(image, inputs)
 
 
 def planes(image, inputs):
     """A PIL image or an ArrayFile as float32 [inputs.in_chans, H, W] with values from 0 to 1.
 
-    0 and 1 are the ends of inputs.value_range, beyond which values are clipped. Without one, integers are divided by
-    the largest value of their type, and floats, or negative integers, outside 0 to 1 are refused. Raises BadImage.
+    0 and 1 are the ends of inputs.value_range, where values are clipped. Without a range, integers are divided by the
+    largest value of their type, and floats or negative integers outside 0 to 1 raise BadImage.
     """
     try:
         values, largest = stored_planes(image, inputs.in_chans)
         low, high, slack = float(values.min()), float(values.max()), TOLERANCE * (values.dtype.kind == "f")
         if not math.isfinite(high - low):
-            raise ValueError("it holds NaN or infinite values")
+            raise ValueError("it contains NaN or infinite values")
         if inputs.value_range:
             bottom, top = inputs.value_range
             values = ((values - np.float64(bottom)) / (top - bottom)).clip(0, 1).astype(np.float32, order="C")
         elif low < -slack or high > largest + slack:
             raise ValueError(
-                f"its values go from {low:g} to {high:g}, outside of 0 to {largest:g}; name the range by --value_range"
+                f"its values are between {low:g} and {high:g}, outside of 0 to {largest:g}; set --value_range"
             )
         else:
             values = (values.astype(np.float32, order="C") / np.float32(largest)).clip(0, 1)
@@ -240,42 +234,42 @@ def planes(image, inputs):
         raise
     except Exception as e:
         name = getattr(image, "filename", "")
-        raise BadImage(f"can't read the image {name}: {one_line(e)}. Repair or remove it") from e
+        raise bad_image(name, one_line(e)) from e
 
 
-TOLERANCE = 1e-3  # by which interpolation may have carried floats beyond 0 and 1
+TOLERANCE = 1e-3  # interpolation can overshoot 0 and 1 by this
 
 
 def stored_planes(image, in_chans):
-    """The values in an image as they are stored, [in_chans, H, W], and what counts as 1. Raises ValueError."""
+    """(the stored values of an image [in_chans, H, W], what counts as 1). Raises ValueError."""
     if isinstance(image, ArrayFile):
         found = channels_first(image.array, in_chans)
         return found, {"b": 1, "f": 1}.get(found.dtype.kind) or np.iinfo(found.dtype).max
     pages, bands = getattr(image, "n_frames", 1), len(image.getbands())
     check_shape((in_chans, *image.size))
     if in_chans == 1:
-        found = grey_page(image)[None]
+        found = gray_page(image)[None]
     elif pages == in_chans:  # of a TIFF
-        pages = [grey_page(image, number) for number in range(in_chans)]
-        found = np.stack(pages, casting="no")  # of 8 and 16 bits, one would have to be told from the other
+        pages = [gray_page(image, number) for number in range(in_chans)]
+        found = np.stack(pages, casting="no")  # all pages must have the same type
     elif pages == 1 and bands == in_chans:
         found = np.moveaxis(np.asarray(image), -1, 0)
     else:
-        raise ValueError(f"it has {pages} page(s) of {bands} band(s), not {in_chans} channels (--in_chans)")
+        raise ValueError(f"it has {pages} page(s) of {bands} band(s), not --in_chans {in_chans}")
     return found, {"uint8": 255, "float32": 1}.get(found.dtype.name, 65535)  # Pillow has 16 bits in 16 or 32
 
 
 def channels_first(array, in_chans):
-    """An array [H, W], [H, W, in_chans] or [in_chans, H, W] as the last of these; the second, if both would do."""
+    """An array [H, W], [H, W, in_chans] or [in_chans, H, W] -> [in_chans, H, W]; channels last if both fit."""
     if array.ndim == 2 and in_chans == 1:
         return array[None]
     if array.ndim == 3 and in_chans in (array.shape[2], array.shape[0]):
         return np.moveaxis(array, -1, 0) if array.shape[2] == in_chans else array
-    raise ValueError(f"an array of {array.shape} is not height, width and {in_chans} channels (--in_chans)")
+    raise ValueError(f"an array of shape {array.shape} does not have --in_chans {in_chans}")
 
 
-def grey_page(image, number=0):
-    """A page of a PIL image as values [H, W]; colours as PIL's grey, all else as it is stored."""
+def gray_page(image, number=0):
+    """A page of a PIL image as values [H, W]: colors converted to gray, anything else as it is stored."""
     if number:
         image.seek(number)
     check_shape(image.size)
@@ -290,10 +284,12 @@ FORMATS = ("auto", "folder", "flat", "list", "torchvision")
 
 
 class ImageFiles:
-    """Images by number: `open(i)` is a PIL image that is not decoded yet, `name(i)` its path.
+    """Images by index: `open(i)` is a PIL image that is not decoded yet, `name(i)` its path.
 
-    `targets` [N] are class numbers, which count the names in `classes`, or None where there are none.
+    `targets` [N] are indices into `classes`, the names of the classes, or None where there are no labels.
     """
+
+    sharded = False
 
     def __init__(self, paths, targets=None, classes=(), exif=False):
         self.paths, self.classes, self.exif = paths, list(classes), exif
@@ -311,6 +307,9 @@ class ImageFiles:
     def open(self, i):
         return open_image(self.paths[i], self.exif)
 
+    def order(self, seed, epoch, first=0):
+        return random_order(len(self), seed, epoch, first)
+
     def take(self, numbers):
         """These alone, of the same classes."""
         targets = None if self.targets is None else self.targets[numbers]
@@ -318,7 +317,9 @@ class ImageFiles:
 
 
 class TorchvisionImages:
-    """One of torchvision's data sets, or a part of it, in the way of ImageFiles."""
+    """A torchvision data set, or a part of it, with the methods of ImageFiles."""
+
+    sharded = False
 
     def __init__(self, dataset, source):
         self.dataset, self.source, self.numbers = dataset, source, range(len(dataset))
@@ -340,7 +341,10 @@ class TorchvisionImages:
         try:
             return self.dataset[self.numbers[i]][0]
         except Exception as e:  # by data set
-            raise BadImage(f"can't read {self.name(i)}: {one_line(e)}") from e
+            raise bad_image(self.name(i), one_line(e)) from e
+
+    def order(self, seed, epoch, first=0):
+        return random_order(len(self), seed, epoch, first)
 
     def take(self, numbers):
         part = copy.copy(self)
@@ -349,11 +353,17 @@ class TorchvisionImages:
         return part
 
 
-def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3):
-    """The images of a folder of class folders, of a folder without, of a list of paths, or of a set of torchvision's.
+def random_order(number, seed, epoch, first=0):
+    """The indices of `number` images in the order of an epoch, a function of (seed, epoch), from position `first`."""
+    generator = torch.Generator().manual_seed(utils.derive_seed(seed, utils.ORDER, epoch))
+    return iter(torch.randperm(number, generator=generator)[first:].tolist())
 
-    Of the last, `part` (train or val) is taken. `exif` turns images as their cameras noted. In folders, .npy files are
-    images unless these have three channels. Raises UserError if there are none.
+
+def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3):
+    """The images of class folders, of a flat folder, of a list of paths, or of a torchvision data set.
+
+    `part` (train or val) selects from the last. `exif` rotates by the EXIF orientation. .npy files in folders are
+    images if `in_chans` is not 3. Raises UserError if there are none.
     """
     data_path = os.fspath(data_path)
     kind = guess_format(data_path) if data_format == "auto" else data_format
@@ -363,14 +373,14 @@ def find_images(data_path, part="", data_format="auto", exif=False, flag="--data
         return listed_images(data_path, exif, flag)
     if not os.path.isdir(data_path):
         raise UserError(
-            f"{flag} {data_path} is no folder. Name one with images in it or in its sub-folders, a list of paths "
-            "(.txt, .csv, .tsv), shards ('{0000..0999}.tar', not gzipped), torchvision:NAME, or `sample`"
+            f"{flag} {data_path} is not a folder. Name a folder of images, a list of paths (.txt, .csv, .tsv), shards "
+            "('{0000..0999}.tar', not gzipped), torchvision:NAME, or `sample`"
         )
     return folder_images(data_path, kind if data_format != "auto" else None, exif, flag, extensions_of(in_chans))
 
 
 def extensions_of(in_chans):
-    """What names of images end with: of arrays, too, unless they have the three channels of photographs."""
+    """File name extensions of images; arrays, too, for other than 3 channels."""
     return EXTENSIONS if in_chans == 3 else (*EXTENSIONS, ".npy")
 
 
@@ -386,7 +396,7 @@ def guess_format(data_path):
 def folder_images(root, kind, exif, flag, extensions=EXTENSIONS):
     """Images below a folder, in the order of torchvision's ImageFolder.
 
-    Each folder in it is a class (`kind` folder), or none is (flat). Where images lie directly in it, flat is meant.
+    Each of its folders is a class (`kind` folder), or none is (flat). Default: flat if it has images directly in it.
     """
     names, folders = cached_index(root, extensions)
     directly = any("/" not in name for name in names)
@@ -399,27 +409,27 @@ def folder_images(root, kind, exif, flag, extensions=EXTENSIONS):
         targets = [number[name.partition("/")[0]] for name in inside]
         images = ImageFiles([os.path.join(root, name) for name in inside], targets, classes, exif)
     if names and not len(images):
-        raise UserError(f"{flag} {root} has images in it but no class folders. Take --data_format flat, or auto")
+        raise UserError(f"{flag} {root} has images but no class folders. Use --data_format flat, or auto")
     if not len(images):
-        raise UserError(f"{flag} {root} has no images in it ({', '.join(extensions)}){empty_folder_hint(root)}")
+        raise UserError(f"{flag} {root} has no images ({', '.join(extensions)}){empty_folder_hint(root)}")
     return images
 
 
 def empty_folder_hint(root):
-    """What a folder without images may have been meant for, as the end of a message."""
+    """What to do with a folder without images, as the end of a message."""
     names = [name for _, _, files in os.walk(root) for name in files]
     hints = {
-        ".npy": ", but arrays (.npy). Say how many channels they have by --in_chans",
-        ".tar": ", but tar shards in its folders. Name one of these, such as train",
-        ".gz": ", but what is compressed. Unpack it: gunzip makes tar shards of .tar.gz",
-        ".tgz": ", but what is compressed. Unpack it: gunzip makes tar shards of .tgz",
+        ".npy": ", but arrays (.npy). Set their number of channels with --in_chans",
+        ".tar": ", but tar shards in its folders. Name one of the folders, such as train",
+        ".gz": ", but compressed files. Unpack .tar.gz to tar shards with gunzip",
+        ".tgz": ", but compressed files. Unpack .tgz to tar shards with gunzip",
     }
     return next((hint for end, hint in hints.items() if any(name.lower().endswith(end) for name in names)), "")
 
 
 def cached_index(root, extensions=EXTENSIONS):
-    """(images, folders) below `root`, by their names in it. Kept from one time to the next, for as long as no folder
-    has changed: on network file systems a million files take minutes to list.
+    """(images, folders) below `root`, by their names in it. Cached as long as no folder has changed: on network file
+    systems, listing a million files takes minutes.
     """
     root = os.path.abspath(root)
     key = "\0".join((root, *extensions[len(EXTENSIONS) :]))
@@ -433,7 +443,7 @@ def cached_index(root, extensions=EXTENSIONS):
             return images, list(folders)
     images, folders = index(root, extensions)
     now = time.time_ns()
-    if len(images) >= WORTH_KEEPING and all(now - then[0] > 5e9 for then in folders.values()):  # not in the making
+    if len(images) >= WORTH_CACHING and all(now - then[0] > 5e9 for then in folders.values()):  # not being written
         text = json.dumps({"root": root, "folders": folders, "images": images})
         with contextlib.suppress(OSError, UnicodeEncodeError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -441,17 +451,17 @@ def cached_index(root, extensions=EXTENSIONS):
     return images, list(folders)
 
 
-WORTH_KEEPING = 10_000  # images
+WORTH_CACHING = 10_000  # images
 
 
 def changes(folder):
-    """When its content changed, and when anything about it did, which can't be set back."""
+    """Times of the last change of its content, and of anything about it, which can't be set back."""
     state = os.stat(folder)
     return [state.st_mtime_ns, state.st_ctime_ns]
 
 
 def index(root, extensions=EXTENSIONS):
-    """(names of all images below `root`, {folder: when it changed}), hidden ones left out, links followed."""
+    """(names of all images below `root`, {folder: when it changed}), without hidden ones; links are followed."""
     found, folders, inside = [], {}, {}
 
     def failed(error):
@@ -471,7 +481,7 @@ def index(root, extensions=EXTENSIONS):
 
 
 def leads_back(folder, name, above):
-    """Whether a folder is a link to one that it lies in."""
+    """Whether a folder is a link to one that contains it."""
     path = os.path.join(folder, name)
     if not os.path.islink(path):
         return False
@@ -487,27 +497,27 @@ def is_image(name, extensions=EXTENSIONS):
 
 
 def listed_images(path, exif, flag):
-    """Images of a text file with a path in each line, or a table (.csv, .tsv) with a path and, perhaps, a label.
+    """Images of a text file with one path per line, or of a table (.csv, .tsv) with paths and, optionally, labels.
 
-    In text a label may stand behind a tab or the last blank. Paths are relative to the list; a first line that names
-    the columns is passed over. Raises UserError if there is nothing to be found where it says.
+    In text files, a label can follow after a tab or the last space. Paths are relative to the list. A header line is
+    skipped. Raises UserError if the files are not there.
     """
     rows = read_list(path, flag)
     root = os.path.dirname(os.path.abspath(path))
     files = [os.path.join(root, row[0]) for row in rows]
     if not any(os.path.isfile(file) for file in files[:3]):
-        raise UserError(f"{flag} {path}: there is no {files[0]}. Paths in it are relative to its own folder")
+        raise UserError(f"{flag} {path}: there is no {files[0]}. Paths in a list are relative to its folder")
     labels = [row[1] for row in rows if len(row) > 1 and row[1]]
     return ImageFiles(files, *number_labels(labels, len(rows), f"{flag} {path}"), exif)
 
 
 def number_labels(labels, num_images, source):
-    """(class numbers [N] or None, names of the classes) of labels that are text. Raises UserError if some are missing.
+    """(class indices [N] or None, names of the classes) for labels that are text, numbers first, each sorted.
 
-    Labels that are numbers count by their value, others by the alphabet.
+    Raises UserError if some are missing.
     """
     if labels and len(labels) < num_images:
-        raise UserError(f"{source} has a label for {len(labels)} of {num_images} images. Give each one, or none")
+        raise UserError(f"{source} has labels for {len(labels)} of {num_images} images. Label all of them, or none")
     classes = sorted(set(labels), key=lambda label: (len(label), label) if label.isdecimal() else (math.inf, label))
     number = {name: i for i, name in enumerate(classes)}
     return torch.tensor([number[label] for label in labels]) if labels else None, classes
@@ -536,9 +546,9 @@ def read_list(path, flag):
         and not is_image(os.path.basename(rows[0][0]), (*EXTENSIONS, ".npy"))
         and not os.path.isfile(os.path.join(root, rows[0][0]))
     ):
-        rows = rows[1:]  # names of columns
+        rows = rows[1:]  # a header
     if not rows or not all(row and row[0] for row in rows):
-        raise UserError(f"{flag} {path} has no paths of images in it, or a line without one. Write one in each line")
+        raise UserError(f"{flag} {path} has no paths of images, or a line without one. Write one path per line")
     return rows
 
 
@@ -558,10 +568,12 @@ def split_lines(lines, root):
 
 
 def torchvision_images(data_path, part, flag):
-    """A data set such as torchvision:CIFAR10, its training or, for `val`, its test images. Downloads if it has to."""
+    """A data set such as torchvision:CIFAR10: training images, or test images for `val`. Downloaded if needed."""
     name = data_path.partition(":")[2]
     known = {n: getattr(datasets, n) for n in datasets.__all__ if isinstance(getattr(datasets, n), type)}
-    known = {n: kind for n, kind in known.items() if not n.startswith("LSUN")}  # which unpickles what lies about
+    known = {
+        n: kind for n, kind in known.items() if not n.startswith("LSUN")
+    }  # it unpickles files of the working folder
     if name not in known:
         raise UserError(f"{flag} {data_path}: torchvision has no data set {name!r}{utils.did_you_mean(name, known)}")
     root = os.path.join(utils.cache_dir(), "torchvision")
@@ -575,7 +587,7 @@ def torchvision_images(data_path, part, flag):
         options["root"] = root
     try:
         os.makedirs(root, exist_ok=True)
-        lock, _ = utils.lock_file(os.path.join(root, ".lock"), patience=3600)  # one process downloads, the others wait
+        lock, _ = utils.lock_file(os.path.join(root, ".lock"), patience=3600)  # one process downloads
         with lock, contextlib.redirect_stdout(io.StringIO()):
             try:
                 dataset = known[name](**options)

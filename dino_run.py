@@ -1,5 +1,11 @@
-"""Keeps a run alive: resume, watch, save, stop, log. Changes none of its numbers."""
+"""Keeps a run alive: resume, watch, save, stop, log. Changes none of its numbers.
 
+`Run` is what main_dino.train_one_epoch calls at each step. `Bare` has the same calls without files, signals and checks,
+for tests and benchmarks.
+"""
+
+import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -12,12 +18,498 @@ import time
 import torch
 import torch.distributed as dist
 
+import dino_checkpoints
+import dino_cli
 import dino_crops
 import dino_data
 import dino_features
 import dino_health
 import utils
-from utils import UserError
+from dino_cli import at_least, between
+from utils import Stopped, UserError, bool_flag
+
+# ---- flags ----
+
+
+def flags():
+    """The flags of the run itself: output, saving, logs, machine. A parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    # fmt: off
+    run = parser.add_argument_group("output and resuming")
+    run.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines (see recipes/).
+        Flags on the command line override it.""")
+    run.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS,
+        help="Print the final settings as a recipe for --config, and exit.")
+    run.add_argument("--output_dir", default=".", metavar="DIR",
+        help="Where checkpoints and logs go. If it contains a checkpoint.pth, the run resumes from it.")
+    run.add_argument("--saveckp_freq", default=20, type=at_least(0), metavar="EPOCHS",
+        help="Every N epochs, also keep the checkpoint as checkpointNNNN.pth. 0: never.")
+    run.add_argument("--saveckp_iters", default=0, type=at_least(0), metavar="STEPS",
+        help="Also save checkpoint.pth every N steps. 0: after each epoch only.")
+    run.add_argument("--save_every_minutes", default=15.0, type=at_least(0, float), metavar="MINUTES",
+        help="Also save checkpoint.pth when this much time has passed since it was last saved. 0: never.")
+    run.add_argument("--allow_changed_args", default=False, type=bool_flag, metavar="BOOL",
+        help="Resume although settings have changed that change the result, such as --epochs or --lr.")
+    run.add_argument("--max_bad_steps", default=5, type=at_least(0), metavar="N", help="""Skip a step whose loss is not
+        finite. End the run (exit code 3) after more than N such steps in a row.""")
+    run.add_argument("--stop_on_collapse", default=False, type=bool_flag, metavar="BOOL",
+        help="Save and end the run (exit code 4) when it looks collapsed. Without this it is a warning.")
+
+    watch = parser.add_argument_group("watching")
+    watch.add_argument("--knn_every", default=0, type=at_least(0), metavar="EPOCHS", help="""Every N epochs, and after
+        the last, measure the k-NN accuracy of the teacher; the best one is kept as checkpoint_best.pth. 0: never.""")
+    watch.add_argument("--knn_data", default=None, metavar="PATH", help="""Labeled images for --knn_every: a folder with
+        train and val, or class folders. Default: every tenth image per class of --data_path is classified by the
+        others.""")
+    watch.add_argument("--tensorboard", default="auto", choices=["auto", "on", "off"],
+        help="Curves in output_dir/tensorboard. auto: if TensorBoard is installed.")
+    watch.add_argument("--wandb", default="", metavar="PROJECT", help="Also log to this Weights & Biases project.")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+        help="auto uses a GPU if there is one.")
+    machine.add_argument("--seed", default=0, type=between(0, 2**63 - 1), metavar="N", help="""Seed of the
+        weights, the order of the images, the crops and drop path. Results do not depend on --num_workers.""")
+    machine.add_argument("--num_workers", default=dino_cli.default_workers(), type=at_least(0), metavar="N",
+        help="Processes per GPU that load images. Default: the cores of this process, at most 10.")
+    machine.add_argument("--compile", default=False, type=bool_flag, metavar="BOOL",
+        help="torch.compile the backbones. The first step takes minutes, the rest are faster; for long runs.")
+    machine.add_argument("--grad_checkpointing", default=False, type=bool_flag, metavar="BOOL", help="""Recompute a
+        ViT's activations in the backward pass: a third more compute for a fraction of the memory.""")
+    machine.add_argument("--dist_url", default="env://", metavar="URL", help="Rendezvous of several processes.")
+    machine.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
+        help="Passed by some launchers; ignored.")
+    # fmt: on
+    return parser
+
+
+def check_flags(args):
+    """Raise UserError for flags of the run that can't work, before any work is done."""
+    if args.knn_data is not None and not args.knn_every:
+        raise UserError(f"--knn_data {args.knn_data} has no effect without --knn_every. Set it, or remove --knn_data")
+
+
+def prepare(args):
+    """Create the output folder. Raises UserError if a run can't write there, or can't send the curves it is to send."""
+    dino_cli.check_output_dir(args.output_dir, files=("checkpoint.pth", "log.txt", "run.json", ".lock"))
+    dino_health.check_curves(args)
+
+
+def has_begun(output_dir):
+    """Whether a folder contains a run to resume."""
+    path = os.path.join(output_dir, "checkpoint.pth")
+    return any(map(os.path.isfile, (path, dino_checkpoints.previous_checkpoint(path))))
+
+
+# ---- steps ----
+
+
+class TrainingLog(utils.MetricLogger):
+    """The console line of training: at most 120 columns. All other numbers go to log.txt and the curves."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.images_per_step, self.ln_k = args.images_per_step, math.log(args.out_dim)
+        for name in ("loss", "lr", "wd", "entropy", "kl", *dino_health.NUMBERS):
+            self.add_meter(name, utils.SmoothedValue())
+
+    def __str__(self):
+        loss, entropy, kl = (self.meters[name].avg for name in ("loss", "entropy", "kl"))
+        if math.isnan(loss):  # no step so far had a finite loss
+            return "loss: none yet"
+        return f"loss: {loss:.3f} = {entropy:.3f} + {kl:.3f}{self.delimiter}lr: {self.lr.value:.1e}"
+
+    def timing(self):
+        speed = self.images_per_step / max(self.step_time.avg, 1e-9)
+        wait = [f"wait {self.waiting:.0%}"] if self.waiting > 0.05 else []
+        return [f"{speed:.4g} img/s", f"{utils.peak_memory_mb():.0f} MB", *wait]
+
+
+class Bare:
+    """The calls of a Run without its files, signals and checks."""
+
+    def __init__(self, args, steps_per_epoch):
+        self.args, self.steps_per_epoch = args, steps_per_epoch
+        self.images_done = 0  # in this epoch
+        self.metrics = TrainingLog(args)
+
+    def steps(self, data_loader, epoch):
+        """Yield (step of the whole run, crops) for each batch that is left of the epoch, and log progress."""
+        done, self.steps_made = self.images_done // self.args.images_per_step, 0
+        batches = self.metrics.log_every(data_loader, 10, f"Epoch: [{epoch}/{self.args.epochs}]", start=done)
+        for step, (crops, *about) in enumerate(batches, start=epoch * self.steps_per_epoch + done):
+            self.received(*about)
+            yield step, crops
+            self.images_done += self.args.images_per_step
+            self.steps_made += 1
+
+    def received(self, *about):
+        """Called with what came with a batch: indices of the images, and records of unreadable ones."""
+
+    def vote(self, loss):
+        """Called before the last backward pass of a step, with the loss of this process."""
+
+    def skips(self, step):
+        """Whether this step has to be left out."""
+        return False
+
+    def end_step(self, step, parts, loss, entropy, gradient_norms):
+        group = parts.optimizer.param_groups[0]
+        # The loss is the teacher's entropy plus the KL divergence of the student from it (section 5.3).
+        self.metrics.update(loss=loss, lr=group["lr"], wd=group["weight_decay"], entropy=entropy, kl=loss - entropy)
+
+    def means(self):
+        """Means over the epoch and over all processes of what was logged."""
+        self.metrics.synchronize_between_processes()
+        means = {name: meter.global_avg for name, meter in self.metrics.meters.items() if meter.count}
+        return {**means, "ln_k": self.metrics.ln_k, **self.metrics.pace(self.args.images_per_step)}
+
+
+class Run(Bare):
+    """A run with its folder. A context manager: locks the folder, catches signals, and undoes both.
+
+    Resumes from --output_dir on entry; `first_epoch` is where to continue. Exit codes: 3 loss or weights not finite,
+    4 collapsed, 5 last checkpoint not saved, 128 + N after signal N.
+    """
+
+    def __init__(self, args, parts, data_loader, parser, amp_dtype=None):
+        super().__init__(args, len(data_loader))
+        self.parts, self.data_loader, self.parser, self.amp_dtype = parts, data_loader, parser, amp_dtype
+        args.images = len(data_loader.dataset)
+        args.image_names = dino_data.digest_of_names(data_loader.dataset.images)
+        self.path = os.path.join(args.output_dir, "checkpoint.pth")
+        self.bad_steps, self.unsaved, self.stats = 0, {}, {}
+        self.buffers = [*parts.student.buffers(), *parts.teacher.buffers()]  # statistics of batch norms
+
+    def __enter__(self):
+        args, images = self.args, self.data_loader.dataset.images
+        self.began = self.saved_at = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(dino_checkpoints.lock_output_dir(args.output_dir))
+            self.neighbors = OnlineKnn(args, images, self.parts.dino_loss.center.device) if args.knn_every else None
+            progress = self.resume()
+            self.curves = stack.enter_context(contextlib.closing(dino_health.Curves(args)))
+            self.monitor = dino_health.HealthMonitor(args, self.steps_per_epoch, self.curves, progress["health"])
+            if utils.plain_args(progress["args"]).get("knn_data") != args.knn_data:
+                self.monitor.forget_best()  # it was measured on other images
+            self.bad_images = dino_data.recheck_bad_images(progress["health"], images, utils.inputs_of(args))
+            utils.log(dino_health.describe_start(args, self.parser, self.device, self.amp_dtype, self.steps_per_epoch))
+            dino_health.write_environment(args, self.parser)
+            self.monitor.check_settings()
+            self.drop_repeated_lines()
+            self.stop = stack.enter_context(StopRequest())
+            self.open = stack.pop_all()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.open.__exit__(kind, error, trace)
+        if isinstance(error, Stopped):
+            utils.gather_objects(None)  # nobody exits before rank 0 has saved: a launcher would end it too
+            self.stop.leave(error.signal)
+
+    @property
+    def device(self):
+        return self.parts.dino_loss.center.device
+
+    def resume(self):
+        """Load the checkpoint in the output folder, if there is one; returns what it says of the run's progress."""
+        args, images = self.args, self.data_loader.dataset.images
+        progress = {"epoch": 0, "step": 0, "images_done": None, "meters": [], "args": {}, "health": {}}
+        objects = self.parts._asdict()
+        if not self.parts.fp16_scaler.is_enabled():
+            del objects["fp16_scaler"]
+        self.loaded = dino_checkpoints.restart_from_checkpoint(self.path, progress, args, **objects)
+        self.keep_previous = self.loaded in (None, self.path)  # a damaged checkpoint.pth must not replace the good one
+        self.first_epoch, self.images_done = dino_checkpoints.position(progress, args, self.loaded)
+        utils.check_same_everywhere((self.first_epoch, self.images_done), f"the position in {self.path}")
+        if self.images_done and progress["images_done"] is None and images.sharded:
+            utils.log(
+                f"{self.loaded} is of an older version, with another order of shards: resuming at the epoch's start"
+            )
+            self.images_done = 0
+        steps_done = min(math.ceil(self.images_done / args.images_per_step), self.steps_per_epoch)  # no image twice
+        self.images_done = steps_done * args.images_per_step
+        if steps_done:
+            self.metrics.restore(progress["meters"])
+        if self.loaded:
+            utils.log(f"resuming from {self.loaded}: epoch {self.first_epoch}, {steps_done} steps done")
+        if self.first_epoch >= args.epochs:
+            utils.log(f"{self.loaded} has all of --epochs {args.epochs}: nothing to do")
+        return progress
+
+    # ---- one epoch ----
+
+    def begin_epoch(self, epoch):
+        self.epoch = epoch
+        self.data_loader.sampler.set_epoch(epoch, self.images_done)
+
+    def received(self, indices, unreadable):
+        self.indices = indices
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        new = {image.name: image.reason for image in unreadable if image.name not in self.bad_images}
+        for name, reason in new.items():
+            utils.say(f"warning: can't read the image {utils.printable(name)}: {reason}. Another image replaces it")
+        self.bad_images.update(new)
+        if new:
+            self.check_bad_images()
+
+    def vote(self, loss):
+        """Let all processes agree on [any loss not finite, largest signal, save, collapsed].
+
+        One small all-reduce, on its way to the host while the backward pass runs: nobody waits for it.
+        """
+        requests = (self.stop.signal, self.wants_saving(), self.args.stop_on_collapse and bool(self.monitor.collapse))
+        flags = torch.stack([(~loss.isfinite()).float(), *(loss.new_full((), float(request)) for request in requests)])
+        if utils.get_world_size() > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        self.loss, self.verdict = loss, utils.HostCopy(flags)
+
+    def wants_saving(self):
+        minutes, every = (time.monotonic() - self.saved_at) / 60, self.args.saveckp_iters
+        by_time = 0 < self.args.save_every_minutes <= minutes
+        steps_done = self.images_done // self.args.images_per_step + 1
+        return by_time or bool(every and (self.epoch * self.steps_per_epoch + steps_done) % every == 0)
+
+    def skips(self, step):
+        """Whether the loss is not finite on some rank. Then all ranks leave the step out, as if it had not been.
+
+        Raises UserError (exit code 3) after more than --max_bad_steps of them in a row.
+        """
+        bad, self.signal, self.save_now, self.collapsed = self.verdict.read()
+        self.bad_steps = self.bad_steps + 1 if bad else 0
+        if bad:
+            for buffer, value in zip(self.buffers, self.buffers_before, strict=True):
+                buffer.copy_(value)
+            self.report_bad_step(step)
+            self.save_now = False
+            self.save_or_stop()
+        return bool(bad)
+
+    def end_step(self, step, parts, loss, entropy, gradient_norms):
+        super().end_step(step, parts, loss, entropy, gradient_norms)
+        if self.metrics.due:
+            self.metrics.update(**dino_health.step_numbers(parts.teacher.features, parts.dino_loss, gradient_norms))
+            if utils.is_main_process():
+                numbers = {name: meter.value for name, meter in self.metrics.meters.items()}
+                self.curves.add(step, numbers)
+                features = parts.teacher.features
+                about = {"feature_dim": features.shape[1], "images": len(features) // 2}
+                self.monitor.check_step(step, {**numbers, **about}, parts.student, parts.teacher)
+        self.save_or_stop()
+
+    def save_or_stop(self):
+        """What all processes have agreed on for the end of this step."""
+        if not (self.signal or self.save_now or self.collapsed):
+            return
+        done = self.images_done + self.args.images_per_step  # this step included
+        self.save(self.epoch, done, self.metrics.totals())
+        where = f"stopped in epoch {self.epoch} after step {done // self.args.images_per_step}"
+        if self.collapsed:
+            what = utils.gather_objects(self.monitor.collapse)[0]
+            saved = "not saved" if self.path in self.unsaved else "saved"
+            raise UserError(f"{where}, {saved}: {what}", exit_code=4)
+        if self.signal:
+            utils.log(f"{where}. Run the same command to resume")
+            raise Stopped(int(self.signal))
+
+    def report_bad_step(self, step):
+        """Log a step that is left out. After too many, write bad_step.json and end the run."""
+        losses = utils.gather_objects(self.loss.item())
+        bad_ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
+        ranks = f" (rank {', '.join(map(str, bad_ranks))})" if len(losses) > 1 else ""
+        what = f"the loss is {losses[bad_ranks[0]]} in epoch {self.epoch}, step {step}{ranks}"
+        utils.log(f"warning: {what}: this step is skipped ({self.bad_steps} in a row)")
+        if self.bad_steps <= self.args.max_bad_steps:
+            return
+        student, loss, scale = self.parts.student, self.parts.dino_loss, self.parts.fp16_scaler.get_scale()
+        grads = ((name, p.grad) for name, p in student.named_parameters() if p.grad is not None)
+        found = {  # as text: NaN and infinity are not JSON
+            "step": step,
+            "epoch": self.epoch,
+            "loss": str(self.loss.item()),
+            "loss_terms": [[str(term) for term in view] for view in loss.cross_entropy.tolist()],
+            "gradient_norms": {name: str(grad.norm().item() / scale) for name, grad in grads},
+            "images": [self.data_loader.dataset.images.name(i) for i in self.indices.tolist()],
+        }
+        everyones = utils.gather_objects(found)
+        self.write("bad_step.json", json.dumps(everyones, indent=1))
+        raise UserError(
+            f"{what}, after {self.bad_steps - 1} such steps in a row; bad_step.json has details. The checkpoints are "
+            "from before. Lower --lr or --clip_grad, or try --use_fp16 false",
+            exit_code=3,
+        )
+
+    def means(self):
+        self.totals = self.metrics.totals()  # of this process, which a checkpoint keeps for each
+        feature_dim = next(self.parts.teacher.head.parameters()).shape[1]
+        return {**super().means(), "feature_dim": feature_dim}
+
+    def end_epoch(self, epoch, means):
+        """k-NN if it is due, one line in log.txt, the checkpoint."""
+        self.stats = {f"train_{name}": value for name, value in means.items()} | {"epoch": epoch}
+        if self.neighbors and self.neighbors.due(epoch):
+            if self.steps_made:  # so that a run killed during the evaluation resumes with it
+                self.save(epoch, self.images_done, self.totals)
+            try:
+                self.stats |= self.neighbors.accuracies(self.parts.teacher.backbone, self.stop)
+            except Stopped:
+                utils.log(f"stopped after epoch {epoch}, before its k-NN accuracy. Run the same command to resume")
+                raise
+        best = self.monitor.check_epoch(self.stats)
+        self.share_bad_images()
+        if self.bad_images:
+            self.stats["bad_images"] = len(self.bad_images)
+        self.log_epoch(self.stats)
+        copies = [os.path.join(self.args.output_dir, "checkpoint_best.pth")] if best else []
+        if self.args.saveckp_freq and epoch % self.args.saveckp_freq == 0:
+            copies.append(os.path.join(self.args.output_dir, f"checkpoint{epoch:04}.pth"))
+        self.save(epoch + 1, 0, [], copies)
+        self.images_done, self.metrics = 0, TrainingLog(self.args)
+
+    # ---- files ----
+
+    def save(self, epoch, images_done, meters, copies=()):
+        """Write checkpoint.pth and `copies` on rank 0. A full disk is a warning; what was there before stays."""
+        if not torch.stack([p.isfinite().all() for p in self.parts.student.parameters()]).all():
+            raise UserError(
+                "the weights are no longer finite: the gradient of a step was not. The checkpoints are from before. "
+                "Lower --lr or --clip_grad, or try --use_fp16 false",
+                exit_code=3,
+            )
+        self.share_bad_images()
+        health = {**self.monitor.state_dict(), "bad_images": self.bad_images}
+        progress = {"epoch": epoch, "images_done": images_done, "meters": meters, "health": health}
+        self.saved_at = time.monotonic()
+        if not utils.is_main_process():
+            return
+        state = dino_checkpoints.run_state(self.parts, self.args, progress)
+        for path in (*copies, self.path):  # in this order: a run killed in between resumes before the copies
+            try:
+                dino_checkpoints.save(path, state, keep_previous=path == self.path and self.keep_previous)
+            except OSError as e:
+                self.unsaved[path] = f"{path} could not be written ({e.strerror or e})"
+                utils.say(f"warning: {self.unsaved[path]}. The run continues and tries again at the next save")
+            else:
+                self.unsaved.pop(path, None)
+                self.keep_previous = self.keep_previous or path == self.path
+
+    def write(self, name, text):
+        """Write a text file in the output folder on rank 0. A full disk is a warning."""
+        path = os.path.join(self.args.output_dir, name)
+        if utils.is_main_process():
+            try:
+                utils.write_whole(path, lambda file: file.write(text.encode(errors="replace")))
+            except OSError as e:
+                utils.say(f"warning: {path} could not be written ({e.strerror})")
+
+    def drop_repeated_lines(self):
+        """Drop the lines of log.txt that this run will write again."""
+        if utils.is_main_process():
+            try:
+                dino_health.drop_log_lines(self.args.output_dir, self.first_epoch)
+            except OSError as e:
+                utils.say(f"warning: {self.args.output_dir}/log.txt could not be written ({e.strerror})")
+
+    def log_epoch(self, stats):
+        """Append a line to log.txt on rank 0."""
+        if not utils.is_main_process():
+            return
+        if self.monitor.warnings:
+            stats["warnings"], self.monitor.warnings = self.monitor.warnings, []
+        try:
+            utils.write_log_line(self.args.output_dir, stats)
+        except OSError as e:
+            utils.say(
+                f"warning: {self.args.output_dir}/log.txt could not be written ({e.strerror}): {json.dumps(stats)}"
+            )
+
+    def share_bad_images(self):
+        """Let all processes know the images that any of them could not read. All of them have to call it."""
+        known = len(self.bad_images)
+        for found in utils.gather_objects(self.bad_images):
+            self.bad_images.update(found)
+        if self.bad_images:
+            self.write_bad_images()
+        if len(self.bad_images) > known:
+            self.check_bad_images()
+
+    def write_bad_images(self):
+        lines = (f"{utils.printable(name)}\t{' '.join(why.split())}\n" for name, why in sorted(self.bad_images.items()))
+        self.write("bad_images.txt", "".join(lines))
+
+    def check_bad_images(self):
+        """Raise UserError if more images are unreadable than --max_bad_images allows."""
+        bad, images = self.bad_images, len(self.data_loader.dataset)
+        if len(bad) > math.ceil(self.args.max_bad_images * images):
+            self.write_bad_images()
+            raise UserError(
+                f"{len(bad)} of {images} images can't be read, more than --max_bad_images {self.args.max_bad_images} "
+                f"allows: {utils.summarize(sorted(bad))}. Repair or remove the images listed in "
+                f"{os.path.join(self.args.output_dir, 'bad_images.txt')}, or allow more"
+            )
+
+    # ---- the end ----
+
+    def finish(self):
+        """Say what the run has come to. Raises UserError (exit codes 4 and 5) for what the launcher has to know."""
+        # Nobody exits before rank 0 has written: a launcher would end it too.
+        unsaved, collapse = utils.gather_objects((list(self.unsaved.values()), self.monitor.collapse))[0]
+        if unsaved:
+            raise UserError(f"a checkpoint is lost: {', '.join(unsaved)}. Make room and run again", exit_code=5)
+        if collapse and self.args.stop_on_collapse:
+            raise UserError(f"all epochs are done and saved, but: {collapse}", exit_code=4)
+        path = self.path if os.path.isfile(self.path) else self.loaded
+        utils.log(dino_health.describe_end(self.args, self.stats, path, time.monotonic() - self.began))
+
+
+# ---- k-NN during training ----
+
+NEIGHBORS, TEMPERATURE = 20, 0.07
+
+
+class OnlineKnn:
+    """k-NN accuracy of the teacher every N epochs. Training is the same with it and without.
+
+    Without `knn_data`, every tenth image per class of the training folder is classified by the others. Raises UserError
+    if there are no labels.
+    """
+
+    def __init__(self, args, images, device):
+        self.args, self.device = args, device
+        inputs = utils.inputs_of(args)
+        transform = dino_crops.eval_transform(args.global_crops_size, inputs)
+        if args.knn_data is None:
+            self.sets = dino_data.split_every_tenth(images, transform, f"--data_path {args.data_path}", inputs)
+        else:
+            self.sets = dino_data.find_labelled(args.knn_data, transform, args.exif, "--knn_data", inputs)
+        for dataset in self.sets[:2]:
+            dataset.lenient = True  # an unreadable image does not end a run of a week
+
+    def due(self, epoch):
+        """Whether to measure after this epoch (from 0). After the last one, always."""
+        return (epoch + 1) % self.args.knn_every == 0 or epoch + 1 == self.args.epochs
+
+    def accuracies(self, backbone, stop=None):
+        """{"knn_top1": ..., "knn_top5": ...} in percent, the same on all ranks. All of them have to call it.
+
+        Raises utils.Stopped if the StopRequest `stop` has a signal on any rank.
+        """
+        began, training = time.time(), backbone.training
+        backbone.eval()
+        how = (self.args.batch_size_per_gpu, self.args.num_workers, self.device)
+        features = dino_features.labelled_features(backbone, self.sets, *how, stop=stop)
+        backbone.train(training)
+        found = None
+        if features:
+            top1, top5 = dino_features.knn_accuracies(*features, [NEIGHBORS], TEMPERATURE)[NEIGHBORS]
+            found = {"knn_top1": top1, "knn_top5": top5}
+        found = utils.gather_objects(found)[0]  # the others wait for rank 0 here
+        utils.log(
+            f"{NEIGHBORS}-NN of the teacher, {len(self.sets[1])} images among {len(self.sets[0])}: "
+            f"top-1 {found['knn_top1']:.2f} %, top-5 {found['knn_top5']:.2f} % ({time.time() - began:.0f} s)"
+        )
+        return found
+
 
 # ---- signals ----
 
@@ -25,14 +517,14 @@ from utils import UserError
 class StopRequest:
     """Notes SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, so that a run can finish its step and save before it ends.
 
-    As a context manager; `signal` is the number of the first that came, 0 before. A second SIGINT interrupts at once;
-    not within a second, because launchers pass on a Ctrl-C that the processes have had from the terminal already.
+    A context manager; `signal` is the number of the first signal, 0 before. A second SIGINT interrupts at once, but not
+    within a second of the first: launchers pass on a Ctrl-C that the terminal has sent to the processes already.
     """
 
     def __enter__(self):
         self.signal, self.noted, self.interrupted, self.before = 0, set(), None, {}
         self.children = set(multiprocessing.active_children())
-        if threading.current_thread() is threading.main_thread():  # Python's signals are the main thread's
+        if threading.current_thread() is threading.main_thread():  # only the main thread can handle signals
             for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
                 number = getattr(signal, name, None)  # Windows has the first two
                 if number is not None:
@@ -40,9 +532,9 @@ class StopRequest:
         return self
 
     def __exit__(self, error=None, *_):
-        # A script's processes end together from here on, and launchers send SIGTERM to all behind the first that ends:
-        # it must not change the exit code, by which a job's script knows whether to come back.
-        agreed = error is None or issubclass(error, UserError)
+        # From here on all processes end together, and launchers send SIGTERM to the rest when the first has ended. It
+        # must not change the exit code, from which a job script decides whether to requeue.
+        agreed = error is None or issubclass(error, (UserError, Stopped))
         ending = agreed and self.before.get(signal.SIGTERM) is utils.terminate
         for number, handler in self.before.items():
             if ending and number != signal.SIGINT:
@@ -51,13 +543,13 @@ class StopRequest:
         self.kill_loaders()
 
     def kill_loaders(self):
-        """End the processes of loaders. Python would at its end, by the SIGTERM that they ignore, and wait for ever."""
-        deaf = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if deaf else None  # torch's would raise an error
+        """Kill the loader processes. Python would send them SIGTERM at exit, which they ignore, and wait forever."""
+        main = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None  # torch's handler would raise
         for child in set(multiprocessing.active_children()) - self.children:
             child.kill()
             child.join()
-        if deaf:
+        if main:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
     def note(self, number, _):
@@ -70,9 +562,9 @@ class StopRequest:
         self.noted.add(number)
 
     def leave(self, number):
-        """End as signal `number` asks: by what handled it before us, as under submitit, or with code 128 + number.
+        """Exit as signal `number` asks: through its earlier handler, such as submitit's, or with code 128 + number.
 
-        What handled others that have come here is called, too: Slurm may send SIGTERM first and SIGUSR2 behind it.
+        The earlier handlers of other signals that have arrived run too: Slurm may send SIGTERM, then SIGUSR2.
         """
         for each in sorted({number, *self.noted}):
             handler = self.before.get(each)
@@ -82,262 +574,3 @@ class StopRequest:
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(128 + number)
-
-
-# ---- steps ----
-
-
-def agree(loss, *wishes):
-    """What one process finds, all do: a HostCopy of [whether any loss is not finite, the largest of each wish].
-
-    `loss` is a scalar on the device, `wishes` are numbers on the host. One small all-reduce, and nobody waits.
-    """
-    flags = torch.stack([(~loss.detach().isfinite()).float(), *(loss.new_full((), float(wish)) for wish in wishes)])
-    if utils.get_world_size() > 1:
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return utils.HostCopy(flags)
-
-
-def gradient_norms(student, scale):
-    """L2 norm of each parameter's gradient by its name, as text: NaN and infinity are no JSON. `scale` is fp16's."""
-    return {name: str(p.grad.norm().item() / scale) for name, p in student.named_parameters() if p.grad is not None}
-
-
-def leave_out(bad_steps, loss, loss_terms, norms, dataset, indices, epoch, step, args):
-    """Say that a step is left out; after too many, write what there is to know to bad_step.json and end the run."""
-    losses = utils.gather_objects(loss.item())
-    bad_ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
-    value = losses[bad_ranks[0]]
-    where = f"in epoch {epoch}, step {step}" + f" (rank {', '.join(map(str, bad_ranks))})" * (len(losses) > 1)
-    utils.log(f"warning: the loss is {value} {where}: this step is left out ({bad_steps} in a row)")
-    if bad_steps <= args.max_bad_steps:
-        return
-    found = {
-        "step": step,
-        "epoch": epoch,
-        "loss": str(loss.item()),
-        "loss_terms": [[[str(term) for term in view] for view in views] for views in loss_terms.tolist()],
-        "gradient_norms": norms(),
-        "images": [dataset.images.name(i) for i in indices.tolist()],
-    }
-    everyones, details = utils.gather_objects(found), "bad_step.json has details"
-    if utils.is_main_process():
-        text = json.dumps(everyones, indent=1)
-        try:
-            utils.write_whole(os.path.join(args.output_dir, "bad_step.json"), lambda file: file.write(text.encode()))
-        except OSError as e:
-            details = f"bad_step.json could not be written ({e.strerror})"
-    raise UserError(
-        f"the loss is {value} {where}, after {bad_steps - 1} such steps in a row; {details}. The checkpoints are from "
-        "before; lower --lr or --clip_grad, or try --use_fp16 false",
-        exit_code=3,
-    )
-
-
-# ---- k-NN during training ----
-
-
-NEIGHBOURS, TEMPERATURE = 20, 0.07
-
-
-class OnlineKnn:
-    """Every so many epochs of a run, the accuracy with which the teacher's features classify labelled images.
-
-    The images are those of `knn_data`, of train/ and val/ in it or, if it has class folders only, of those, where every
-    tenth image of a class asks and the others answer; without it, those of the training folder, divided like that.
-    Training takes no notice: it sees the images that it would see anyway, and no label. Raises UserError if there are
-    none.
-    """
-
-    def __init__(self, args, images, device):
-        self.args, self.device = args, device
-        inputs = utils.inputs_of(args)
-        transform = dino_crops.eval_transform(args.global_crops_size, inputs)
-        if args.knn_data is None:
-            self.sets = dino_data.split_every_tenth(images, transform, f"--data_path {args.data_path}", inputs)
-        else:
-            self.sets = dino_data.find_labelled(args.knn_data, transform, args.exif, "--knn_data", inputs)
-        for dataset in self.sets[:2]:
-            dataset.lenient = True  # what was trained for a week does not end here
-
-    def due(self, epoch):
-        """Whether the accuracy is wanted behind this epoch, counted from 0; behind the last one it always is."""
-        return (epoch + 1) % self.args.knn_every == 0 or epoch + 1 == self.args.epochs
-
-    def accuracies(self, backbone, stop=None):
-        """{"knn_top1": …, "knn_top5": …} in per cent; the same on all ranks, all of which have to call it.
-
-        Raises utils.Stopped if the StopRequest `stop` has a signal on any of them.
-        """
-        began, training = time.time(), backbone.training
-        backbone.eval()
-        how = (self.args.batch_size_per_gpu, self.args.num_workers, self.device)
-        features = dino_features.labelled_features(backbone, self.sets, *how, stop=stop)
-        backbone.train(training)
-        found = None
-        if features:
-            top1, top5 = dino_features.knn_accuracies(*features, [NEIGHBOURS], TEMPERATURE)[NEIGHBOURS]
-            found = {"knn_top1": top1, "knn_top5": top5}
-        found = utils.gather_objects(found)[0]  # the others wait for rank 0 here
-        utils.log(
-            f"{NEIGHBOURS}-NN of the teacher, {len(self.sets[1])} images among {len(self.sets[0])}: "
-            f"top-1 {found['knn_top1']:.2f} %, top-5 {found['knn_top5']:.2f} % ({time.time() - began:.0f} s)"
-        )
-        return found
-
-
-# ---- the run ----
-
-
-class RunKeeper:
-    """Where in its epoch a run begins, when it has to be saved, and whether it is to stop.
-
-    `state(epoch, step, meters)` gives what a checkpoint holds; the doctor is health.py's, the neighbours are an
-    OnlineKnn or None. Without arguments one that does nothing.
-    """
-
-    def __init__(
-        self,
-        args=None,
-        student=None,
-        state=None,
-        writer=None,
-        stop=None,
-        doctor=None,
-        neighbours=None,
-        first_step=0,
-        meters=(),
-        sittings=(),
-    ):
-        self.args, self.student, self.state, self.writer, self.stop = args, student, state, writer, stop
-        self.doctor, self.neighbours = doctor, neighbours
-        self.first_step, self.meters, self.sittings = first_step, meters, sittings
-        self.saved_at, self.stopped_by, self.bad_steps, self.lanes = time.monotonic(), 0, 0, 1
-        self.unlogged = []
-
-    def look(self, step, metrics, student, teacher, dino_loss, gradient_norms):
-        """Measure the run's health, on the steps that are logged; rank 0 warns of what it sees."""
-        if self.args is None:
-            return
-        metrics.update(**dino_health.step_numbers(teacher.features, dino_loss, gradient_norms))
-        if utils.is_main_process():
-            numbers = {name: meter.value for name, meter in metrics.meters.items()}
-            self.doctor.curves.add(step, numbers)
-            about = {"feature_dim": teacher.features.shape[1], "images": len(teacher.features) // 2}
-            self.doctor.check_step(step, {**numbers, **about}, student, teacher)
-
-    def note_bad_images(self, wrong=()):
-        """Take down what could not be read for a batch; UserError is raised when that is too much."""
-        found = dict(text.split("\0", 1) for text in wrong if text)
-        if self.args is None or found.keys() <= self.doctor.bad_images.keys():
-            return
-        for name in found.keys() - self.doctor.bad_images.keys():
-            utils.say(f"warning: {found[name]}. Another is taken in its place")
-        self.doctor.bad_images.update(found)
-        self.check_bad_images()
-
-    def check_bad_images(self):
-        bad, images = self.doctor.bad_images, self.args.images
-        if len(bad) > math.ceil(self.args.max_bad_images * images):
-            self.write_bad_images()
-            raise UserError(
-                f"{len(bad)} of {images} images can't be read, which is more than --max_bad_images "
-                f"{self.args.max_bad_images} allows: {utils.summarize(sorted(bad))}. Repair or remove what stands in "
-                f"{os.path.join(self.args.output_dir, 'bad_images.txt')}, or allow more"
-            )
-
-    def share_bad_images(self):
-        """Let all processes know what any of them could not read. All of them have to call it."""
-        known = len(self.doctor.bad_images)
-        for found in utils.gather_objects(self.doctor.bad_images):
-            self.doctor.bad_images.update(found)
-        if self.doctor.bad_images and utils.is_main_process():
-            self.write_bad_images()
-        if len(self.doctor.bad_images) > known:
-            self.check_bad_images()
-
-    def write_bad_images(self):
-        """bad_images.txt: in each line a name (an odd one as Python writes it), a tab, and what is wrong with it."""
-        lines = []
-        for name, why in sorted(self.doctor.bad_images.items()):
-            why = why.removeprefix(f"can't read the image {name}: ").removesuffix(". Repair or remove it")
-            lines.append(f"{utils.printable(name)}\t{' '.join(why.split())}\n")
-        text = "".join(lines)
-        path = os.path.join(self.args.output_dir, "bad_images.txt")
-        try:
-            utils.write_whole(path, lambda file: file.write(text.encode(errors="replace")))
-        except OSError as e:
-            utils.log(f"warning: {path} could not be written ({e.strerror})")
-
-    def evaluates(self, epoch):
-        """Whether this epoch ends with a look at the neighbours."""
-        return bool(self.neighbours and self.neighbours.due(epoch))
-
-    def end_collapsed(self, epoch, done):
-        what = utils.gather_objects(self.doctor.collapse)[0]
-        self.writer.wait()
-        utils.gather_objects(None)  # nobody ends before rank 0 has written
-        saved = "not saved" if self.writer.failures else "saved"
-        raise UserError(f"stopped in epoch {epoch} after step {done}, {saved}: {what}", exit_code=4)
-
-    def wishes(self, step):
-        """(signal to stop or 0, whether to save, whether the run has collapsed) after this step, as far as is known."""
-        if self.args is None:
-            return 0, False, False
-        minutes = (time.monotonic() - self.saved_at) / 60
-        by_time = self.args.save_every_minutes and minutes >= self.args.save_every_minutes
-        by_step = self.args.saveckp_iters and (step + 1) % self.args.saveckp_iters == 0
-        return self.stop.signal, bool(by_time or by_step), bool(self.args.stop_on_collapse and self.doctor.collapse)
-
-    def check_weights(self):
-        """Raise UserError (exit code 3) rather than save weights that no run can go on from."""
-        if not torch.stack([parameter.isfinite().all() for parameter in self.student.parameters()]).all():
-            raise UserError(
-                "the weights are no longer finite: a gradient was not, in a step whose loss was. The checkpoints are "
-                "from before; lower --lr or --clip_grad, or try --use_fp16 false",
-                exit_code=3,
-            )
-
-    def save(self, epoch, step, meters):
-        self.check_weights()
-        self.share_bad_images()
-        share = utils.global_batch(vars(self.args)) // utils.get_world_size()
-        now = (utils.get_world_size(), share)
-        unknown = [(*now, self.first_step, self.lanes)] if self.first_step else []  # as the sampler took it
-        sitting = (*now, step - self.first_step, self.lanes)
-        self.writer.save(self.state(epoch, step, meters, [*(self.sittings or unknown), sitting]))
-        self.saved_at = time.monotonic()
-
-    def log_epoch(self, stats):
-        """Add a line to log.txt on rank 0. What can't be written now is written with the next."""
-        if not utils.is_main_process():
-            return
-        if self.doctor.warnings:
-            stats["warnings"] = self.doctor.warnings
-            self.doctor.warnings = []
-        self.unlogged.append(stats)
-        try:
-            while self.unlogged:
-                utils.write_log_line(self.args.output_dir, self.unlogged[0])
-                self.unlogged.pop(0)
-        except OSError as e:
-            path = os.path.join(self.args.output_dir, "log.txt")
-            utils.log(f"warning: {path} could not be written ({e.strerror}). The run goes on")
-
-    def save_epoch(self, epoch, best=False):
-        """Save behind a whole epoch, the best and some others under a name of its own too; the next starts afresh."""
-        self.check_weights()
-        copies = [os.path.join(self.args.output_dir, "checkpoint_best.pth")] * best
-        if self.args.saveckp_freq and epoch % self.args.saveckp_freq == 0:
-            copies.append(os.path.join(self.args.output_dir, f"checkpoint{epoch:04}.pth"))
-        self.writer.save(self.state(epoch + 1), *copies)
-        self.saved_at, self.first_step, self.meters, self.sittings = time.monotonic(), 0, (), ()
-
-
-def describe_run(args, device, amp_dtype, steps):
-    precision = str(amp_dtype).removeprefix("torch.") if amp_dtype else "float32"
-    flags = "\n".join(f"{k}: {v}" for k, v in sorted(vars(args).items()))
-    return (
-        f"{flags}\n{args.arch} on {args.world_size} × {device.type} in {precision}: {args.images} images, "
-        f"{steps} steps of {utils.global_batch(vars(args))} in each of {args.epochs} epochs"
-    )

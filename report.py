@@ -6,7 +6,7 @@
 
 Reads what main_dino.py leaves in its --output_dir: run.json, log.txt and checkpoint.pth. What is not there, as in a run
 of the authors' release, is left out, and the page says so. It shows what was run, the warnings, the curves, the
-attention of the last block (figure 1 of the paper), patch features as colours, and nearest neighbours.
+attention of the last block (figure 1 of the paper), patch features as colors, and nearest neighbors.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def get_args_parser():
     parser.add_argument("--data_path", default=None, metavar="DIR", help="""Images to look at, in class folders or
         directly in this one; where it has a val/, those. Without this flag the run's own, else `sample`.""")
     parser.add_argument("--images", default=500, type=at_least(2), metavar="N",
-        help="Images, spread evenly over the folder, among which neighbours are looked for. More take longer.")
+        help="Images, spread evenly over the folder, among which neighbors are looked for. More take longer.")
     parser.add_argument("--num_workers", default=2, type=at_least(0), metavar="N", help="Processes that load images.")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
         help="auto takes a GPU if there is one.")
@@ -218,7 +218,7 @@ CHARTS = (
     ("Largest prototype", "share of images", ("train_top_prototype",)),
     ("Spread of features", "dashed: 1 / √d, the ideal", ("train_feature_std",)),
     ("Norm of gradients", "median; dotted: largest", ("train_grad_norm", "train_grad_norm_max")),
-    ("Norm of the centre", "levels off", ("train_center_norm",)),
+    ("Norm of the center", "levels off", ("train_center_norm",)),
     ("Learning rate", "", ("train_lr",)),
     ("Weight decay", "", ("train_wd",)),
     ("Teacher's momentum", "1: it stands still", ("train_momentum",)),
@@ -297,7 +297,7 @@ def empty_figure(runs, scale):
 
 # ---- pictures ----
 
-SHOWN, NEIGHBOURS, TILE = 8, 6, 112  # rows of pictures, neighbours in a row, pixels
+SHOWN, NEIGHBORS, TILE = 8, 6, 112  # rows of pictures, neighbors in a row, pixels
 
 
 class Sample(NamedTuple):
@@ -362,10 +362,10 @@ def pictures(run, samples, args, device):
         model, size = build_teacher(run, device)
     except UserError as e:
         return [f"<p>No pictures: {escape(str(e))}.</p>"]
-    neighbours = neighbours_section(model, samples, size, args)
+    neighbors = neighbors_section(model, samples, size, args)
     if not dino_backbones.is_vit(model):
-        return ["<p>No attention and no patch features: the network is none of our ViTs.</p>", neighbours]
-    return [attention_section(model, evenly(samples, SHOWN), size, device), neighbours]
+        return ["<p>No attention and no patch features: the network is none of our ViTs.</p>", neighbors]
+    return [attention_section(model, evenly(samples, SHOWN), size, device), neighbors]
 
 
 def build_teacher(run, device):
@@ -387,7 +387,7 @@ def build_teacher(run, device):
 
 
 def attention_section(model, samples, size, device):
-    """A row an image: itself, its patches' main components as colours, and what CLS looks at."""
+    """A row an image: itself, its patches' main components as colors, and what CLS looks at."""
     from matplotlib import colormaps
 
     patch_size = model.patch_embed.patch_size
@@ -400,13 +400,13 @@ def attention_section(model, samples, size, device):
         maps.append(dino_features.cls_attention(model, batch)[0].float().cpu())  # [heads, h, w]
         tokens.append(model.get_intermediate_layers(batch)[0][0, 1:].float().cpu())  # [h · w, D]
     dino_features.check_finite_features(*maps, *tokens)
-    colours = main_components(torch.stack(tokens)).unflatten(1, maps[0].shape[1:]).mul(255).byte()  # [N, h, w, 3]
+    colors = main_components(torch.stack(tokens)).unflatten(1, maps[0].shape[1:]).mul(255).byte()  # [N, h, w, 3]
     header, rows = ["image", "patches", "mean", *(f"head {i}" for i in range(len(maps[0])))], []
-    for sample, colour, heads in zip(samples, colours, maps, strict=True):
+    for sample, color, heads in zip(samples, colors, maps, strict=True):
         masses = [(mass - mass.min()).numpy() for mass in (heads.mean(0), *heads)]
         heat = [colormaps["viridis"](mass / max(mass.max(), 1e-12), bytes=True)[..., :3] for mass in masses]
         of = f" of {'/'.join(Path(sample.name).parts[-2:])}"
-        tiles = zip(header[1:], (colour.numpy(), *heat), strict=True)
+        tiles = zip(header[1:], (color.numpy(), *heat), strict=True)
         rows.append(
             [
                 photo(sample.photo(size), of),
@@ -415,7 +415,7 @@ def attention_section(model, samples, size, device):
         )
     note = (
         f"Images of {size} pixels, twice those of training. Patches: the first three principal components of the last "
-        "block's patch tokens, of all these images together, as red, green and blue: like colours are like features. "
+        "block's patch tokens, of all these images together, as red, green and blue: like colors are like features. "
         "Mean, heads: how much CLS looks at each patch in the last block, each map from its least to its most."
     )
     return table("Attention and patch features", header, rows, note, "tiles")
@@ -423,24 +423,24 @@ def attention_section(model, samples, size, device):
 
 def main_components(tokens):
     """Tokens [N, P, D] along their three main axes, each from its 2nd to its 98th percentile as 0..1: [N, P, 3]."""
-    centred = tokens.flatten(0, 1).double()
-    centred -= centred.mean(dim=0)
-    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)  # [D, 3], the main one first
+    centered = tokens.flatten(0, 1).double()
+    centered -= centered.mean(dim=0)
+    axes = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -3:].flip(1)  # [D, 3], the main one first
     axes *= axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # else the sign is arbitrary
-    found = centred @ axes
+    found = centered @ axes
     low, high = found.quantile(torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
     return ((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, tokens.shape[:2])
 
 
-def neighbours_section(model, samples, size, args):
+def neighbors_section(model, samples, size, args):
     """A row a query: the images with the most similar features, the best first."""
     inputs, chosen = samples[0].inputs, samples[0].images.take([sample.number for sample in samples])
     images = dino_data.EvalImages(chosen, dino_crops.eval_transform(size, inputs), inputs=inputs)
     loader = DataLoader(images, batch_size=64, num_workers=args.num_workers)
     features = F.normalize(dino_features.extract_features(model, loader, use_cuda=False), dim=1)
     dino_features.check_finite_features(features)
-    similarity = (features @ features.T).fill_diagonal_(-math.inf)  # an image is no neighbour of itself
-    best, nearest = (found.tolist() for found in similarity.topk(min(NEIGHBOURS, len(samples) - 1), dim=1))
+    similarity = (features @ features.T).fill_diagonal_(-math.inf)  # an image is no neighbor of itself
+    best, nearest = (found.tolist() for found in similarity.topk(min(NEIGHBORS, len(samples) - 1), dim=1))
     rows = []
     for i in evenly(range(len(samples)), SHOWN):
         found = zip(nearest[i], best[i], strict=True)
@@ -451,7 +451,7 @@ def neighbours_section(model, samples, size, args):
         note += (
             f" For {100 * hits / len(samples):.0f} % of all of them the nearest is of the same class; ≠ is of another."
         )
-    return table("Nearest neighbours", ["image", *map(str, range(1, len(rows[0])))], rows, note, "tiles")
+    return table("Nearest neighbors", ["image", *map(str, range(1, len(rows[0])))], rows, note, "tiles")
 
 
 def tile(sample, similarity=None, wanted=None):
@@ -480,7 +480,7 @@ def embed(image, alt, kind):
 
 # ---- the page ----
 
-# What it may not load, the browser refuses. Bokeh takes its colours from CSS variables.
+# What it may not load, the browser refuses. Bokeh takes its colors from CSS variables.
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">

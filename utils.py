@@ -1,15 +1,16 @@
-"""What the scripts share: errors and arguments, randomness, devices and processes, meters and logs, schedules and
-optimisers, checkpoints, backbones and weights, multi-crop and features. One of each.
+"""What any DINO code shares: errors, seeds, processes, meters, schedules, optimizers, multi-crop, normalization.
+
+All public names of the authors' utils are here. Some live in another file, where `__getattr__` finds them, so that
+importing utils imports none of our files.
 """
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import difflib
 import functools
 import hashlib
-import inspect
+import importlib
 import json
 import math
 import os
@@ -23,24 +24,58 @@ import threading
 import time
 from collections import defaultdict, deque
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.init import trunc_normal_  # noqa: F401 - public
 from tqdm import tqdm
 
-# ---- errors and arguments ----
+if TYPE_CHECKING:  # for editors
+    from dino_backbones import load_pretrained_linear_weights, load_pretrained_weights  # noqa: F401
+    from dino_checkpoints import restart_from_checkpoint  # noqa: F401
+    from dino_crops import GaussianBlur, Solarization  # noqa: F401
+    from dino_features import PCA, compute_ap, compute_map, multi_scale  # noqa: F401
+
+# Public names that live in another file.
+ELSEWHERE = {
+    "GaussianBlur": "dino_crops",
+    "Solarization": "dino_crops",
+    "load_pretrained_weights": "dino_backbones",
+    "load_pretrained_linear_weights": "dino_backbones",
+    "restart_from_checkpoint": "dino_checkpoints",
+    "PCA": "dino_features",
+    "compute_ap": "dino_features",
+    "compute_map": "dino_features",
+    "multi_scale": "dino_features",
+}
+
+
+def __getattr__(name):
+    if name not in ELSEWHERE:
+        raise AttributeError(f"module 'utils' has no attribute {name!r}")
+    return getattr(importlib.import_module(ELSEWHERE[name]), name)
+
+
+# ---- errors and words ----
 
 
 class UserError(ValueError):
-    """What the user can put right: printed as one line, without a traceback, and the process ends with `exit_code`."""
+    """What the user can fix: printed as one line without a traceback. The process exits with `exit_code`."""
 
     def __init__(self, message, exit_code=2):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Stopped(Exception):
+    """Work that a signal has ended on all ranks; `signal` is its number."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.signal = number
 
 
 def bool_flag(text):
@@ -51,64 +86,127 @@ def bool_flag(text):
     return value
 
 
-def cache_dir():
-    """Where what is built or downloaded once is kept: $DINO_CACHE, else dino/ in the user's cache folder."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.environ.get("DINO_CACHE") or os.path.join(user_cache, "dino")
-
-
 def did_you_mean(name, known):
     near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
-# fmt: on
+def printable(name):
+    """A name as it is, or as Python writes it if it has unprintable characters: on one line in any case."""
+    return name if name.isprintable() else repr(name)
 
 
-def terminate(number, _):
-    sys.exit(128 + number)
+def summarize(names):
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def plain_args(args):
+    """The arguments of a run (Namespace or dict) as a dict of plain types."""
+    if not isinstance(args, dict):
+        args = vars(args) if isinstance(args, argparse.Namespace) else {}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in args.items()}
+
+
+def global_batch(args):
+    """Images per step over all processes, from the arguments of a run as a dict; None if they don't say."""
+    numbers = args.get("batch_size_per_gpu"), args.get("world_size", 1), args.get("grad_accum_steps", 1)
+    return math.prod(numbers) if all(type(n) is int and 0 < n < 2**31 for n in numbers) else None
 
 
 # ---- randomness ----
 
+# What a seed is for, as the second argument of derive_seed, so that no two uses share a stream.
+ORDER, SAMPLE, STEP, REPLACEMENT = range(4)
+
 
 def derive_seed(*parts):
     """A 63-bit seed that depends on all of the non-negative integers `parts` and on their order."""
-    words = repr(tuple(map(int, parts))).encode()  # SeedSequence(parts) would take (1, 2) and (1, 2, 0) for the same
+    words = repr(tuple(map(int, parts))).encode()  # SeedSequence would not tell (1, 2) from (1, 2, 0)
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little") >> 1
 
 
 def fix_random_seeds(seed=0, cpu_only=False):
-    """Seed torch (on all devices, or the CPU alone), numpy and Python alike.
+    """Seed torch (on all devices, or only on the CPU), numpy and Python.
 
-    For all devices it takes half a millisecond where none of them is in use: torch notes who asked, with a traceback
-    for each kind of device. That is much for an image.
+    Seeding all devices takes half a millisecond even if none is in use, which is much for one image.
     """
     (torch.default_generator if cpu_only else torch).manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
-# What a seed is for, as the second part of derive_seed, so that no two uses share a stream.
-ORDER, SAMPLE, STEP, REPLACEMENT = range(4)
+def seed_step(seed, step):
+    """Seed what is random in a step, drop path, as a function of (seed, step, rank) alone."""
+    fix_random_seeds(derive_seed(seed, STEP, step, get_rank()))
 
 
-# ---- devices and processes ----
+# ---- devices ----
+
+
+def pick_device(name, local_rank=0):
+    """torch.device for --device auto|cuda|mps|cpu; auto is the first of cuda, mps and cpu that is available."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = " and ".join(kind for kind in available if available[kind])
+        raise UserError(f"--device {name} is not available: this machine has {there}. Use --device auto")
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. "
+            "Start one process per GPU"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+def pick_amp_dtype(device, use_fp16, amp_dtype):
+    """dtype of mixed precision, or None for float32.
+
+    "auto" is bf16 where the hardware has it, else fp16 on CUDA and float32 elsewhere.
+    """
+    if not use_fp16:
+        return None
+    if amp_dtype != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_computes_bf16() else None
+
+
+def cpu_computes_bf16():
+    """Whether this CPU multiplies bf16 in hardware. Otherwise bf16 is correct but slower than float32."""
+    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def cpu_flags():
+    """The words of /proc/cpuinfo, vendor and instruction sets among them; none where there is no such file."""
+    try:
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return frozenset()
+
+
+# ---- processes ----
 
 
 def init_distributed_mode(args):
-    """Find out which process of how many this is, pick its device, and join the others if there are any.
+    """Find this process's rank, pick its device, and join the other processes if there are any.
 
     Sets args.rank, args.world_size and args.gpu (rank on this machine); returns the torch.device. torchrun and
-    torch.distributed.launch say it by RANK, WORLD_SIZE and LOCAL_RANK, a Slurm step by SLURM_*. A single process makes
-    no process group and opens no port.
+    torch.distributed.launch set RANK, WORLD_SIZE and LOCAL_RANK, a Slurm step SLURM_*. A single process makes no
+    process group and opens no port.
     """
     try:
         args.rank, args.world_size, args.gpu = rank_from_environment(args.dist_url)
-        device = pick_device(args.device, args.gpu)
+        device = pick_device(getattr(args, "device", "auto"), args.gpu)
         if args.world_size > 1:
             if device.type == "mps":
-                raise UserError("several processes work on cuda and cpu only: give --device cpu, or start one process")
+                raise UserError("several processes need cuda or cpu: use --device cpu, or start one process")
             join_processes(args, device)
     except (ValueError, KeyError, RuntimeError, OSError, subprocess.CalledProcessError) as e:
         if isinstance(e, UserError):
@@ -121,7 +219,7 @@ def init_distributed_mode(args):
 
 
 def rank_from_environment(dist_url):
-    """(rank, number of processes, rank on this machine) as the launcher says."""
+    """(rank, number of processes, rank on this machine) as the launcher has set them."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
@@ -134,7 +232,7 @@ def rank_from_environment(dist_url):
 
 def join_processes(args, device):
     gpu, main_thread = device.type == "cuda", threading.current_thread() is threading.main_thread()
-    if main_thread:  # while torch waits for the others, a handler of Python's would not be called
+    if main_thread:  # Python handlers do not run while torch waits for the others
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         dist.init_process_group(
@@ -150,80 +248,119 @@ def join_processes(args, device):
 
 
 def name_slurm_master():
-    """Point env:// at the first node of this Slurm step, with a port that follows from the job's number."""
+    """Point env:// at the first node of this Slurm step, with a port that follows from the job ID."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    os.environ.setdefault("MASTER_ADDR", shown.stdout.split()[0])
+    names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    os.environ.setdefault("MASTER_ADDR", names.stdout.split()[0])
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
 
 
-def pick_device(name, local_rank=0):
-    """torch.device for --device auto|cuda|mps|cpu; auto takes the first of cuda, mps and cpu that is there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        there = " and ".join(kind for kind in available if available[kind])
-        raise UserError(f"--device {name} is not available here. Use --device auto; this machine has {there}")
-    if name == "cpu":
-        keep_freed_memory()
-        multiply_by_onednn()
-    if name != "cuda":
-        return torch.device(name)
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. "
-            "Start one process per GPU"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True
-    return device
-
-
-def keep_freed_memory():
-    """Let glibc keep large blocks that are freed, as torch itself does on GPUs.
-
-    By default they go back to the system, and each step has all its activations mapped and zeroed again, page by page:
-    about a third of a step's time. The price is that the process stays at its peak.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # other C libraries have none
-        trim_threshold, mmap_max = -1, -4
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
-
-
-def multiply_by_onednn():
-    """Have float32 matrices multiplied by oneDNN on AMD's CPUs with AVX-512: exactly as well, and twice as fast as by
-    MKL, torch's own choice, which uses AVX2 there.
-
-    torch leaves them to oneDNN only if it may round them to bf16. That it does only on CPUs with AMX, which are left
-    alone; and should a product come out rounded nevertheless, all is as before. A setting of the whole process: with it
-    torch.get_float32_matmul_precision() refuses to answer.
-    """
-    flags, settings = cpu_flags(), getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(settings, "fp32_precision") or "AuthenticAMD" not in flags or "avx512f" not in flags:
-        return
-    if any(flag.startswith("amx") for flag in flags):
-        return
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    ramp = torch.linspace(1, 2, 2**16).view(256, 256)  # numbers that bf16 does not have
-    exact = ramp.double() @ ramp.double()
-    if not torch.allclose((ramp @ ramp).double(), exact, rtol=1e-5, atol=0):
-        settings.fp32_precision = before
+def is_dist_avail_and_initialized():
+    return dist.is_available() and dist.is_initialized()
 
 
 def get_rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if is_dist_avail_and_initialized() else 0
 
 
 def get_world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
 
 
 def is_main_process():
     return get_rank() == 0
+
+
+def setup_for_distributed(is_master):
+    """Silence print in processes other than the first; print(..., force=True) still prints. For code of the release."""
+    import builtins
+
+    builtin_print = builtins.print
+
+    def print_on_master(*words, force=False, **options):
+        if is_master or force:
+            builtin_print(*words, **options)
+
+    builtins.print = print_on_master
+
+
+def collective_device():
+    """Where tensors must be to travel between processes: nccl moves CUDA tensors only."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def gather_objects(value):
+    """The value of every process, in the order of ranks."""
+    if get_world_size() == 1:
+        return [value]
+    values = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def reduce_dict(input_dict, average=True):
+    """{name: tensor} summed, or averaged, over all processes."""
+    if get_world_size() == 1:
+        return input_dict
+    with torch.no_grad():
+        names = sorted(input_dict)  # the same order on every rank
+        values = torch.stack([input_dict[name] for name in names])
+        dist.all_reduce(values)
+        if average:
+            values /= get_world_size()
+        return dict(zip(names, values, strict=True))
+
+
+def check_same_everywhere(value, what):
+    """Raise UserError on every rank if the ranks do not agree on a value."""
+    values = gather_objects(value)
+    if len(set(values)) > 1:
+        raise UserError(f"{what} differs between processes: {values}. --output_dir must be one folder for all")
+
+
+def terminate(number, _):
+    sys.exit(128 + number)
+
+
+def ignore_signals(_):
+    """For loader processes, which receive the signals of their group too: they end when the training process does."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+class HostCopy:
+    """Asynchronous copy of a small tensor to the CPU. Create it before `backward()` and call `read()` after: the GPU
+    then has work queued while the host waits.
+    """
+
+    def __init__(self, tensor):
+        self.values, self.arrived = tensor.detach(), None
+        if tensor.device.type == "cuda":
+            self.values = torch.empty_like(self.values, device="cpu", pin_memory=True)
+            self.values.copy_(tensor.detach(), non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self):
+        """The number, or list of numbers."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+# ---- printing and meters ----
+
+tqdm.monitor_interval = 0  # no thread: loaders are forked from this process
+
+
+def say(*words):
+    """Print a line at once, above the progress bar on a terminal, where warnings are yellow (see NO_COLOR)."""
+    text = " ".join(map(str, words))
+    if text.startswith("warning") and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        text = f"\x1b[33m{text}\x1b[0m"
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def log(*words):
@@ -232,49 +369,11 @@ def log(*words):
         say(*words)
 
 
-def ignore_signals(_):
-    """For a loader's processes, which get the signals of their group too: they end when the training process does."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def pick_amp_dtype(device, use_fp16, amp_dtype):
-    """dtype of mixed precision, or None for float32 throughout.
-
-    "auto" is bf16 where the hardware computes in it, else fp16 on CUDA; a CPU without bf16 instructions, and mps,
-    stay in float32.
-    """
-    if not use_fp16:
-        return None
-    if amp_dtype != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_computes_bf16() else None
-
-
-def cpu_computes_bf16():
-    """Whether this CPU multiplies bf16 in hardware. Without, bf16 is correct but slower than float32."""
-    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16", "bf16"})
-
-
-def cpu_flags():
-    """The words of /proc/cpuinfo: vendor and instruction sets among them; none where there is no such file."""
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return frozenset()
-
-
-# ---- meters and logs ----
-
-
 class SmoothedValue:
     """A series of scalars: median and mean of the last `window_size`, and the mean of all.
 
-    Tensors are taken in without being read: reading waits for the device, and happens when a statistic is asked for.
-    Of an empty window they are NaN, as in an epoch that goes on from a checkpoint until its next good step.
+    Tensors are kept unread until a statistic is asked for: reading waits for the device. Statistics of an empty window
+    are NaN.
     """
 
     def __init__(self, window_size=20, fmt="{median:.6f} ({global_avg:.6f})"):
@@ -286,7 +385,7 @@ class SmoothedValue:
     def update(self, value, n=1):
         if isinstance(value, torch.Tensor):
             self.unread.append((value.detach(), n))
-        elif self.unread:  # behind tensors that are still to be read, so that the order stays
+        elif self.unread:  # after tensors that are still unread, to keep the order
             self.unread.append((value, n))
         else:
             self._count(value, n)
@@ -297,7 +396,7 @@ class SmoothedValue:
         self.count += n
 
     def read(self):
-        """Fetch what still lies on the device, in one transfer."""
+        """Fetch what is still on the device, in one transfer."""
         if self.unread:
             tensors = [v.float().reshape(()) for v, _ in self.unread if isinstance(v, torch.Tensor)]
             fetched = iter(torch.stack(tensors).tolist())
@@ -307,12 +406,12 @@ class SmoothedValue:
         return self
 
     def totals(self):
-        """(total, count), what a checkpoint in the middle of an epoch has to keep."""
+        """(total, count), which a checkpoint within an epoch has to keep."""
         self.read()
         return self.total, self.count
 
     def synchronize_between_processes(self):
-        """Add up total and count over all processes; the window stays each process's own."""
+        """Sum total and count over all processes; the window stays local."""
         self.read()
         if get_world_size() > 1:
             both = torch.tensor([self.count, self.total], dtype=torch.float64, device=collective_device())
@@ -344,86 +443,19 @@ class SmoothedValue:
         return self.fmt.format(**{name: getattr(self, name) for name in named})
 
 
-def collective_device():
-    """Where tensors must lie to travel between processes: nccl moves CUDA tensors only."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-
-def gather_objects(value):
-    """What every process gives, in the order of ranks."""
-    if get_world_size() == 1:
-        return [value]
-    values = [None] * get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def check_same_everywhere(number, what):
-    """Raise UserError on every rank if the ranks do not agree on a number."""
-    numbers = gather_objects(number)
-    if len(set(numbers)) > 1:
-        raise UserError(f"{what} differs between processes: {numbers}. --output_dir must be one folder for all")
-
-
-def on_terminal():
-    """Whether standard output is a terminal on which a line can be drawn anew."""
-    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
-
-def say(*words):
-    """print, at once. On a terminal above the bar of progress, and warnings in yellow, unless NO_COLOR is set."""
-    text = " ".join(map(str, words))
-    if not on_terminal():
-        print(text, flush=True)
-        return
-    if text.startswith("warning") and not os.environ.get("NO_COLOR"):
-        text = f"\x1b[33m{text}\x1b[0m"
-    with Bar.external_write_mode(sys.stdout):
-        print(text, flush=True)
-
-
-class Bar(tqdm):
-    """How far a loop has come, on the last line of rank 0's terminal; where there is none it shows and does nothing.
-
-    The cursor waits at the start of the line: what the terminal itself writes there, as ^C, is erased with the bar.
-    """
-
-    monitor_interval = 0  # no thread that draws too: every step does, ten times a second at most
-
-    def __init__(self, header, start, number):
-        hidden = not (is_main_process() and on_terminal())
-        look = {"leave": False, "dynamic_ncols": True, "mininterval": 0.1, "miniters": 1, "disable": hidden}
-        super().__init__(desc=header.rstrip(": "), initial=start, total=number, file=sys.stdout, **look)
-
-    @staticmethod
-    def status_printer(file):
-        def draw(text):
-            file.write(f"\r\x1b[2K{text}\r")
-            file.flush()
-
-        return draw
-
-    @classmethod
-    def close_all(cls):
-        """Erase the bars of loops that something has ended in the middle."""
-        for bar in [bar for bar in cls._instances if isinstance(bar, cls)]:
-            bar.close()
-
-
-Bar.set_lock(threading.RLock())  # tqdm's own is also one between processes, but none of ours draws for another
-
-
 class MetricLogger:
-    """Named SmoothedValues and the console line over a loop."""
+    """Named SmoothedValues (also as attributes: `logger.loss.global_avg`) and the console line of a loop."""
 
     def __init__(self, delimiter="  "):
         self.meters = defaultdict(SmoothedValue)
         self.delimiter = delimiter
-        self.due = True  # whether this item's line will be printed
-        self.images = (
-            0  # of an item; where they are known, the line has their number a second, and the share of waiting
-        )
-        self.seconds = self.waiting = 0.0  # for an item; share of it spent waiting, the first item apart
+        self.due = True  # whether the line of this item will be printed
+        self.seconds = self.waiting = 0.0  # per item; share of it spent waiting for items, except for the first
+
+    def __getattr__(self, name):
+        if name in self.__dict__.get("meters", ()):
+            return self.meters[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute and no meter {name!r}")
 
     def update(self, **values):
         for name, value in values.items():
@@ -432,28 +464,21 @@ class MetricLogger:
     def add_meter(self, name, meter):
         self.meters[name] = meter
 
-    def add_meters(self, *names, **formats):
-        """Fix the order on the line; a format is for SmoothedValue."""
-        for name in names:
-            self.add_meter(name, SmoothedValue())
-        for name, fmt in formats.items():
-            self.add_meter(name, SmoothedValue(fmt=fmt))
-
     def synchronize_between_processes(self):
         for meter in self.meters.values():
             meter.synchronize_between_processes()
 
     def totals(self):
-        """{name: (total, count)} of every process: a list, in the order of ranks. All processes have to call it."""
+        """One {name: (total, count)} per process, in the order of ranks. All processes have to call it."""
         return gather_objects({name: meter.totals() for name, meter in self.meters.items()})
 
     def restore(self, everyones):
-        """Take up what `totals` gave. Rank 0 takes all of it if there were more or fewer processes then."""
-        as_many = len(everyones) == get_world_size()
+        """Continue from what `totals` returned. If the number of processes has changed, rank 0 gets all of it."""
+        as_before = len(everyones) == get_world_size()
         for rank, totals in enumerate(everyones):
-            mine = rank == get_rank() if as_many else is_main_process()
+            mine = rank == get_rank() if as_before else is_main_process()
             for name, (total, count) in totals.items():
-                meter = self.meters[name]  # every rank has all of them, since they are added up over the ranks
+                meter = self.meters[name]  # on every rank, since meters are summed over ranks
                 if mine:
                     meter.total += total
                     meter.count += count
@@ -461,54 +486,49 @@ class MetricLogger:
     def __str__(self):
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
-    def log_every(self, iterable, print_freq, header="", start=0, hint="try more --num_workers"):
-        """Yield from `iterable`; every `print_freq` items, and at the last, print progress and the meters on rank 0.
+    def timing(self):
+        """The end of the line: seconds per item, the part of it spent waiting for the item, and peak memory in MB."""
+        return [f"time: {self.step_time}", f"data: {self.data_time}", f"max mem: {peak_memory_mb():.0f}"]
 
-        The first item counts as number `start`. `time` is seconds an item, `data` the part of it spent waiting for the
-        item, `max mem` MB: of the GPU's memory, or of the process where there is no GPU. Where the wait is more than a
-        quarter of the time, the first item's apart, the line ends with `hint`.
+    def log_every(self, iterable, print_freq, header="", start=0):
+        """Yield from `iterable`, print a line on rank 0 every `print_freq` items and at the last, and show a bar.
+
+        The first item has the number `start`.
         """
-        step_time, data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
+        self.step_time, self.data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
         number = start + len(iterable)
-        began = end = time.time()
+        began = end = time.monotonic()
         waited = spent = 0.0
-        with Bar(header, start, number) as bar:
+        hidden = None if is_main_process() else True  # None: shown on terminals only
+        with tqdm(initial=start, total=number, desc=header, disable=hidden, file=sys.stdout, leave=False) as bar:
             for i, item in enumerate(iterable, start):
-                data_time.update(time.time() - end)
+                self.data_time.update(time.monotonic() - end)
                 self.due = i % print_freq == 0 or i == number - 1
                 yield item
-                step_time.update(time.time() - end)
-                if i > start:  # before the first one, loaders start and fill their queues
-                    waited, spent = waited + data_time.value, spent + step_time.value
-                # The other ranks' devices need not wait for a line that they don't print.
-                if self.due and is_main_process():
-                    eta = datetime.timedelta(seconds=int(step_time.global_avg * (number - 1 - i)))
+                self.step_time.update(time.monotonic() - end)
+                if i > start:  # before the first item, loaders start and fill their queues
+                    waited, spent = waited + self.data_time.value, spent + self.step_time.value
+                    self.waiting = waited / max(spent, 1e-9)
+                if self.due and is_main_process():  # other ranks' devices need not wait for a line they don't print
+                    left = int(self.step_time.global_avg * (number - 1 - i))
+                    eta = f"eta: {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
                     progress = f"[{i:{len(str(number))}d}/{number}]"
                     meters = [str(self)] * bool(self.meters)
-                    timing = [f"time: {step_time}", f"data: {data_time}", f"max mem: {peak_memory_mb():.0f}"]
-                    if self.images:
-                        timing.append(f"images/s: {self.images / max(step_time.avg, 1e-9):.1f}")
-                        timing.append(f"waiting: {waited / max(spent, 1e-9):.0%}")
-                    if spent > 1 and waited > spent / 4:
-                        timing.append(f"(data wait {waited / spent:.0%} of the time: {hint})")
-                    if "loss" in self.meters:  # read for this line already; between lines nothing is
-                        bar.set_postfix_str(f"loss: {self.meters['loss'].value:.4f}", refresh=False)
-                    say(self.delimiter.join((header, progress, f"eta: {eta}", *meters, *timing)))
+                    say(self.delimiter.join(filter(None, (header, progress, eta, *meters, *self.timing()))))
                 bar.update()
-                end = time.time()
-        total = time.time() - began
-        items = number - start  # none where a run goes on behind the last step of an epoch
-        self.seconds, self.waiting = total / items if items else 0.0, waited / max(spent, 1e-9)
-        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({self.seconds:.6f} s / it)")
+                end = time.monotonic()
+        total = time.monotonic() - began
+        self.seconds = total / (number - start) if number > start else 0.0
+        log(f"{header} Total time: {datetime.timedelta(seconds=int(total))} ({self.seconds:.6f} s / it)".lstrip())
 
     def pace(self, images):
-        """Throughput and memory of the last loop, of so many images an item."""
+        """Throughput and peak memory of the last loop, with `images` per item."""
         speed = {"images_per_s": images / self.seconds, "data_wait": self.waiting} if self.seconds and images else {}
         return {**speed, "max_mem_mb": peak_memory_mb()}
 
 
 def peak_memory_mb():
-    """Highest memory use so far: of this process's GPU if it uses one, else of the process itself."""
+    """Peak memory so far: of this process's GPU if it uses one, else of the process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -519,46 +539,98 @@ def peak_memory_mb():
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-class HostCopy:
-    """A small tensor on its way to the host. Start it before the backward pass and read it after launching that: then
-    the device has a backward pass of work in its queue while the host waits, and never stands still.
+@torch.no_grad()
+def accuracy(output, target, topk=(1,)):
+    """Top-k accuracies in percent, one scalar tensor per k, of logits [N, C] and labels [N]."""
+    hits = output.topk(max(topk), dim=1).indices == target.view(-1, 1)  # [N, largest k]
+    return [100.0 * hits[:, :k].any(dim=1).float().mean() for k in topk]
+
+
+def get_sha():
+    """The commit of this code, as the authors' utils prints it."""
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    sha, status, branch = "N/A", "clean", "N/A"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        sha, branch = git("rev-parse", "HEAD"), git("rev-parse", "--abbrev-ref", "HEAD")
+        status = "has uncommitted changes" if git("diff-index", "HEAD") else "clean"
+    return f"sha: {sha}, status: {status}, branch: {branch}"
+
+
+# ---- files ----
+
+
+def cache_dir():
+    """Where what is built or downloaded once is kept: $DINO_CACHE, else dino/ in the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.environ.get("DINO_CACHE") or os.path.join(user_cache, "dino")
+
+
+def lock_file(path, patience):
+    """(the open file, whether it is locked for us alone). True where file systems have no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return contextlib.nullcontext(), True
+    file, until = open(path, "ab"), time.monotonic() + patience  # noqa: SIM115 - stays open
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's lock would be shared with forked loaders
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > until:
+                return file, False
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return file, True
+        else:
+            return file, True
+
+
+def write_whole(path, write, previous=None):
+    """Call `write(file)` so that `path` then has all of it or, whatever happens, what it had before.
+
+    The old file is kept as `previous`, if given. If `path` is a link, the file that it points to is written.
     """
+    path = Path(path).resolve()
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # of a killed run
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            keep_as(path, Path(previous))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
-    def __init__(self, tensor):
-        self.values, self.arrived = tensor.detach(), None
-        if tensor.device.type == "cuda":
-            self.values = torch.empty_like(self.values, device="cpu", pin_memory=True)
-            self.values.copy_(tensor.detach(), non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
 
-    def read(self):
-        """The number, or list of numbers."""
-        if self.arrived:
-            self.arrived.synchronize()
-        return self.values.tolist()
+def keep_as(path, previous):
+    """Let `previous` name the file at `path` too."""
+    link = previous.with_name(previous.name + ".tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, link)
+    os.replace(link, previous)
+
+
+def save_on_master(state, path):
+    """torch.save on rank 0, whole or not at all."""
+    if is_main_process():
+        write_whole(path, lambda file: torch.save(state, file))
 
 
 def write_log_line(output_dir, stats):
-    """Append one JSON object to log.txt, in place of the lines of the same or later epochs that a lost run left.
-
-    Lines that are none of ours stay, except a last one that a killed run left torn.
-    """
-    path = Path(output_dir) / "log.txt"
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    kept = [line for i, line in enumerate(lines) if not is_outdated(line, stats["epoch"], last=i == len(lines) - 1)]
-    content = b"".join(line + b"\n" for line in [*kept, json.dumps(stats).encode()])
-    write_whole(path, lambda file: file.write(content))
-
-
-def is_outdated(line, epoch, last):
-    try:
-        logged = json.loads(line)
-    except ValueError:
-        return last and line.startswith(b"{")
-    ours = isinstance(logged, dict) and ("train_loss" in logged or "train_ln_k" in logged)  # no step good: no loss
-    number = logged.get("epoch") if ours else None
-    return isinstance(number, int) and number >= epoch
+    """Append one JSON object to log.txt."""
+    with open(Path(output_dir) / "log.txt", "a", encoding="utf-8") as file:
+        file.write(json.dumps(stats) + "\n")
 
 
 # ---- schedules ----
@@ -567,7 +639,7 @@ def is_outdated(line, epoch, last):
 def cosine_scheduler(base_value, final_value, epochs, niter_per_ep, warmup_epochs=0, start_warmup_value=0):
     """One value per iteration: linear from start to base over the warm-up, then half a cosine from base to final.
 
-    Returns a float64 array of epochs · niter_per_ep values. Raises UserError if the warm-up is longer than the run.
+    Returns a float64 array of epochs * niter_per_ep values. Raises UserError if the warm-up is longer than the run.
     """
     warmup_iters, iters = warmup_epochs * niter_per_ep, epochs * niter_per_ep
     if warmup_iters > iters:
@@ -580,11 +652,14 @@ def cosine_scheduler(base_value, final_value, epochs, niter_per_ep, warmup_epoch
     return np.concatenate((warmup, decay))
 
 
-# ---- optimisers and gradients ----
+# ---- optimizers and gradients ----
 
 
 def get_params_groups(model):
-    """Two parameter groups for an optimiser: the regularised, then biases and other 1-d parameters without decay."""
+    """Two parameter groups: with weight decay, and without (biases and other 1-d parameters).
+
+    As in the release, pos_embed and cls_token (3-d) are decayed.
+    """
     decayed, plain = [], []
     for name, param in model.named_parameters():
         if param.requires_grad:
@@ -593,11 +668,11 @@ def get_params_groups(model):
 
 
 def build_optimizer(name, params_groups, device):
-    """AdamW, SGD or LARS by the name of --optimizer. Learning rate and decay are set by the schedules at each step."""
+    """AdamW, SGD or LARS by the name of --optimizer. The schedules set learning rate and decay at each step."""
     if name == "adamw":
         return torch.optim.AdamW(params_groups, fused=device.type in ("cuda", "cpu"))
     if name == "sgd":
-        # Not fused: torch's fused SGD fails where a layer's first gradient comes late, as --freeze_last_layer makes it.
+        # Not fused: torch's fused SGD fails if a layer gets its first gradient late, as with --freeze_last_layer.
         return torch.optim.SGD(params_groups, lr=0.0, momentum=0.9)
     return LARS(params_groups)
 
@@ -605,8 +680,8 @@ def build_optimizer(name, params_groups, device):
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (arXiv 1708.03888), as used for large batches of convnets.
 
-    Parameters with ndim != 1 get weight decay and a step scaled by eta · ‖p‖ / ‖g + wd·p‖; vectors get plain momentum.
-    With fp16's gradient scaler the host waits once a step, to learn whether to skip it (with SGD too); bf16 has none.
+    Parameters with ndim != 1 get weight decay and a step scaled by eta * |p| / |g + wd * p|; vectors plain momentum.
+    With fp16's gradient scaler the host waits once per step, to learn whether to skip it (with SGD too).
     """
 
     def __init__(self, params, lr=0, weight_decay=0, momentum=0.9, eta=0.001):
@@ -646,10 +721,10 @@ class LARS(torch.optim.Optimizer):
 
 @torch.no_grad()
 def clip_gradients(model, clip):
-    """Scale each parameter's gradient to an L2 norm of at most `clip`, one by one; 0 leaves them as they are.
+    """Clip each parameter's gradient to an L2 norm of `clip`, one parameter at a time; 0 leaves them as they are.
 
-    Not the global-norm clipping of torch.nn.utils: a large gradient in one layer leaves the others alone. Returns the
-    norms before clipping, one per parameter with a gradient, as a tensor on the device (no host sync).
+    Unlike torch.nn.utils.clip_grad_norm_, which clips the global norm: a large gradient in one layer does not shrink
+    the others. Returns the norms before clipping, one per parameter with a gradient, on the device (no host sync).
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not gradients:
@@ -662,116 +737,22 @@ def clip_gradients(model, clip):
 
 
 def cancel_gradients_last_layer(epoch, model, freeze_last_layer):
-    """While epoch < freeze_last_layer, drop the gradients of the head's last layer, so that it keeps its start."""
+    """While epoch < freeze_last_layer, drop the gradients of the head's last layer, which keeps its initial weights."""
     if epoch < freeze_last_layer:
         for name, param in model.named_parameters():
             if "last_layer" in name:
                 param.grad = None
 
 
-# ---- checkpoints ----
-
-
-def lock_file(path, patience):
-    """(the open file, whether nobody else has locked it): of two runs one; all, where there are no locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return contextlib.nullcontext(), True
-    file, until = open(path, "ab"), time.monotonic() + patience  # noqa: SIM115 - stays open
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in forked loaders
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > until:
-                return file, False
-            time.sleep(0.2)
-        except OSError:  # a file system without
-            return file, True
-        else:
-            return file, True
-
-
-def write_whole(path, write, previous=None):
-    """Call `write(file)` such that `path` then holds all of it, or, whatever happens, what it held before.
-
-    That is kept as the file `previous`, if one is named; at no moment there is nothing at `path`. If `path` is a link,
-    the file that it points to is written.
-    """
-    path = Path(path).resolve()
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # a killed run's, or a link
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            keep_as(path, Path(previous))
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def keep_as(path, previous):
-    """Let `previous` name the file at `path` too."""
-    link = previous.with_name(previous.name + ".tmp")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, link)
-    os.replace(link, previous)
-
-
-def save_on_master(state, path):
-    """torch.save on rank 0, whole or not at all."""
-    if is_main_process():
-        write_whole(path, lambda file: torch.save(state, file))
-
-
-def global_batch(args):
-    """Images a step over all processes, of the arguments of a run as a dict; None if they don't say, or nonsense."""
-    numbers = args.get("batch_size_per_gpu"), args.get("world_size", 1), args.get("grad_accum_steps", 1)
-    return math.prod(numbers) if all(type(n) is int and 0 < n < 2**31 for n in numbers) else None
-
-
-def plain_args(args):
-    """The arguments of a run, in whatever form, as a dict of plain types."""
-    if not isinstance(args, dict):
-        args = vars(args) if isinstance(args, argparse.Namespace) else {}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in args.items()}
-
-
-# ---- backbones ----
-
-
-def has_batchnorms(model):
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-
-
-# ---- weights ----
-
-
-def printable(name):
-    """A name as it is, or, with odd characters in it, as Python writes it: on one line in any case."""
-    return name if name.isprintable() else repr(name)
-
-
-def summarize(names):
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# ---- multi-crop and features ----
+# ---- what an image is ----
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Inputs(NamedTuple):
-    """What a network sees: images [in_chans, H, W] of values from 0 to 1, less the mean, over the std, by channel.
+    """What a network sees: images [in_chans, H, W] from 0 to 1, minus the mean, divided by the std of each channel.
 
-    `value_range` is what counts as 0 and as 1 in the files; None: 0 and the largest value of their type.
+    `value_range` is what counts as 0 and 1 in the files; None: 0 and the largest value of their type.
     """
 
     in_chans: int = 3
@@ -785,7 +766,7 @@ class Inputs(NamedTuple):
     def describe(self):
         values = f", values from {self.value_range[0]} to {self.value_range[1]}" if self.value_range else ""
         numbers = (" ".join(f"{number:.4g}" for number in numbers[:4]) for numbers in (self.mean, self.std))
-        more = " …" * (self.in_chans > 4)
+        more = " ..." * (self.in_chans > 4)
         return f"channels: {self.in_chans}, mean {next(numbers)}{more}, std {next(numbers)}{more}{values}"
 
 
@@ -793,7 +774,7 @@ RGB = Inputs()
 
 
 def inputs_of(args):
-    """The Inputs that the arguments of a run say, in whatever form; RGB of what they don't. Raises UserError."""
+    """The Inputs of a run from its arguments (Namespace or dict); RGB where they don't say. Raises UserError."""
     args = plain_args(args)
     given = {name: args[name] for name in Inputs._fields if args.get(name) is not None}
     try:
@@ -803,26 +784,33 @@ def inputs_of(args):
     except (TypeError, ValueError):
         fits = False
     if not fits:
-        raise UserError(f"in_chans, mean and std of a run don't fit each other: {given}. Is its checkpoint damaged?")
+        raise UserError(f"in_chans, mean and std of a run don't fit together: {given}. Is its checkpoint damaged?")
     return inputs
 
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Levels [..., C, H, W], uint8 or int16, -> float32 with that mean and std by channel; floats are left alone.
+    """Integer images [..., C, H, W] (uint8, or int16 of dino_crops.to_int16) -> normalized float32.
 
-    `mean` and `std` are tuples of C numbers, of values from 0 to 1.
+    `mean` and `std` are tuples of C numbers from 0 to 1. Floats are returned unchanged: they are normalized already.
     """
     if images.dtype.is_floating_point:
         return images
     mean, std = statistics_on(images.device, mean, std)
-    deep = images.dtype == torch.int16  # dino_crops.to_int16
+    deep = images.dtype == torch.int16
     values = images.float().add_(32768).div_(65535) if deep else images.float().div_(255)
     return values.sub_(mean).div_(std)
 
 
-@functools.cache  # sending them to a GPU again with every batch would make the host wait for it
+@functools.cache  # sending them to a GPU with each batch would make the host wait for it
 def statistics_on(device, mean, std):
     return [torch.tensor(values, device=device)[:, None, None] for values in (mean, std)]
+
+
+# ---- multi-crop (section 3.1) ----
+
+
+def has_batchnorms(model):
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 def features_of(model, images):
@@ -832,16 +820,16 @@ def features_of(model, images):
 
 
 class MultiCropWrapper(nn.Module):
-    """A backbone and a projection head over a list of crops (section 3.1).
+    """A backbone and a projection head over a list of crops.
 
-    forward: list of [B, 3, h, w] -> [number of crops · B, out_dim], crop by crop. Consecutive crops of one size go
-    through the backbone as one batch. The backbone's own classifiers `fc` and `head` become Identity. What went into
-    the head last stays, without gradients, in `features`.
+    forward: list of [B, C, h, w] -> [number of crops * B, out_dim], crop by crop. Consecutive crops of one size go
+    through the backbone as one batch. The backbone's own classifiers `fc` and `head` become Identity. `features` keeps
+    the last input of the head, without gradients.
     """
 
     def __init__(self, backbone, head):
         super().__init__()
-        if hasattr(backbone, "reset_classifier"):  # timm's: what is called `head` there may pool and normalise too
+        if hasattr(backbone, "reset_classifier"):  # timm's; its `head` may also pool and normalize
             backbone.reset_classifier(0)
         else:
             backbone.fc, backbone.head = nn.Identity(), nn.Identity()
@@ -858,45 +846,3 @@ class MultiCropWrapper(nn.Module):
         features = torch.cat(features)
         self.features = features.detach()
         return self.head(features)
-
-
-class Stopped(Exception):
-    """Work that a signal has ended on all ranks; `signal` is its number."""
-
-    def __init__(self, number):
-        super().__init__(number)
-        self.signal = number
-
-
-def gather_rows(*tensors):
-    """The rows of all ranks (each as many) one below the other, on the CPU of rank 0; None for each elsewhere."""
-    group = dist.new_group(backend="gloo")  # main memory on every rank, whatever the training runs on
-    gathered = []
-    for rows in tensors:
-        rows = rows.cpu()
-        everyone = [torch.empty_like(rows) for _ in range(get_world_size())] if is_main_process() else None
-        dist.gather(rows, everyone, group=group)
-        gathered.append(torch.cat(everyone) if everyone else None)
-    dist.destroy_process_group(group)
-    return gathered
-
-
-# ---- processes ----
-
-
-def distribute(student, teacher, device):
-    """Wrap the student for several processes, and let batch norms see the batches of all of them."""
-    if get_world_size() == 1:
-        return student, teacher
-    if has_batchnorms(student):
-        if device.type == "cuda":
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
-        else:
-            log("note: torch synchronises batch norms on GPUs only; each process normalises its own batch")
-    # Buffers are the batch norms': synchronised already, or each process's own. The flag has two names, by torch's age.
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    no_broadcast = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    device_ids = [device] if device.type == "cuda" else None
-    wrapped = DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
-    return wrapped, teacher

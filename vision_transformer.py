@@ -4,7 +4,7 @@
     model = vits.vit_small(patch_size=16)          # [B, 3, H, W] -> [B, 384]
     model.get_last_selfattention(images)           # [B, 6, N+1, N+1]
 
-Needs torch and nothing else, so that this file can be copied into, or imported beside, any other project.
+Needs only torch, so that this file can be copied into, or imported beside, any other project.
 """
 
 import math
@@ -19,22 +19,24 @@ from torch.utils.checkpoint import checkpoint
 # ---- one block ----
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a whole residual branch for a random part of the samples.
+def drop_path(x, drop_prob=0.0, training=False):
+    """In training, zero each sample of x [B, ...] with probability `drop_prob` and divide the rest by 1 - drop_prob."""
+    if not training or not drop_prob:
+        return x
+    keep = 1.0 - drop_prob
+    mask = x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(keep)  # [B, 1, 1]
+    return x * (mask / keep)
 
-    The branches that stay are divided by the keep probability, so that the expectation does not change.
-    """
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): `drop_path` of a residual branch."""
 
     def __init__(self, drop_prob=0.0):
         super().__init__()
         self.drop_prob = drop_prob
 
     def forward(self, x):
-        if not self.training or not self.drop_prob:
-            return x
-        keep = 1.0 - self.drop_prob
-        mask = x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(keep)  # [B, 1, 1]
-        return x * (mask / keep)
+        return drop_path(x, self.drop_prob, self.training)
 
     def extra_repr(self):
         return f"drop_prob={self.drop_prob:.3f}"
@@ -58,9 +60,9 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention. `forward` returns the new tokens [B, N, D] and the attention map.
 
-    The map [B, heads, N, N] is written out by default: it passes through `attn_drop`, where hooks can see it and
-    gradients flow through it. With `fused = True` torch's scaled_dot_product_attention computes the same tokens
-    without ever holding the map, and None is returned in its place.
+    By default the map [B, heads, N, N] is explicit: it passes through `attn_drop`, where hooks can see it and gradients
+    flow through it. With `fused = True`, torch's scaled_dot_product_attention computes the same tokens without the map,
+    and None is returned for it.
     """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
@@ -76,9 +78,9 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def split_heads(self, x, cls_only=False):
-        """Queries, keys and values of the tokens x [B, N, D], each [B, heads, N, D / heads].
+        """Queries, keys and values of tokens x [B, N, D], each [B, heads, N, D / heads].
 
-        With `cls_only` there is the CLS token's query alone, [B, heads, 1, D / heads].
+        With `cls_only`, only the query of the CLS token: [B, heads, 1, D / heads].
         """
         if not cls_only:
             return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -90,7 +92,7 @@ class Attention(nn.Module):
         return queries, *keys_values.unbind(0)
 
     def attention_map(self, queries, keys):
-        """Softmax over the keys of the scaled products: [B, heads, N, N], rows sum to 1 (before dropout)."""
+        """Softmax of the scaled products over the keys: [B, heads, N, N], rows sum to 1 (before dropout)."""
         scores = (queries * self.scale) @ keys.transpose(-2, -1)
         return self.attn_drop(scores.softmax(dim=-1))
 
@@ -134,17 +136,17 @@ class Block(nn.Module):
         normed = self.norm1(x)
         branch, attn = self.attn(normed, cls_only) if cls_only else self.attn(normed)
         if return_attention:
-            if attn is None:  # fused: the map was never made
+            if attn is None:  # fused
                 queries, keys, _ = self.attn.split_heads(normed)
                 attn = self.attn.attention_map(queries, keys)
             return attn
-        # Not in place: clients keep the output of every block.
+        # Not in place: users keep the output of every block.
         x = (x[:, :1] if cls_only else x) + self.drop_path(branch)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
-    """Cut the image into square patches and project each: [B, C, H, W] -> [B, (H/patch)·(W/patch), D]."""
+    """Project each square patch of an image: [B, C, H, W] -> [B, (H / patch) * (W / patch), D]."""
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=768):
         super().__init__()
@@ -163,11 +165,11 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT with a CLS token and learned positions (sizes: table 1 of the paper).
 
-    forward: images [B, C, H, W] -> the normalised CLS token [B, D]. Any image size of at least one patch is
-    accepted: the positional encoding, learned on a grid of (img_size / patch_size)² patches, is interpolated.
+    forward: images [B, C, H, W] -> the normalized CLS token [B, D]. Any image size of at least one patch works: the
+    positional encoding, learned on a grid of (img_size / patch_size)^2 patches, is interpolated.
 
-    `fused_attention=True` computes attention without writing out the maps: faster in most settings, the same
-    numbers to rounding, but hooks on `attn_drop` see nothing.
+    `fused_attention=True` computes attention without the maps: faster in most settings, the same numbers to rounding,
+    but hooks on `attn_drop` are not called.
     """
 
     def __init__(
@@ -196,20 +198,9 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         self.pos_drop = nn.Dropout(p=drop_rate)
-        self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                num_heads,
-                mlp_ratio,
-                qkv_bias,
-                qk_scale,
-                drop_rate,
-                attn_drop_rate,
-                drop_path_rate * i / max(depth - 1, 1),  # deeper blocks are dropped more often
-                norm_layer=norm_layer,
-            )
-            for i in range(depth)
-        )
+        block = partial(Block, embed_dim, num_heads, mlp_ratio, qkv_bias, qk_scale, drop_rate, attn_drop_rate)
+        rates = (drop_path_rate * i / max(depth - 1, 1) for i in range(depth))  # deeper blocks are dropped more often
+        self.blocks = nn.ModuleList(block(rate, norm_layer=norm_layer) for rate in rates)
         self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
@@ -220,27 +211,27 @@ class VisionTransformer(nn.Module):
         self.grad_checkpointing = self.cls_only = False
 
     def set_cls_only(self, cls_only):
-        """Whether the last block works out CLS alone, which is all that `forward` returns: the same features for a
-        fifteenth less compute. Hooks in that block then see one token.
+        """Whether the last block computes only CLS, which is all that `forward` returns: the same features for 1/15
+        less compute. Hooks in that block then see one token.
         """
         self.cls_only = cls_only
 
     def set_grad_checkpointing(self, enable=True):
-        """In training keep only what enters each block, and compute the block again in the backward pass (named as in
-        timm): about a third more compute, for a fraction of the memory.
+        """In training, keep only the input of each block and recompute the block in the backward pass (named as in
+        timm): about a third more compute for a fraction of the memory.
         """
         self.grad_checkpointing = enable
 
     def set_fused_attention(self, fused):
-        """Switch every block between written-out attention maps and torch's fused kernels."""
+        """Switch every block between explicit attention maps and torch's fused kernels."""
         for block in self.blocks:
             block.attn.fused = fused
 
     def interpolate_pos_encoding(self, x, w, h):
-        """The positional encoding [1, N+1, D] for tokens x [B, N+1, D] of an image of w × h pixels.
+        """The positional encoding [1, N+1, D] for tokens x [B, N+1, D] of an image of w x h pixels.
 
-        `w` is the image's extent along dimension 2 of the batch and `h` along dimension 3: public code calls and
-        replaces this method in that order, so the order stays.
+        `w` is the size of dimension 2 of the batch and `h` of dimension 3: the order in which public code calls and
+        replaces this method.
         """
         num_patches = x.shape[1] - 1
         grid_patches = self.pos_embed.shape[1] - 1
@@ -251,8 +242,8 @@ class VisionTransformer(nn.Module):
         wanted = (w // self.patch_embed.patch_size, h // self.patch_embed.patch_size)
         grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         if grid.dtype in (torch.float16, torch.bfloat16):
-            grid = grid.float()  # a bicubic kernel in half precision moves positions, and not every device has one
-        # The published weights were trained with this 0.1. It keeps floor(side * scale) from rounding down.
+            grid = grid.float()  # bicubic in half precision moves positions, and not every device has it
+        # The published weights were trained with this 0.1, which keeps floor(side * scale) from rounding down.
         scale = tuple((n + 0.1) / math.sqrt(grid_patches) for n in wanted)
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
         if grid.shape[-2:] != wanted:
@@ -283,7 +274,7 @@ class VisionTransformer(nn.Module):
         return self.blocks[-1](x, return_attention=True)
 
     def get_intermediate_layers(self, x, n=1):
-        """Tokens behind each of the last n blocks, through the final norm: a list of n [B, N+1, D]."""
+        """Tokens after each of the last n blocks, through the final norm: a list of n tensors [B, N+1, D]."""
         x = self.prepare_tokens(x)
         first_kept = len(self.blocks) - n
         kept = []
@@ -308,7 +299,7 @@ def _vit(patch_size, embed_dim, depth, num_heads, kwargs):
 
 
 def vit_nano(patch_size=16, **kwargs):
-    """0.8 M parameters. Ours, not the paper's: small enough to learn something on a CPU in minutes."""
+    """0.8 M parameters. Not in the paper: small enough to train on a CPU in minutes."""
     return _vit(patch_size, 128, 4, 4, kwargs)
 
 
@@ -331,10 +322,10 @@ def vit_base(patch_size=16, **kwargs):
 
 
 class WeightNormLinear(nn.Module):
-    """Linear without bias whose weight is weight_g · weight_v / ‖weight_v‖, row by row (arXiv 1602.07868).
+    """Linear without bias with weight = weight_g * weight_v / |weight_v|, row by row (arXiv 1602.07868).
 
-    The same parameters and numbers as torch's weight_norm wrapper, by the same kernel, without its forward hook: can be
-    deep-copied, traced and pickled.
+    The same parameters and numbers as torch's weight_norm wrapper, without its forward hook: it can be deep-copied,
+    traced and pickled.
     """
 
     def __init__(self, in_features, out_features):
@@ -356,10 +347,10 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Projection head: MLP to a bottleneck, L2 normalisation, weight-normalised linear to K = `out_dim` logits.
+    """Projection head: MLP to a bottleneck, L2 normalization, weight-normalized linear to K = `out_dim` logits.
 
-    [B, in_dim] -> [B, out_dim]. With `norm_last_layer` the gain of the last layer stays 1 and gets no gradient,
-    which costs a little accuracy and makes training more stable.
+    [B, in_dim] -> [B, out_dim]. With `norm_last_layer` the gain of the last layer stays 1 and gets no gradient: a
+    little less accuracy, more stable training.
     """
 
     def __init__(

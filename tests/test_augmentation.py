@@ -30,7 +30,7 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.pn
 
 @pytest.fixture(scope="module")
 def photographs():
-    """Five in colour, one of them grey, and one that is taller than wide."""
+    """Five in color, one of them gray, and one that is taller than wide."""
     images = [dino_images.load_image(path) for path in dino_data.find_photographs(PHOTOGRAPHS)]
     images[1] = images[1].convert("L").convert("RGB")
     return images + [images[2].transpose(Image.Transpose.ROTATE_90)]
@@ -50,7 +50,7 @@ def crops_of(image, seed, kind="pil", **settings):
 def plain(image, size=224, **changes):
     """The whole image, but for a border, as a view with nothing done to it but these changes."""
     width, height = image.size
-    view = View(size, (9, 4, width - 13, height - 7), flip=False, jitter=(), grey=False, blur=None, solarize=False)
+    view = View(size, (9, 4, width - 13, height - 7), flip=False, jitter=(), gray=False, blur=None, solarize=False)
     return view._replace(**changes)
 
 
@@ -135,11 +135,11 @@ def test_jitter_is_left_out_beyond_what_float32_takes_for_the_probability(monkey
 
 
 @pytest.mark.parametrize("factor", [-0.1, -0.05, -0.003, 0.0, 0.003, 0.0123, 0.1])
-def test_the_turn_of_the_hue_is_torchvisions_for_colours_of_all_kinds(factor):
+def test_the_turn_of_the_hue_is_torchvisions_for_colors_of_all_kinds(factor):
     levels = np.random.RandomState(3).randint(0, 256, (256, 256, 3), dtype=np.uint8)
     grid = np.array(list(itertools.product(range(0, 256, 10), repeat=3)), np.uint8)
     levels[:64] = grid[: 64 * 256].reshape(64, 256, 3)
-    levels[64:68] = np.arange(256, dtype=np.uint8)[:, None]  # greys
+    levels[64:68] = np.arange(256, dtype=np.uint8)[:, None]  # grays
     image = Image.fromarray(levels)
     assert dino_crops.pil_hue(image, factor).tobytes() == TF.adjust_hue(image, factor).tobytes()
 
@@ -164,7 +164,7 @@ def test_each_transform_takes_a_pil_image_of_any_mode(photographs):
         assert augment.global_transfo2(photographs[0]).dtype == torch.uint8
 
 
-def test_crops_are_normalised_floats_by_default(photographs):
+def test_crops_are_normalized_floats_by_default(photographs):
     for kind in ("pil", "fast"):
         utils.fix_random_seeds(1)
         floats = main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 1, 32, 16, augmentation=kind)(photographs[0])
@@ -207,8 +207,8 @@ def test_fast_jitter_of_light_is_pils_to_a_tenth_of_a_level(photographs, jitter)
 def test_fast_turn_of_the_hue_is_pils_to_a_level(photographs, factor):
     for image in photographs:
         assert difference(image, plain(image, jitter=(("hue", factor),))).mean() <= 1.0
-    grey = difference(photographs[1], plain(photographs[1], jitter=(("hue", factor),)))
-    assert grey.max() <= 2
+    gray = difference(photographs[1], plain(photographs[1], jitter=(("hue", factor),)))
+    assert gray.max() <= 2
 
 
 @pytest.mark.parametrize("radius", [0.1, 0.3, 0.5, 0.8, 1.2, 1.4, 1.42, 1.7, 2.0])
@@ -229,14 +229,14 @@ def test_fast_blur_of_a_wide_radius_is_pils_too(photographs):
     assert difference(photographs[0], plain(photographs[0], blur=7.0)).mean() <= 1.5
 
 
-def test_fast_flip_grey_and_solarisation_are_exact(photographs):
+def test_fast_flip_gray_and_solarization_are_exact(photographs):
     # At the size of the box nothing is resized.
     image = photographs[2].crop((50, 50, 146, 146))
-    whole = View(96, (0, 0, 96, 96), flip=False, jitter=(), grey=False, blur=None, solarize=False)
+    whole = View(96, (0, 0, 96, 96), flip=False, jitter=(), gray=False, blur=None, solarize=False)
     for changes in ({}, {"flip": True}, {"solarize": True}, {"solarize": True, "flip": True}):
         slow, fast = both(image, whole._replace(**changes))
         assert torch.equal(slow, fast), changes
-    slow, fast = both(image, whole._replace(grey=True, flip=True))
+    slow, fast = both(image, whole._replace(gray=True, flip=True))
     assert (slow - fast).abs().max() <= 1  # the luminance is rounded at other digits
     assert torch.equal(fast[0], fast[2])
 
@@ -287,7 +287,7 @@ def test_jpegs_are_decoded_to_pils_pixels_and_not_turned(tmp_path, photographs):
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_jpegs_in_other_colours_are_pils_pixels_too(tmp_path, photographs, mode):
+def test_jpegs_in_other_colors_are_pils_pixels_too(tmp_path, photographs, mode):
     levels = np.random.RandomState(0).randint(0, 256, (40, 50, 4), dtype=np.uint8)
     image = photographs[2].convert("L") if mode == "L" else Image.frombytes("CMYK", (50, 40), levels.tobytes())
     path = jpeg(tmp_path / "x.jpg", image)

@@ -150,7 +150,7 @@ def test_plain_crops_are_the_pixels_of_augmentation_pil():
             torch.testing.assert_close(a, utils.normalize(b))
 
 
-def test_plain_neighbours_give_the_same_predictions():
+def test_plain_neighbors_give_the_same_predictions():
     task = benchmark.knn_task(600, 200, 48, 20, [2, 10, 40])
     plain, ours = benchmark.plain_knn(*task), eval_knn.knn_accuracies(*task)
     assert {k: round(top1, 6) for k, (top1, _) in ours.items()} == {k: round(top1, 6) for k, top1 in plain.items()}
@@ -235,7 +235,7 @@ def test_contenders_take_turns_and_each_warms_up_first(monkeypatch):
     assert order == ["a", "b", "end a", "end b"]
 
 
-def test_a_table_has_medians_of_the_ratios_of_neighbours(monkeypatch, capsys):
+def test_a_table_has_medians_of_the_ratios_of_neighbors(monkeypatch, capsys):
     # The machine was slow in the second round: medians of the times would say 10 / 1 = 10.
     seconds = {"plain": [10, 100, 1], "this": [5, 20, 1], "most": [1, 10, 0.1]}
     monkeypatch.setattr(benchmark, "take_turns", lambda *_: (seconds, {"plain": 200.0, "this": 50.0, "most": 1.0}))
@@ -349,7 +349,7 @@ def test_the_first_step_of_a_scaling_run_does_not_count(runs, tmp_path):
     assert runs[1][0][1] == "main_dino.py"
 
 
-def test_scaling_runs_take_turns_and_ratios_are_between_neighbours(monkeypatch, photographs, capsys):
+def test_scaling_runs_take_turns_and_ratios_are_between_neighbors(monkeypatch, photographs, capsys):
     rates, order = iter([10, 18, 1, 1.9, 100, 190]), []  # the machine was slow in the second round
     monkeypatch.setattr(benchmark, "images_a_second", lambda n, folder, *_: order.append((n, folder)) or next(rates))
     args = tiny("--rounds", 3, "--processes", 2, 4)

@@ -127,7 +127,7 @@ def test_a_bad_array_is_named_with_what_is_wrong(tmp_path, kind):
     assert "\n" not in str(raised.value)
 
 
-def test_grey_pictures_keep_the_precision_of_their_file(tmp_path):
+def test_gray_pictures_keep_the_precision_of_their_file(tmp_path):
     deep = RANDOM.integers(0, 65536, (7, 9)).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     Image.fromarray(deep).save(tmp_path / "deep.tif")
@@ -141,7 +141,7 @@ def test_grey_pictures_keep_the_precision_of_their_file(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "1", "LA"])
-def test_a_coloured_picture_becomes_pils_grey(tmp_path, mode):
+def test_a_colored_picture_becomes_pils_gray(tmp_path, mode):
     image = Image.fromarray(RANDOM.integers(0, 256, (8, 8, 3)).astype(np.uint8)).convert(mode)
     image.save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
     (path,) = tmp_path.iterdir()
@@ -162,9 +162,9 @@ def test_pages_of_a_tiff_and_bands_of_a_picture_are_channels(tmp_path):
 
 
 def test_pages_of_several_sizes_or_types_are_refused(tmp_path):
-    grey = Image.new("L", (8, 8))
+    gray = Image.new("L", (8, 8))
     for other in (Image.new("L", (8, 9)), Image.new("I;16", (8, 8))):
-        grey.save(tmp_path / "a.tif", save_all=True, append_images=[other])
+        gray.save(tmp_path / "a.tif", save_all=True, append_images=[other])
         with pytest.raises(dino_images.BadImage, match=r"a\.tif: (all input arrays must have the same|Cannot cast)"):
             planes(tmp_path / "a.tif", 2)
 
@@ -228,7 +228,7 @@ def slow_view(image, view):
         elif operation == "saturation":
             crop = factor * crop + (1 - factor) * sum(crop) / len(crop)
         crop = crop.clip(0, 1)
-    if view.grey:
+    if view.gray:
         crop = np.stack([sum(crop) / len(crop)] * len(crop))
     if view.blur is not None:
         kernel = dino_crops.exact_blur_kernel(view.blur)
@@ -242,7 +242,7 @@ def slow_view(image, view):
     return np.where(crop >= 0.5, 1 - crop, crop) if view.solarize else crop
 
 
-PLAIN = View(16, (3, 2, 35, 27), flip=False, jitter=(), grey=False, blur=None, solarize=False)
+PLAIN = View(16, (3, 2, 35, 27), flip=False, jitter=(), gray=False, blur=None, solarize=False)
 TURNS = (("contrast", 1.4), ("hue", 0.1), ("brightness", 1.3), ("saturation", 1.2))
 CHANGES = {
     "resized": {},
@@ -255,11 +255,11 @@ CHANGES = {
     "saturated": {"jitter": (("saturation", 1.2),)},
     "pale": {"jitter": (("saturation", 0.8),)},
     "hue": {"jitter": (("hue", 0.1),)},
-    "grey": {"grey": True},
+    "gray": {"gray": True},
     "blurred": {"blur": 1.3},
-    "solarised": {"solarize": True},
+    "solarized": {"solarize": True},
     "all": {"flip": True, "jitter": TURNS, "blur": 0.7, "solarize": True},
-    "all, grey": {"jitter": TURNS[::-1], "grey": True, "blur": 2.0, "solarize": True},
+    "all, gray": {"jitter": TURNS[::-1], "gray": True, "blur": 2.0, "solarize": True},
 }
 
 
@@ -281,7 +281,7 @@ def test_a_blur_has_the_radius_as_its_standard_deviation(radius):
     assert kernel @ places**2 == pytest.approx(radius**2)
 
 
-def test_crops_of_a_grey_image_are_pils_to_a_level():
+def test_crops_of_a_gray_image_are_pils_to_a_level():
     image = Image.open(*dino_data.find_photographs(["brick.png"])).convert("L").resize((80, 64))
     values = torch.from_numpy(np.array(image))[None].float() / 255
     photograph, off = Image.merge("RGB", [image] * 3), []
@@ -307,7 +307,7 @@ def test_an_array_gets_the_boxes_and_flips_of_a_photograph_of_its_size():
         assert drawn[:2] == drawn[2:]
 
 
-def test_crops_are_levels_or_normalised_floats(tmp_path):
+def test_crops_are_levels_or_normalized_floats(tmp_path):
     image = dino_images.open_image(array_file(tmp_path / "a.npy", RANDOM.random((40, 50, 2))))
     crops = []
     for as_levels in (True, False):
@@ -323,7 +323,7 @@ def test_crops_are_levels_or_normalised_floats(tmp_path):
         np.testing.assert_allclose(floats.numpy(), want, atol=1e-6)
 
 
-def test_photographs_can_be_normalised_with_numbers_of_ones_own():
+def test_photographs_can_be_normalized_with_numbers_of_ones_own():
     pixels = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     got = utils.normalize(pixels, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)).numpy()
     for i in range(3):
@@ -331,8 +331,8 @@ def test_photographs_can_be_normalised_with_numbers_of_ones_own():
         np.testing.assert_allclose(got[:, i], want, atol=1e-6)
 
 
-def test_evaluation_takes_the_centre_of_an_array_as_of_a_photograph():
-    # Grey enough that no level is cut off: PIL would do so after each of its two passes, and round (0.5 levels each).
+def test_evaluation_takes_the_center_of_an_array_as_of_a_photograph():
+    # Gray enough that no level is cut off: PIL would do so after each of its two passes, and round (0.5 levels each).
     image = Image.fromarray(RANDOM.integers(80, 176, (20, 30)).astype(np.uint8)).resize((60, 40))
     values = torch.from_numpy(np.array(image))[None].float() / 255
     got = dino_crops.eval_transform(28, Inputs(1, (0.5,), (0.25,)))(values)
@@ -447,23 +447,23 @@ def test_a_new_first_convolution_is_as_spread_as_the_old_one():
 
 
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet18"])
-def test_weights_for_colours_are_added_up_for_grey_images(arch):
-    colour, grey = (dino_backbones.build_backbone(arch, 16, 32, in_chans=n)[0].eval() for n in (3, 1))
-    state = colour.state_dict()
-    dino_backbones.fit_first_layer(grey, state, "a file")
-    dino_backbones.load_backbone_state(grey, state, "a file", arch)
-    images = tensor("grey", (2, 1, 32, 32))
-    same = utils.features_of(colour, images.expand(-1, 3, -1, -1))
-    torch.testing.assert_close(utils.features_of(grey, images), same, atol=1e-4, rtol=1e-4)
+def test_weights_for_colors_are_added_up_for_gray_images(arch):
+    color, gray = (dino_backbones.build_backbone(arch, 16, 32, in_chans=n)[0].eval() for n in (3, 1))
+    state = color.state_dict()
+    dino_backbones.fit_first_layer(gray, state, "a file")
+    dino_backbones.load_backbone_state(gray, state, "a file", arch)
+    images = tensor("gray", (2, 1, 32, 32))
+    same = utils.features_of(color, images.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(utils.features_of(gray, images), same, atol=1e-4, rtol=1e-4)
 
 
 def test_for_many_channels_the_first_layer_starts_afresh_and_says_so(capsys):
-    colour, many = (dino_backbones.build_backbone("vit_nano", 16, 32, in_chans=n)[0] for n in (3, 4))
-    fresh, state = many.patch_embed.proj.weight.clone(), colour.state_dict()
+    color, many = (dino_backbones.build_backbone("vit_nano", 16, 32, in_chans=n)[0] for n in (3, 4))
+    fresh, state = many.patch_embed.proj.weight.clone(), color.state_dict()
     dino_backbones.fit_first_layer(many, state, "a file")
     dino_backbones.load_backbone_state(many, state, "a file", "vit_nano")
     assert torch.equal(many.patch_embed.proj.weight, fresh)
-    assert torch.equal(many.blocks[0].attn.qkv.weight, colour.blocks[0].attn.qkv.weight)
+    assert torch.equal(many.blocks[0].attn.qkv.weight, color.blocks[0].attn.qkv.weight)
     assert "patch_embed.proj starts afresh: it is for 3 channels in a file, for 4 here" in capsys.readouterr().out
 
 
@@ -475,7 +475,7 @@ EVALUATED = ["--arch", "vit_nano", "--patch_size", 16, "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def run(bands, tmp_path_factory):
-    """A run on arrays that measures its images, and looks at neighbours."""
+    """A run on arrays that measures its images, and looks at neighbors."""
     folder = tmp_path_factory.mktemp("run")
     flags = ["--compute_stats", "true", "--knn_every", 1, "--knn_data", bands, "--data_path", bands / "train"]
     run_script("main_dino.py", *ON_BANDS, *flags, "--output_dir", folder)
@@ -526,7 +526,7 @@ def test_the_network_sees_crops_less_the_mean_over_the_std(bands, tmp_path, monk
     np.testing.assert_allclose(first.numpy(), want, atol=1e-5)
 
 
-def test_neighbours_are_looked_for_among_images_less_the_mean_over_the_std(bands, tmp_path):
+def test_neighbors_are_looked_for_among_images_less_the_mean_over_the_std(bands, tmp_path):
     args = given(bands, tmp_path)
     args.knn_every, args.knn_data = 1, str(bands)
     train = OnlineKnn(args, None, torch.device("cpu")).sets[0]
@@ -565,9 +565,9 @@ def test_a_run_of_photographs_goes_on_with_imagenets_statistics_alone(said):
     others = ["--mean", 0.1, 0.1, 0.1, "--std", *utils.IMAGENET_STD]
     with pytest.raises(UserError, match=r"made with --mean \[0.485, .*this run has --mean \[0.1, .*result"):
         dino_checkpoints.check_resumable("x.pth", checkpoint, arguments_of(main_dino, *others))
-    grey = arguments_of(main_dino, "--in_chans", 1, "--mean", 0.5, "--std", 0.2)
+    gray = arguments_of(main_dino, "--in_chans", 1, "--mean", 0.5, "--std", 0.2)
     with pytest.raises(UserError, match=r"made with --in_chans 3, this run has --in_chans 1"):
-        dino_checkpoints.check_resumable("x.pth", checkpoint, grey)
+        dino_checkpoints.check_resumable("x.pth", checkpoint, gray)
 
 
 @pytest.mark.parametrize(("largest", "warns"), [(4095, True), (65535, False)])
@@ -598,16 +598,16 @@ def test_evaluations_take_channels_and_numbers_from_the_checkpoint(run, bands, t
     assert "The linear classifier is trained" in done.stdout
 
 
-def test_linear_evaluation_normalises_its_random_crops_and_its_validation_images(bands, monkeypatch):
+def test_linear_evaluation_normalizes_its_random_crops_and_its_validation_images(bands, monkeypatch):
     args, found = arguments_of(eval_linear, *EVALUATED, "--image_size", 32, "--data_path", bands), []
     for mean, std in ((0.0, 1.0), (0.25, 0.5)):
         kind = Inputs(4, (mean,) * 4, (std,) * 4)
         monkeypatch.setattr(dino_checkpoints, "trained_inputs", lambda _, kind=kind: kind)
         train, val, *_ = eval_linear.load_data(args)
         found.append((train[0, 5][0], val[5][0]))
-    for plain, normalised in zip(*found, strict=True):
+    for plain, normalized in zip(*found, strict=True):
         assert plain.shape == (4, 32, 32)
-        torch.testing.assert_close(normalised, (plain - 0.25) / 0.5, atol=1e-5, rtol=0)
+        torch.testing.assert_close(normalized, (plain - 0.25) / 0.5, atol=1e-5, rtol=0)
 
 
 def test_an_export_of_many_channels_is_opened_again(run, tmp_path):
@@ -637,7 +637,7 @@ def test_what_is_made_of_photographs_refuses_other_inputs(run, tmp_path, monkeyp
     assert "takes images of its own kind (channels: 4, mean 0." in line
 
 
-def test_grey_images_of_16_bits_train_and_show_their_attention(tmp_path):
+def test_gray_images_of_16_bits_train_and_show_their_attention(tmp_path):
     for i in range(16):
         level = RANDOM.integers(20000, 40000)
         Image.fromarray((level + RANDOM.integers(0, 9000, (36, 40))).astype(np.uint16)).save(tmp_path / f"{i}.png")

@@ -26,7 +26,7 @@ from utils import UserError
 # ---- transforms ----
 
 
-def test_blur_and_solarisation_draw_from_python_random_as_published(sample_root):
+def test_blur_and_solarization_draw_from_python_random_as_published(sample_root):
     image = dino_images.load_image(next((sample_root / "train" / "coffee").iterdir()))
     for seed in range(8):
         random.seed(seed)
@@ -43,7 +43,7 @@ def test_blur_and_solarisation_draw_from_python_random_as_published(sample_root)
         assert random.random() == after
 
 
-def test_solarisation_inverts_the_bright_half():
+def test_solarization_inverts_the_bright_half():
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     levels = np.asarray(dino_crops.Solarization(p=1.0)(image)).ravel()
     assert levels.tolist() == [v if v < 128 else 255 - v for v in range(256)]
@@ -51,7 +51,7 @@ def test_solarisation_inverts_the_bright_half():
 
 
 @pytest.mark.parametrize(("size", "resized"), [(224, 256), (64, 73), (448, 512)])
-def test_eval_transform_is_the_centre_of_the_resized_image(size, resized):
+def test_eval_transform_is_the_center_of_the_resized_image(size, resized):
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (300, 500, 3), dtype=np.uint8))
     width = int(resized * 500 / 300)
     whole = image.resize((width, resized), Image.Resampling.BICUBIC)
@@ -68,8 +68,8 @@ def test_eval_transform_is_the_centre_of_the_resized_image(size, resized):
 @pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "CMYK", "1", "I;16"])
 def test_images_of_any_mode_become_rgb(tmp_path, mode):
     suffix = ".tif" if mode == "CMYK" else ".png"
-    grey = Image.fromarray(np.full((5, 7), 200, dtype=np.uint8))
-    image = Image.fromarray(np.full((5, 7), 200, dtype=np.uint16)) if mode == "I;16" else grey.convert(mode)
+    gray = Image.fromarray(np.full((5, 7), 200, dtype=np.uint8))
+    image = Image.fromarray(np.full((5, 7), 200, dtype=np.uint16)) if mode == "I;16" else gray.convert(mode)
     image.save(tmp_path / f"x{suffix}")
     loaded = dino_images.load_image(tmp_path / f"x{suffix}")
     assert (loaded.mode, loaded.size) == ("RGB", (7, 5))
@@ -222,13 +222,13 @@ def test_training_crops_come_from_the_left_and_validation_crops_from_the_right(m
     assert seen == {"train": {(255, 0, 0)}, "val": {(0, 0, 255)}}
 
 
-def test_crops_of_the_sample_differ_in_light_and_colour_and_some_are_grey(sample_root):
-    means, grey = [], 0
+def test_crops_of_the_sample_differ_in_light_and_color_and_some_are_gray(sample_root):
+    means, gray = [], 0
     for path in sorted((sample_root / "train" / "coffee").iterdir()):
         pixels = np.asarray(Image.open(path)).reshape(-1, 3).astype(float)
         means.append(pixels.mean(0))
-        grey += bool((pixels[:, 0] == pixels[:, 1]).all() and (pixels[:, 1] == pixels[:, 2]).all())
-    assert 0.1 < grey / len(means) < 0.7
+        gray += bool((pixels[:, 0] == pixels[:, 1]).all() and (pixels[:, 1] == pixels[:, 2]).all())
+    assert 0.1 < gray / len(means) < 0.7
     assert np.std(means, axis=0).min() > 10
 
 

@@ -370,7 +370,7 @@ def test_floats_go_from_0_to_1_or_to_255(tmp_path, values, want):
 
 
 def test_of_an_animation_the_first_picture_counts(tmp_path):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     for name in ("x.gif", "x.webp", "x.png"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
         red, green, blue = dino_images.load_image(tmp_path / name).getpixel((1, 1))
@@ -558,7 +558,7 @@ def test_where_nothing_can_be_read_the_run_ends(tmp_path):
         result(root, tmp_path / "run", "--max_bad_images", 1)
 
 
-def test_bad_images_do_not_end_a_run_that_looks_at_neighbours(tmp_path, capsys):
+def test_bad_images_do_not_end_a_run_that_looks_at_neighbors(tmp_path, capsys):
     root = corpus(tmp_path / "data")
     result(root, tmp_path / "run", "--knn_every", 1)
     assert all("knn_top1" in line for line in log_without_times(tmp_path / "run"))
@@ -604,7 +604,7 @@ def test_a_run_that_goes_on_remembers_the_bad_images(tmp_path, capsys):
 
 # Suffix -> how one is written, of each kind that Pillow can write here.
 KINDS = {
-    "rgb.jpg": {}, "progressive.jpg": {"progressive": True}, "grey.jpg": {"mode": "L"}, "cmyk.jpg": {"mode": "CMYK"},
+    "rgb.jpg": {}, "progressive.jpg": {"progressive": True}, "gray.jpg": {"mode": "L"}, "cmyk.jpg": {"mode": "CMYK"},
     "rgb.png": {}, "palette.png": {"mode": "P"}, "alpha.png": {"mode": "RGBA"}, "bits.png": {"mode": "1"},
     "deep.png": {"mode": "I;16"}, "x.webp": {}, "x.bmp": {}, "x.gif": {"mode": "P"}, "x.ppm": {},
     "raw.tif": {}, "packed.tif": {"compression": "tiff_lzw"},

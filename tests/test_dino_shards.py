@@ -347,13 +347,13 @@ def test_a_second_start_reads_no_shard_and_a_changed_one_is_read_again(tmp_path,
     monkeypatch.setattr(
         dino_shards, "list_members", lambda path, *rest: listed.append(Path(path).name) or real(path, *rest)
     )
-    first = dino_images.digest_of_names(TarShards(str(root)))
+    first = dino_data.digest_of_names(TarShards(str(root)))
     assert listed == ["0000.tar", "0001.tar"]
-    assert dino_images.digest_of_names(TarShards(str(root))) == first
+    assert dino_data.digest_of_names(TarShards(str(root))) == first
     assert len(listed) == 2
     write_shards(tmp_path / "other", [3], first=7)
     shutil.copy(tmp_path / "other" / "0000.tar", root / "0001.tar")
-    assert dino_images.digest_of_names(TarShards(str(root))) != first
+    assert dino_data.digest_of_names(TarShards(str(root))) != first
     assert listed[2:] == ["0001.tar"]
 
 
@@ -378,13 +378,13 @@ def test_a_list_of_fewer_images_does_not_matter(tmp_path, cache):
 
 def test_where_nothing_can_be_kept_that_is_said_and_the_shards_are_read_even_so(tmp_path, monkeypatch, capsys):
     root = write_shards(tmp_path / "s", [1, 2])
-    kept = dino_images.digest_of_names(TarShards(str(root)))
+    kept = dino_data.digest_of_names(TarShards(str(root)))
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "file"))
     dino_shards.load_index.cache_clear()
     images = TarShards(str(root))
     assert "Set DINO_CACHE" in capsys.readouterr().out
-    assert dino_images.digest_of_names(images) == kept
+    assert dino_data.digest_of_names(images) == kept
     assert images.open(2).tobytes() == picture(2).tobytes()
 
 
@@ -828,7 +828,7 @@ def test_labelled_shards_are_evaluated_like_the_folders_that_they_were_made_of(t
     assert said[0] == said[1] != []
 
 
-def test_the_neighbours_of_a_run_come_from_its_labelled_shards(tmp_path):
+def test_the_neighbors_of_a_run_come_from_its_labelled_shards(tmp_path):
     root = write_shards(tmp_path / "s", [20, 20])
     run_script("main_dino.py", *SMALL_RUN, "--data_path", root, "--output_dir", tmp_path / "run", "--knn_every", 1)
     assert "knn" in (tmp_path / "run" / "log.txt").read_text()

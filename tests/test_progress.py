@@ -66,7 +66,7 @@ def screen(written, columns=COLUMNS):
             rows[row] = []
         elif part == "\x1b[A":
             row -= 1
-        elif not part.endswith("m") or len(part) == 1:  # colours take no room
+        elif not part.endswith("m") or len(part) == 1:  # colors take no room
             assert part.isprintable(), repr(part)
             if column == columns:  # it wraps
                 row, column = row + 1, 0
@@ -154,12 +154,12 @@ def test_the_lines_stand_above_the_bar_and_nothing_else_is_left_in_the_end(loope
         assert re.fullmatch(kind, line), line
 
 
-def test_a_warning_is_yellow_on_a_terminal_and_nothing_else_has_a_colour(looped):
+def test_a_warning_is_yellow_on_a_terminal_and_nothing_else_has_a_color(looped):
     assert "\x1b[33mwarning: a warning in between\x1b[0m" in looped
     assert len(re.findall(r"\x1b\[[0-9;]*m", looped)) == 2
 
 
-def test_with_NO_COLOR_there_is_the_bar_but_no_colour():
+def test_with_NO_COLOR_there_is_the_bar_but_no_color():
     code, written = on_terminal(*loop(), env={"NO_COLOR": "1"})
     assert code == 0
     assert not re.search(r"\x1b\[[0-9;]*m", written)

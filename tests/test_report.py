@@ -195,7 +195,7 @@ def test_the_checkpoint_before_stands_in_for_a_damaged_one(tmp_path, images):
     folder = make_run(tmp_path, model=teacher())
     (folder / "checkpoint.pth").rename(folder / "checkpoint.prev.pth")
     (folder / "checkpoint.pth").write_bytes(b"torn")
-    assert "Nearest neighbours" in page_of(folder, images=images).text
+    assert "Nearest neighbors" in page_of(folder, images=images).text
 
 
 # ---- in words and tables ----
@@ -283,8 +283,8 @@ def test_the_value_under_the_pointer_names_every_curve_of_a_chart():
     assert "A epoch @epoch: loss <b>@train_loss{%.4g}</b>, entropy <b>@train_entropy{%.4g}</b>, kl" in tips[0]
     assert "B epoch @epoch: loss" in tips[1]
     assert "<span>2 / 3</span>" in captions[0]
-    colours = [line.glyph.line_color for line in glyphs(figures["k-NN accuracy"], "Line")]
-    assert colours == [report.BLUE, report.ORANGE]
+    colors = [line.glyph.line_color for line in glyphs(figures["k-NN accuracy"], "Line")]
+    assert colors == [report.BLUE, report.ORANGE]
 
 
 def test_the_last_value_stands_beside_a_title():
@@ -352,7 +352,7 @@ def test_main_components_are_those_of_a_singular_value_decomposition():
     assert_near(report.main_components(tokens), np.stack(want, -1).reshape(3, 40, 3), 1e-6)
 
 
-def test_attention_maps_have_a_pixel_a_patch_in_the_colours_of_viridis(page, images):
+def test_attention_maps_have_a_pixel_a_patch_in_the_colors_of_viridis(page, images):
     maps = page.pictures("PNG")
     path = sorted((images / "brick").iterdir())[0]
     image = dino_crops.eval_transform(64)(dino_images.load_image(path))  # twice the size of training
@@ -370,25 +370,25 @@ def test_attention_maps_have_a_pixel_a_patch_in_the_colours_of_viridis(page, ima
     assert len(maps) == 6 * (2 + len(attention))
 
 
-def test_patch_colours_are_the_components_of_all_images_together(page, images):
+def test_patch_colors_are_the_components_of_all_images_together(page, images):
     model, tokens, names = teacher(), [], []
     for path in sorted(images.glob("*/*")):
         image = dino_crops.eval_transform(64)(dino_images.load_image(path))
         tokens.append(model.get_intermediate_layers(utils.normalize(image[None]))[0][0, 1:].detach())
         names.append(f"patches of {path.parent.name}/{path.name}")
     want = 255 * report.main_components(torch.stack(tokens)).numpy().reshape(6, 4, 4, 3)
-    for name, colours in zip(names, want, strict=True):
-        assert np.abs(page.pictures("PNG")[name] - colours).max() <= 1, name
+    for name, colors in zip(names, want, strict=True):
+        assert np.abs(page.pictures("PNG")[name] - colors).max() <= 1, name
 
 
-def test_neighbours_are_the_images_with_the_highest_cosine(page, images):
+def test_neighbors_are_the_images_with_the_highest_cosine(page, images):
     paths = sorted(images.glob("*/*"))
     batch = torch.stack([dino_crops.eval_transform(32)(dino_images.load_image(path)) for path in paths])
     with torch.no_grad():
         features = teacher()(utils.normalize(batch)).double().numpy()
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     cosine = features @ features.T
-    rows = re.findall(r"<tr>(<td><img class=\"JPEG\".*?)</tr>", page.html.split("Nearest neighbours")[-1])
+    rows = re.findall(r"<tr>(<td><img class=\"JPEG\".*?)</tr>", page.html.split("Nearest neighbors")[-1])
     assert len(rows) == 6
     hits = 0
     for i, row in enumerate(rows):
@@ -404,8 +404,8 @@ def test_neighbours_are_the_images_with_the_highest_cosine(page, images):
 def test_images_without_classes_go_by_their_names(run_folder, images, tmp_path):
     page = page_of(run_folder, images=images / "brick", output=tmp_path / "out.html")
     assert "of the same class" not in page.text
-    assert "≠" not in page.text.split("Nearest neighbours")[-1]
-    assert sorted((images / "brick").iterdir())[0].name in page.text.split("Nearest neighbours")[-1]
+    assert "≠" not in page.text.split("Nearest neighbors")[-1]
+    assert sorted((images / "brick").iterdir())[0].name in page.text.split("Nearest neighbors")[-1]
 
 
 def test_the_runs_own_data_are_taken_if_they_are_still_there(tmp_path, images, sample_root, monkeypatch):
@@ -439,11 +439,11 @@ def test_a_checkpoint_alone_makes_a_page_without_curves(tmp_path, images):
     assert len(page.html) < 500_000  # nor Bokeh
 
 
-def test_a_convnet_has_neighbours_only(tmp_path, images):
+def test_a_convnet_has_neighbors_only(tmp_path, images):
     model = dino_backbones.build_backbone("squeezenet1_1", 16, 32)[0]
     page = page_of(make_run(tmp_path, model=model, args={**ARGS, "arch": "squeezenet1_1"}), images=images)
     assert "the network is none of our ViTs" in page.text
-    assert "Nearest neighbours" in page.text
+    assert "Nearest neighbors" in page.text
 
 
 @pytest.mark.parametrize(
@@ -719,8 +719,8 @@ class TestInABrowser:
         seen = {}
         for scheme in ("light", "dark"):
             chromium.open(paths["one"], 390, scheme)
-            colours = "[document.body, document.querySelector('h1')].map(e => getComputedStyle(e)).map((s, i) => "
-            seen[scheme] = chromium.js(colours + "(i ? s.color : s.backgroundColor).match(/\\d+/g).map(Number)[0])")
+            colors = "[document.body, document.querySelector('h1')].map(e => getComputedStyle(e)).map((s, i) => "
+            seen[scheme] = chromium.js(colors + "(i ? s.color : s.backgroundColor).match(/\\d+/g).map(Number)[0])")
             ink = f"({DEEP})('.bk-Axis, .bk-LinearAxis').concat(document.body)[0]"
             label = chromium.js(f"getComputedStyle({ink}).getPropertyValue('--bk-major-label-text-color')")
             seen[scheme].append(label)

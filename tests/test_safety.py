@@ -21,7 +21,6 @@ from PIL import EpsImagePlugin, Image
 import dino_checkpoints
 import dino_cli
 import dino_images
-import eval_image_retrieval
 import eval_linear
 import eval_video_segmentation
 import export

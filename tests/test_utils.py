@@ -1,4 +1,4 @@
-"""utils.py: everything that the scripts share, one behaviour at a time."""
+"""utils.py: everything that the scripts share, one behavior at a time."""
 
 import argparse
 import copy
@@ -601,7 +601,7 @@ def test_a_meter_prints_median_and_mean_of_all():
     assert str(meter_of(1.0, 2.0, 6.0, fmt="{avg:.1f} {max:.0f} {value:.2f}")) == "3.0 6 6.00"
 
 
-def test_meters_of_one_process_synchronise_without_a_group():
+def test_meters_of_one_process_synchronize_without_a_group():
     logger = utils.MetricLogger()
     logger.update(loss=torch.tensor(3.0), lr=0.5)
     logger.update(loss=torch.tensor(5.0), lr=0.5)
@@ -781,7 +781,7 @@ def test_a_warm_up_longer_than_the_run_is_a_user_error():
         utils.cosine_scheduler(1, 0, 5, 3, warmup_epochs=10)
 
 
-# ---- optimisers and gradients ----
+# ---- optimizers and gradients ----
 
 
 def test_biases_and_vectors_are_not_regularised_but_positions_and_cls_token_are():
@@ -1360,7 +1360,7 @@ def test_a_convnet_in_the_wrapper_gives_its_features_to_the_head():
 @pytest.mark.parametrize(
     ("arch", "near"), [("vit_smal", "vit_small"), ("resnet5", "resnet50"), ("qwertz", "vit_small and resnet50")]
 )
-def test_an_unknown_backbone_is_named_with_its_nearest_neighbours(arch, near):
+def test_an_unknown_backbone_is_named_with_its_nearest_neighbors(arch, near):
     with pytest.raises(UserError, match=f"unknown --arch {arch}.*{near}"):
         dino_backbones.build_backbone(arch)
 
@@ -1829,7 +1829,7 @@ def test_features_come_in_the_order_of_the_data_set(dtype, as_tuple):
     assert_near(features, expected_features(11), 1e-6)
 
 
-def test_multi_scale_features_are_the_normalised_mean_over_three_scales():
+def test_multi_scale_features_are_the_normalized_mean_over_three_scales():
     images = tensor("images", (2, 3, 64, 48))
     network = nn.Sequential(nn.Conv2d(3, 5, 7, stride=3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with torch.no_grad():

@@ -92,8 +92,8 @@ def test_head_gives_the_reference_logits_keys_and_trainable_parameters(settings)
 
 
 def slow_layer_norm(norm, rows):
-    centred = rows - rows.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + norm.eps) * float64(norm.weight) + float64(
+    centered = rows - rows.mean(-1, keepdims=True)
+    return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + norm.eps) * float64(norm.weight) + float64(
         norm.bias
     )
 
@@ -334,7 +334,7 @@ def test_forward_is_the_cls_token_of_the_last_intermediate_layer():
     assert torch.equal(model(images), model.get_intermediate_layers(images)[0][:, 0])
 
 
-def test_intermediate_layers_are_the_last_blocks_outputs_in_order_each_normalised():
+def test_intermediate_layers_are_the_last_blocks_outputs_in_order_each_normalized():
     model, images = tiny_vit(depth=3), pictures()
     outputs = [record_outputs(block) for block in model.blocks]
     layers = model.get_intermediate_layers(images, n=2)
@@ -665,9 +665,9 @@ os.chdir({str(tmp_path)!r})
 sys.path[0] = "./dino"
 sys.path.insert(1, "")
 import dino.vision_transformer as inside
-import vision_transformer, utils, hubconf
+import vision_transformer, dino_backbones, hubconf
 assert os.path.dirname(os.path.abspath(vision_transformer.__file__)) == os.path.abspath("dino")
-assert hubconf.vits is vision_transformer and utils.vits is vision_transformer
+assert hubconf.vits is vision_transformer and dino_backbones.vits is vision_transformer
 assert inside.vit_nano(patch_size=32).embed_dim == vision_transformer.vit_nano(patch_size=32).embed_dim == 128
 """
     run_script("-c", code)
@@ -692,7 +692,7 @@ def small_head(**changes):
 
 
 def slow_last_layer(head, x):
-    """L2 normalisation and the weight-normalised linear, row by row in float64."""
+    """L2 normalization and the weight-normalized linear, row by row in float64."""
     gain, direction = float64(head.last_layer.weight_g), float64(head.last_layer.weight_v)
     logits = np.zeros((len(x), len(gain)))
     for b, row in enumerate(x):
@@ -713,7 +713,7 @@ def test_head_of_one_layer_is_a_single_linear_in_front_of_the_last():
     assert_near(head(x), slow_last_layer(head, slow_linear(head.mlp, float64(x))), 1e-5)
 
 
-def test_head_with_batch_norm_normalises_between_linear_and_gelu():
+def test_head_with_batch_norm_normalizes_between_linear_and_gelu():
     head, x = small_head(use_bn=True, nlayers=2), tensor("features", (4, 12))
     norm = head.mlp[1]
     norm.running_mean.copy_(tensor("mean", (20,)))
