@@ -87,7 +87,7 @@ def check_args(args):
 def load_data(args):
     """(train, val, train labels [N], val labels [M], class names). Labels are indices into the class names.
 
-    `train[epoch, index]` -> (random crop, index, ""); `val[index]` -> (image, index). Images are uint8, or normalized
+    `train[epoch, index]` -> (random crop, index, None); `val[index]` -> (image, index). Images are uint8, or normalized
     floats if the network was not trained on RGB images. --evaluate does not need train/: without it, train and its
     labels are None and the classes are the folders of val/. Raises UserError.
     """
@@ -106,10 +106,10 @@ def load_data(args):
     return crops, val, train_labels, val_labels, train.images.classes
 
 
-def build_loader(dataset, sampler, args, device):
+def build_loader(dataset, sampler, args, device, collate=None):
     """Loader of (images [B, C, size, size], indices [B], ...) in the sampler's order. The last batch may be smaller."""
-    workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
-    return DataLoader(dataset, args.batch_size_per_gpu, sampler=sampler, pin_memory=device.type == "cuda", **workers)
+    how = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0, "collate_fn": collate}
+    return DataLoader(dataset, args.batch_size_per_gpu, sampler=sampler, pin_memory=device.type == "cuda", **how)
 
 
 # ---- features ----
@@ -312,10 +312,10 @@ def train_classifier(extract, classifier, train_set, val_set, args, device):
     """
     (train, train_labels), (val_loader, val_labels) = train_set, val_set
     # A sampler with batch size 1 drops only the remainder of images by processes. The loader makes the batches.
-    sampler = dino_data.EpochSampler(len(train), 1, args.seed, args.rank, args.world_size)
+    sampler = dino_data.EpochSampler(train.images, 1, args.seed, args.rank, args.world_size)
     if not len(sampler):
         raise UserError(f"{len(train)} training images are too few for {args.world_size} processes. Start fewer")
-    train_loader = build_loader(train, sampler, args, device)
+    train_loader = build_loader(train, sampler, args, device, dino_data.collate)
     args.num_images, args.global_batch = len(train), args.batch_size_per_gpu * args.world_size
     optimizer = torch.optim.SGD(classifier.parameters(), args.lr * args.global_batch / 256, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=0)

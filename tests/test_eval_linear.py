@@ -75,9 +75,10 @@ def test_flags_have_the_published_names_and_defaults():
     args = vars(arguments_of(eval_linear, "--local-rank", "3"))
     published = {"arch": "vit_small", "patch_size": 16, "pretrained_weights": "", "checkpoint_key": "teacher"}
     published |= {"n_last_blocks": 4, "avgpool_patchtokens": False, "epochs": 100, "lr": 0.001, "val_freq": 1}
-    published |= {"batch_size_per_gpu": 128, "num_workers": 10, "output_dir": ".", "evaluate": False}
+    published |= {"batch_size_per_gpu": 128, "output_dir": ".", "evaluate": False}
     published |= {"dist_url": "env://", "local_rank": 3}
     ours = {"data_path": "sample", "num_labels": None, "linear_weights": "", "image_size": 224, "exif": False}
+    assert 1 <= args.pop("num_workers") <= 10  # the number of cores, at most 10
     assert args == {**published, **ours, "seed": 0, "device": "auto"}
 
 
@@ -502,8 +503,9 @@ def test_a_checkpoint_that_does_not_fit_is_not_overwritten(monkeypatch, capsys, 
 def test_more_processes_than_training_images_are_an_error(data):
     args = arguments(*data)
     args.rank, args.world_size = 0, 41
+    train = eval_linear.load_data(args)[0]
     with pytest.raises(utils.UserError, match="40 training images are too few for 41 processes"):
-        eval_linear.train_classifier(None, None, (range(40), None), (None, None), args, torch.device("cpu"))
+        eval_linear.train_classifier(None, None, (train, None), (None, None), args, torch.device("cpu"))
 
 
 # ---- whole commands ----

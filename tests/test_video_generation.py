@@ -433,8 +433,8 @@ def bad(clip, frames, tmp_path_factory):
     ("flags", "message"),
     [
         (["--input_path", "/no/where"], "--input_path /no/where does not exist"),
-        (["--input_path", "EMPTY"], "has no images in it"),
-        (["--input_path", "EMPTY", "--video_only"], "has no images in it"),
+        (["--input_path", "EMPTY"], "has no images"),
+        (["--input_path", "EMPTY", "--video_only"], "has no images"),
         (["--input_path", "TORN"], "1.png"),
         (["--input_path", "TORN", "--video_only"], "1.png"),
         (["--input_path", "SIZES"], "1.png has 99 × 72 pixels"),

@@ -325,7 +325,7 @@ def standard(photograph):
     ("flags", "message"),
     [
         (["--image_path", "/no/where.png"], "--image_path /no/where.png does not exist"),
-        (["--image_path", "EMPTY"], "has no images in it"),
+        (["--image_path", "EMPTY"], "has no images"),
         (["--image_path", "CAT", "DAMAGED"], "damaged"),
         (["--arch", "resnet50"], "--arch resnet50 has no CLS token"),
         (["--arch", "vit_smal"], "did you mean vit_small"),
