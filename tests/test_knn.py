@@ -141,10 +141,12 @@ def test_the_best_accuracy_on_other_images_does_not_count(tiny_root, labelled, t
 
 
 def test_a_resumed_run_remembers_the_best_accuracy():
-    curves = dino_health.Curves(arguments_of(main_dino, "--tensorboard", "off"))
-    first = dino_health.HealthMonitor(arguments_of(main_dino), 5, curves)
+    args = arguments_of(main_dino, "--tensorboard", "off")
+    args.images_per_step = args.batch_size_per_gpu
+    curves = dino_health.Curves(args)
+    first = dino_health.HealthMonitor(args, 5, curves)
     first.check_epoch({"epoch": 3, "knn_top1": 40.0})
-    second = dino_health.HealthMonitor(arguments_of(main_dino), 5, curves, first.state_dict())
+    second = dino_health.HealthMonitor(args, 5, curves, first.state_dict())
     second.check_epoch({"epoch": 4, "knn_top1": 39.0})
     assert (second.best_knn, second.best_epoch) == (40.0, 3)
     second.check_epoch({"epoch": 5, "knn_top1": 40.5})
