@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torchvision.transforms.functional import pil_to_tensor, resize
 
 import dino_data
 import utils
@@ -223,3 +224,39 @@ class PCA:
         rows = x.cpu().double().numpy() if isinstance(x, torch.Tensor) else x
         projected = (rows if self.mean is None else rows - self.mean) @ self.dvt.T
         return torch.from_numpy(projected).to(x.dtype).to(x.device) if isinstance(x, torch.Tensor) else projected
+
+
+# ---- pictures of attention ----
+
+
+def prepare(image, size, patch_size):
+    """PIL image -> uint8 [3, H, W], resized and cropped to whole patches at the bottom and on the right.
+
+    `size` is (height, width), or (shorter side,), or None for the original size. Raises UserError if the result is
+    smaller than one patch.
+    """
+    if size is not None:
+        image = resize(image, list(size))
+    height, width = (side - side % patch_size for side in (image.height, image.width))
+    if not height or not width:
+        found = f"{image.width} × {image.height} pixels are less than one patch (--patch_size {patch_size})"
+        raise UserError(f"{found}. Use larger images, or resize them")
+    return pil_to_tensor(image)[:, :height, :width]
+
+
+def to_pixels(patches, patch_size):
+    """Repeat the value of each patch at all of its pixels: [h, w, ...] -> NumPy array [h · patch, w · patch, ...]."""
+    return np.asarray(patches).repeat(patch_size, axis=0).repeat(patch_size, axis=1)
+
+
+def draw_mask(pixels, mask, divisor, outline=None):
+    """The image [H, W, 3] uint8, divided by `divisor` where `mask` [H, W] is False.
+
+    `outline` is the color of a line along the border of the mask, two pixels wide; None draws no line.
+    """
+    drawn = np.where(mask[..., None], pixels, pixels // divisor)
+    if outline is not None:
+        from skimage.segmentation import find_boundaries
+
+        drawn[find_boundaries(mask, mode="thick")] = outline
+    return drawn

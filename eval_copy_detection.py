@@ -1,12 +1,12 @@
 """Copy detection on Copydays with frozen features (section 4.2.1 of the paper).
 
-    python eval_copy_detection.py --data_path copydays                               # the published ViT-B/8, 320 pixels
+    python eval_copy_detection.py --data_path copydays                                  # published ViT-B/8, 320 pixels
     python eval_copy_detection.py --data_path copydays --whitening_path yfcc/20k --distractors_path yfcc/10k
     python eval_copy_detection.py --arch vit_small --patch_size 16 --pretrained_weights FILE --data_path copydays
 
---data_path holds the blocks original/, strong/, jpegqual/<quality>/ and crops/<share>/ (those that are there count),
-each with its images. Every image of a block looks for its originals among all originals and distractors; the mean
-average precision of each block is printed. Published: 0.858 on strong, with whitening and distractors.
+--data_path holds the images in original/, and in any of strong/, jpegqual/<quality>/ and crops/<share>/. Each image of
+these blocks is a query; the database is all originals and distractors. Prints the mean average precision per block.
+Published: 0.858 on strong, with whitening and distractors.
 """
 
 import argparse
@@ -35,29 +35,30 @@ def get_args_parser():
     parents = [dino_cli.model_flags("vit_base", 8), dino_cli.process_flags()]
     parser = argparse.ArgumentParser("Copy detection", add_help=False, parents=parents)
     # fmt: off
-    parser.add_argument("--data_path", default=".", metavar="DIR", help="Folder of the Copydays blocks.")
-    parser.add_argument("--whitening_path", default="", metavar="DIR", help="""Folder of other images, on which a
-        whitening of the features is learned: twenty thousand or so, not those that are searched.""")
+    parser.add_argument("--data_path", default=".", metavar="DIR", help="Folder with the Copydays blocks.")
+    parser.add_argument("--whitening_path", default="", metavar="DIR", help="""Learn a whitening of
+        the features from the images in this folder: about 20,000 images that are not in the database.""")
     parser.add_argument("--distractors_path", default="", metavar="DIR",
-        help="Folder of images that are nobody's original, to search among as well.")
+        help="Add the images in this folder to the database. None of them is an original.")
     parser.add_argument("--imsize", default=320, type=at_least(1), metavar="PIXELS",
-        help="Images are resized to a square of this side, whatever their shape.")
+        help="Images are resized to a square of this size, ignoring the aspect ratio.")
     parser.add_argument("--batch_size_per_gpu", default=16, type=at_least(1), metavar="B",
         help="Images per forward pass.")
     parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
-        help="Keep features on the GPU, if there is one. false: in main memory.")
+        help="Keep the features on the GPU, if there is one. false: in main memory.")
     # fmt: on
     return parser
 
 
 def check_args(args):
+    """Raise UserError if --arch is not a ViT, or if --imsize is too small for it."""
     dino_backbones.check_arch(args.arch)
     if not dino_backbones.vit_factory(args.arch):
-        raise UserError(
-            f"--arch {args.arch} has no CLS and patch tokens. Take one of {', '.join(dino_backbones.vit_names())}"
-        )
+        vits = ", ".join(dino_backbones.vit_names())
+        raise UserError(f"--arch {args.arch} has no CLS and patch tokens. Use one of {vits}")
     if args.imsize < args.patch_size:
-        raise UserError(f"--imsize {args.imsize} is smaller than one patch (--patch_size {args.patch_size})")
+        size = f"--imsize {args.imsize} is smaller than one patch (--patch_size {args.patch_size})"
+        raise UserError(f"{size}. Raise --imsize")
 
 
 # ---- data ----
@@ -71,29 +72,31 @@ BLOCKS = (
 
 
 def find_blocks(data_path):
-    """{block: its files} of the blocks that are there. Raises UserError without originals, or with nothing else."""
+    """{block: image files} of the blocks that exist. Raises UserError without original/, or without another block."""
     found = [block for block in BLOCKS if os.path.isdir(os.path.join(data_path, block))]
     if "original" not in found or len(found) == 1:
-        raise UserError(f"--data_path {data_path} must hold original/ and, beside it, strong/, jpegqual/ or crops/")
+        raise UserError(
+            f"--data_path {data_path} must hold original/ and at least one of strong/, jpegqual/<n> and crops/<n>"
+        )
     return {block: dino_data.image_files(os.path.join(data_path, block), "--data_path") for block in found}
 
 
 def positives(block, files, originals):
-    """For each file of a block, the numbers of its originals: those of its name, in `strong` of its first 4 characters.
+    """Per file of a block, the indices of its originals: same name, or, in `strong`, same first 4 characters.
 
-    If no name in another block is an original's, but there are as many, then they are in the same order. Raises
-    UserError for images without an original.
+    If no name in a block matches, and there is one file per original, files and originals are paired in sorted order
+    (not in `strong`). Raises UserError for images without an original.
     """
     length = 4 if block == "strong" else None
     found = [[i for i, original in enumerate(originals) if original.name[:length] == f.name[:length]] for f in files]
-    lone = [str(file) for file, right in zip(files, found, strict=True) if not right]
-    if not lone:
+    unmatched = [str(file) for file, indices in zip(files, found, strict=True) if not indices]
+    if not unmatched:
         return found
-    if block != "strong" and len(lone) == len(files) == len(originals):
+    if block != "strong" and len(unmatched) == len(files) == len(originals):
         return [[i] for i in range(len(files))]
     raise UserError(
-        f"{len(lone)} of the {len(files)} images in {block}/ have no original: {utils.summarize(lone)}. Give copies the "
-        "names of their originals; in strong/ the first four characters count"
+        f"{len(unmatched)} of the {len(files)} images in {block}/ have no original: {utils.summarize(unmatched)}. Give "
+        "copies the names of their originals; in strong/, only the first 4 characters are compared"
     )
 
 
@@ -101,9 +104,10 @@ def positives(block, files, originals):
 
 
 class CopyFeatures(nn.Module):
-    """A ViT's features for copy detection: images [B, 3, H, W] -> CLS beside the pooled patch tokens, [B, 2·D].
+    """CLS token and pooled patch tokens of a ViT: images [B, 3, H, W] -> [B, 2·D].
 
-    The patch tokens behind the final norm are pooled by GeM, the generalised mean with exponent 4 of what is positive.
+    The patch tokens, after the final norm, are pooled by GeM: the generalized mean with exponent 4, negative values
+    clamped to about 0.
     """
 
     def __init__(self, vit):
@@ -117,10 +121,10 @@ class CopyFeatures(nn.Module):
 
 
 def extract(model, paths, args, device):
-    """Features [N, 2·D] of images, in their order; None but on rank 0. Raises UserError if they are not finite."""
+    """Features [N, 2·D] of the images at `paths`, in order; None on ranks other than 0. Raises UserError for NaN."""
     square = transforms.Resize((args.imsize, args.imsize), interpolation=transforms.InterpolationMode.BICUBIC)
-    shown = transforms.Compose([square, transforms.PILToTensor()])
-    images = dino_data.EvalImages(dino_images.ImageFiles(paths), shown)
+    transform = transforms.Compose([square, transforms.PILToTensor()])
+    images = dino_data.EvalImages(dino_images.ImageFiles(paths), transform)
     loader = dino_data.eval_loader(images, args.batch_size_per_gpu, args.num_workers, device)
     features = dino_features.extract_features(model, loader, args.use_cuda)
     if features is not None:
@@ -129,17 +133,18 @@ def extract(model, paths, args, device):
 
 
 def learn_whitening(features):
-    """The PCA learned from features [N, D], which takes their mean off. Raises UserError if they are all the same.
+    """PCA of features [N, D] that subtracts their mean. Raises UserError if all features are the same.
 
-    Its axes are those of the mean square, about 0 and not about the mean: the published figure was measured so.
+    The axes are the eigenvectors of the second moment about 0, not about the mean. The published result was measured
+    this way.
     """
     x = features.cpu().double().numpy()  # not every GPU has float64
     pca = dino_features.PCA(dim=x.shape[1])
     pca.mean = x.mean(axis=0)
     if np.square(x - pca.mean).mean() <= 1e-10 * np.square(x).mean():
-        raise UserError("--whitening_path needs images that differ, twenty thousand or so: these are all alike")
+        raise UserError("all images in --whitening_path have the same features. Use about 20,000 different images")
     if len(x) <= x.shape[1]:
-        print(f"warning: {len(x)} images in --whitening_path are few for features {x.shape[1]} wide. Give more")
+        print(f"warning: only {len(x)} images in --whitening_path for {x.shape[1]} dimensions. Use about 20,000")
     pca.train_pca(x.T @ x / len(x))
     return pca
 
@@ -148,16 +153,17 @@ def learn_whitening(features):
 
 
 def average_precisions(queries, database, positives):
-    """AP of each query [Q, D] over its 20 nearest in the database [N, D]; `positives` are the right ones' numbers."""
+    """AP of each query [Q, D] over the 20 nearest images in the database [N, D]. `positives` are lists of indices."""
     nearest = (queries @ database.T).topk(min(20, len(database)), dim=1).indices.cpu().numpy()
     return [
-        dino_features.compute_ap(np.flatnonzero(np.isin(row, right)), len(right))
-        for row, right in zip(nearest, positives, strict=True)
+        dino_features.compute_ap(np.flatnonzero(np.isin(row, correct)), len(correct))
+        for row, correct in zip(nearest, positives, strict=True)
     ]
 
 
 @torch.no_grad()
 def main(args):
+    """Run the evaluation. Raises UserError for a mistake in the arguments or the data."""
     check_args(args)
     device = utils.init_distributed_mode(args)
 
@@ -183,10 +189,10 @@ def main(args):
     # ---- search ----
     distractors = features.pop("distractors_path", features["original"][:0])
     database = torch.cat((features["original"], distractors))
-    print(f"{len(database)} images to search among, {len(distractors)} of them distractors")
+    print(f"database: {len(database)} images, including {len(distractors)} distractors")
     for block, queries in features.items():
-        found = average_precisions(queries, database, truth[block])
-        print(f"eval on {block} mAP={np.mean(found):.3f} ({len(queries)} queries)")
+        mean_ap = np.mean(average_precisions(queries, database, truth[block]))
+        print(f"eval on {block} mAP={mean_ap:.3f} ({len(queries)} queries)")
 
 
 if __name__ == "__main__":

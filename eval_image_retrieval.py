@@ -4,8 +4,8 @@
     python eval_image_retrieval.py --pretrained_weights checkpoint.pth --data_path revisitop --dataset rparis6k
 
 --data_path holds <dataset>/gnd_<dataset>.pkl, the revisited ground truth, and <dataset>/jpg/*.jpg. Prints mAP and mP@k
-in per cent for the Medium, Hard and Easy protocols. Without --pretrained_weights ViT-S/16 gets the published weights
-that were trained on landmarks: mAP 51.5 (Medium) and 24.3 (Hard) on Oxford, 75.3 and 51.6 on Paris.
+in percent for the Medium, Hard and Easy protocols. By default, uses the published ViT-S/16 trained on landmarks: mAP
+51.5 (Medium) and 24.3 (Hard) on Oxford, 75.3 and 51.6 on Paris.
 """
 
 import argparse
@@ -36,27 +36,29 @@ def get_args_parser():
     parents = [dino_cli.model_flags(), dino_cli.process_flags()]
     parser = argparse.ArgumentParser("Image retrieval", add_help=False, parents=parents)
     # fmt: off
-    parser.add_argument("--data_path", default=".", metavar="DIR", help="Folder that holds the data set's folder.")
+    parser.add_argument("--data_path", default=".", metavar="DIR", help="Parent folder of the data set.")
     parser.add_argument("--dataset", default="roxford5k", metavar="NAME",
-        help="roxford5k, rparis6k, or any other in the same layout: <NAME>/gnd_<NAME>.pkl and <NAME>/jpg/*.jpg.")
+        help="roxford5k, rparis6k, or another data set with the same layout: gnd_<NAME>.pkl and jpg/*.jpg.")
     parser.add_argument("--imsize", default=224, type=at_least(1), metavar="PIXELS",
-        help="Longest side that an image may have; larger ones are scaled down. The published figures are at 512.")
+        help="Longest side of an image; larger images are scaled down. The published results use 512.")
     parser.add_argument("--multiscale", default=False, type=bool_flag, metavar="BOOL",
-        help="Mean of the features at scales 1, 0.71 and 0.5: better by some points, at 1.75 times the cost.")
+        help="Average the features at scales 1, 0.71 and 0.5. Improves mAP by some points, at 1.75 times the cost.")
     parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
-        help="Keep features on the GPU, if there is one. false: in main memory.")
+        help="Keep the features on the GPU, if there is one. false: in main memory.")
     # fmt: on
     return parser
 
 
 def check_args(args):
+    """Raise UserError for an unknown --arch."""
     dino_backbones.check_arch(args.arch)
 
 
 # ---- data ----
 
 
-# What numpy's scalars and arrays are pickled as, under the names that its modules have had, and bytes by old protocols.
+# The functions that a pickle of NumPy scalars and arrays calls, under the module names of NumPy 1 and 2, and the ones
+# that a pickle of bytes calls in protocols 0 to 2. No other function may be called.
 PICKLED_AS = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -69,7 +71,7 @@ PICKLED_AS = {
 
 
 class GroundTruthUnpickler(pickle.Unpickler):
-    """Reads plain containers, numbers, strings and numpy arrays; anything else is a UserError, and is not run."""
+    """Reads plain containers, numbers, strings and NumPy arrays. Anything else is a UserError, and is not run."""
 
     def find_class(self, module, name):
         if (module, name) not in PICKLED_AS:
@@ -78,10 +80,11 @@ class GroundTruthUnpickler(pickle.Unpickler):
 
 
 class OxfordParisDataset(dino_data.EvalImages):
-    """The images of one `split` ("database" or "query") of a data set, and its ground truth as `cfg`.
+    """Images of one `split` ("database" or "query"), and the ground truth in `cfg`.
 
-    `cfg` has `imlist`, `qimlist` and `gnd`, for each query the numbers of its easy, hard and junk images. Query images
-    are whole, not cropped to the box in the ground truth. Raises UserError if it, or an image, is missing or damaged.
+    `cfg` has `imlist`, `qimlist` and `gnd`: per query, the indices of its easy, hard and junk images in the database.
+    Query images are not cropped to the bounding box. Raises UserError if a file is missing or damaged, or if an image
+    is smaller than `least_side` pixels.
     """
 
     def __init__(self, dir_main, dataset, split, transform=None, imsize=None, least_side=1):
@@ -92,9 +95,8 @@ class OxfordParisDataset(dino_data.EvalImages):
         paths = [os.path.join(root, "jpg", f"{name}.jpg") for name in names]
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
-            raise UserError(
-                f"{len(missing)} of the {len(paths)} {split} images are missing: {utils.summarize(missing)}"
-            )
+            number = f"{len(missing)} of the {len(paths)} {split} images"
+            raise UserError(f"{number} are missing: {utils.summarize(missing)}. Check --data_path")
         super().__init__(dino_images.ImageFiles(paths), transform or transforms.PILToTensor())
 
     def load(self, i):
@@ -103,40 +105,40 @@ class OxfordParisDataset(dino_data.EvalImages):
             image.thumbnail((self.imsize, self.imsize), Image.Resampling.LANCZOS)
         if min(image.size) < self.least_side:
             width, height = image.size
-            raise UserError(
-                f"{self.images.name(i)} is too small at {width} × {height} pixels: raise --imsize, or leave it out"
-            )
+            size = f"{self.images.name(i)} has {width} × {height} pixels"
+            raise UserError(f"{size}, at least {self.least_side} are needed. Raise --imsize, or remove the image")
         return image
 
 
 def load_ground_truth(path):
-    """The dict in a gnd_<dataset>.pkl. Raises UserError if it can't be read, or is of another kind."""
+    """The ground truth in gnd_<dataset>.pkl: {imlist, qimlist, gnd: [{easy, hard, junk}]}. Raises UserError."""
     try:
         with open(path, "rb") as file:
             cfg = GroundTruthUnpickler(file, encoding="latin1").load()
     except OSError as e:
         raise UserError(f"can't read the ground truth {path}: {e.strerror}. Check --data_path and --dataset") from e
-    except Exception as e:  # damaged pickles raise almost anything
+    except Exception as e:  # damaged pickles raise almost any exception
         raise UserError(f"the ground truth {path} was not loaded: {e}") from e
     try:
         lists = [[str(name) for name in cfg[key]] for key in ("imlist", "qimlist")]
         gnd = [{key: [int(i) for i in query[key]] for key in ("easy", "hard", "junk")} for query in cfg["gnd"]]
         numbers = [i for query in gnd for key in query.values() for i in key]
         if len(gnd) != len(lists[1]) or not all(lists) or not all(0 <= i < len(lists[0]) for i in numbers):
-            raise ValueError("its lists do not fit together")
+            raise ValueError("its lists are empty, or do not match")
         if not any(query["easy"] or query["hard"] for query in gnd):
             raise ValueError("no query has an easy or hard image")
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as e:
-        raise UserError(f"{path} is no ground truth with imlist, qimlist and gnd (easy, hard, junk): {e}") from e
+        raise UserError(f"{path} must hold imlist, qimlist and gnd (easy, hard, junk): {e}") from e
+    # An image listed twice lowers the average precision, but it is no reason to stop.
     twice = [i for i, query in enumerate(gnd) if len(set().union(*query.values())) < sum(map(len, query.values()))]
     if twice:
-        utils.log(f"warning: {path} names an image twice for queries {utils.summarize(list(map(str, twice)))}")
+        utils.log(f"warning: {path} lists an image twice for queries {utils.summarize(list(map(str, twice)))}")
     return {"imlist": lists[0], "qimlist": lists[1], "gnd": gnd}
 
 
 # ---- mean average precision ----
 
-# What counts as found, and what as not there, by protocol (arXiv 1803.11285, section 3).
+# Lists of images that count as positives, and lists that are ignored, per protocol (arXiv 1803.11285, section 3).
 PROTOCOLS = {
     "Medium": (("easy", "hard"), ("junk",)),
     "Hard": (("hard",), ("junk", "easy")),
@@ -145,38 +147,40 @@ PROTOCOLS = {
 
 
 def protocol_truth(gnd, protocol):
-    """The ground truth of a protocol, as `compute_map` takes it."""
+    """Ground truth of a protocol in the format of `compute_map`: [{"ok": indices, "junk": indices}], one per query."""
     ok, junk = PROTOCOLS[protocol]
-
-    def numbers(query, keys):
-        return [i for key in keys for i in query[key]]
-
-    return [{"ok": numbers(query, ok), "junk": numbers(query, junk)} for query in gnd]
+    return [
+        {"ok": [i for key in ok for i in query[key]], "junk": [i for key in junk for i in query[key]]} for query in gnd
+    ]
 
 
 # ---- the evaluation ----
 
 
 def main(args):
+    """Run the evaluation. Raises UserError for a mistake in the arguments or the data."""
     check_args(args)
     device = utils.init_distributed_mode(args)
 
     # ---- data, network ----
     patch = args.patch_size if dino_backbones.vit_factory(args.arch) else 1
-    root, sizes = (args.data_path, args.dataset), (args.imsize, patch * (2 if args.multiscale else 1))
-    splits = [OxfordParisDataset(*root, split, None, *sizes) for split in ("database", "query")]
+    least_side = 2 * patch if args.multiscale else patch  # one patch, also at half the size
+    splits = [
+        OxfordParisDataset(args.data_path, args.dataset, split, imsize=args.imsize, least_side=least_side)
+        for split in ("database", "query")
+    ]
     utils.log(f"{len(splits[0])} images in the database, {len(splits[1])} queries")
     model, _ = dino_backbones.frozen_backbone(args, device, args.imsize, part="landmarks")
 
-    # ---- features: one image at a time, each has a size of its own ----
+    # ---- features: batches of one image, because sizes differ ----
     loaders = [dino_data.eval_loader(split, 1, args.num_workers, device) for split in splits]
     try:
         features = [dino_features.extract_features(model, loader, args.use_cuda, args.multiscale) for loader in loaders]
-    except (RuntimeError, AssertionError) as e:  # a shape that a network is not made for: ViTs take all
+    except (RuntimeError, AssertionError) as e:  # some networks need a certain shape; ours do not
         if dino_backbones.vit_factory(args.arch):
             raise
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"--arch {args.arch} does not take images of every shape: {reason}. Choose another") from e
+        raise UserError(f"--arch {args.arch} does not support images of any shape: {reason}. Use another") from e
     if not utils.is_main_process():
         return
     dino_features.check_finite_features(*features)
@@ -188,6 +192,7 @@ def main(args):
 
 
 def print_results(ranks, gnd, dataset, kappas=(1, 5, 10)):
+    """Print mAP and mP@k per protocol. `ranks` [N, Q] are indices into the database, best first, per query."""
     for protocol in PROTOCOLS:
         mean_ap, _, precisions, _ = dino_features.compute_map(ranks, protocol_truth(gnd, protocol), kappas)
         if math.isnan(mean_ap):

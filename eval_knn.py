@@ -1,11 +1,11 @@
-"""Weighted k-nearest-neighbour classification with frozen features (section 4.1 of the paper).
+"""Weighted k-nearest-neighbor classification with frozen features (section 4.1 of the paper).
 
-    python eval_knn.py --arch vit_small --patch_size 16 --data_path imagenet       # the published ViT-S/16: 74.5 %
-    python eval_knn.py --pretrained_weights runs/vits16/checkpoint.pth --checkpoint_key teacher --data_path imagenet
-    python eval_knn.py --load_features features                                    # what --dump_features features left
+    python eval_knn.py --data_path imagenet                             # published ViT-S/16: 74.5 % top-1
+    python eval_knn.py --pretrained_weights runs/vits16/checkpoint.pth --data_path imagenet
+    python eval_knn.py --load_features features                         # reuse the files of --dump_features
 
---data_path holds train/<class>/* and val/<class>/*, or train.csv and val.csv. Prints top-1 and top-5 accuracy in per
-cent for each k.
+--data_path holds train/<class>/* and val/<class>/*, or train.csv and val.csv. Each validation image is classified by
+the k training images with the most similar features. Prints top-1 and top-5 accuracy in percent for each k.
 """
 
 import argparse
@@ -33,37 +33,41 @@ def get_args_parser():
     parser = argparse.ArgumentParser("k-NN evaluation", add_help=False, parents=parents)
     # fmt: off
     parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=at_least(1), metavar="K",
-        help="Numbers of neighbours. Around 20 works best as a rule; fewer if the classes are small.")
+        help="Number of neighbors, one or more values. 20 is a good default; use fewer if the classes are small.")
     parser.add_argument("--temperature", default=0.07, type=positive, metavar="T",
-        help="A neighbour votes with weight exp(similarity / T): the lower, the more the nearest ones count.")
-    parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS", help="""Side of the images that
-        the network sees: the centre of the image after resizing to 8/7 of it. Best as it was in training.""")
-    parser.add_argument("--baselines", default=False, type=bool_flag, metavar="BOOL", help="""Print one table that sets
-        the weights against chance, raw pixels and the same network untrained.""")
+        help="Each neighbor votes with weight exp(similarity / T). A lower T favors the nearest neighbors.")
+    parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS", help="""Input size of the
+        network. Images are resized to 8/7 of this size, then center-cropped. Use the size of training.""")
+    parser.add_argument("--baselines", default=False, type=bool_flag, metavar="BOOL", help="""Also print a table that
+        compares the weights with chance, raw pixels and the same network untrained.""")
     parser.add_argument("--batch_size_per_gpu", default=128, type=at_least(1), metavar="B",
         help="Images per forward pass.")
     parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
-        help="Keep features on the GPU, if there is one. false: in main memory, slower, where more of them fit.")
+        help="Keep the features on the GPU, if there is one. false: in main memory, which is slower but larger.")
     parser.add_argument("--dump_features", default=None, metavar="DIR",
-        help="Write features and labels there: trainfeat.pth, testfeat.pth, trainlabels.pth, testlabels.pth.")
+        help="Write features and labels to this folder: {train,test}feat.pth and {train,test}labels.pth.")
     parser.add_argument("--load_features", default=None, metavar="DIR",
-        help="Classify with features that --dump_features wrote, without any network.")
+        help="Read features and labels written by --dump_features instead of running a network.")
     # fmt: on
     return parser
 
 
 def check_args(args):
+    """Raise UserError for flags that contradict each other."""
     if args.load_features is not None and (args.dump_features is not None or args.baselines):
-        raise UserError("--load_features needs no network: leave out --dump_features and --baselines")
+        raise UserError("--load_features runs no network. Remove --dump_features and --baselines")
     if args.image_size < args.patch_size and dino_backbones.vit_factory(args.arch):
-        raise UserError(f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size})")
+        raise UserError(
+            f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size}). "
+            "Raise --image_size"
+        )
 
 
 # ---- features ----
 
 
 def build_model(args, device, weights, in_chans=3):
-    """The network with these weights, and what to call it."""
+    """(frozen network with these weights, its name in the table)."""
     model, _ = dino_backbones.build_backbone(args.arch, args.patch_size, args.image_size, in_chans=in_chans)
     matched, _ = dino_backbones.load_weights(model, weights, args.checkpoint_key, args.arch, args.patch_size)
     dino_backbones.use_fused_attention(model, device)
@@ -71,32 +75,38 @@ def build_model(args, device, weights, in_chans=3):
 
 
 def raw_pixels():
-    """The image itself as the feature, at 16 × 16 pixels: what any network has to beat."""
+    """Baseline: the image itself, averaged down to 16 × 16 pixels, as the feature vector [B, 16 · 16 · channels]."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten())
 
 
-# Names of the dumped files, in the order of `labelled_features`.
+# In the order in which `labelled_features` returns the tensors.
 FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
 
 def dump_features(tensors, folder):
+    """Write (train features, train labels, test features, test labels) to FEATURE_FILES in `folder`."""
     for tensor, name in zip(tensors, FEATURE_FILES, strict=True):
         utils.save_on_master(tensor.cpu(), os.path.join(folder, name))
 
 
 def load_features(folder, device):
-    """What --dump_features left in a folder. Raises UserError if the files do not hold features and labels."""
+    """Read the files of --dump_features: (train features [N, D], train labels [N], test features, test labels).
+
+    Raises UserError if a file is missing, or if the tensors do not fit together.
+    """
     tensors = [dino_checkpoints.load_checkpoint(os.path.join(folder, name)) for name in FEATURE_FILES]
     for part, features, labels in (("train", *tensors[:2]), ("test", *tensors[2:])):
         both = isinstance(features, torch.Tensor) and isinstance(labels, torch.Tensor)
         if not both or features.ndim != 2 or labels.ndim != 1 or not features.is_floating_point():
-            raise UserError(f"{folder}/{part}feat.pth and {part}labels.pth must hold tensors, floats [N, D] and [N]")
+            names = f"{folder}/{part}feat.pth and {part}labels.pth"
+            raise UserError(f"{names} must hold tensors: floats [N, D] and labels [N]")
         if labels.is_floating_point() or (len(labels) and labels.min() < 0):
-            raise UserError(f"{folder}/{part}labels.pth must hold class numbers from 0")
+            raise UserError(f"{folder}/{part}labels.pth must hold class indices >= 0")
         if len(features) != len(labels) or not len(features):
             raise UserError(f"{folder} has {len(features)} {part} features and {len(labels)} labels")
     if tensors[0].shape[1] != tensors[2].shape[1]:
-        raise UserError(f"{folder}: train features are {tensors[0].shape[1]} wide, test features {tensors[2].shape[1]}")
+        widths = f"train features have {tensors[0].shape[1]} dimensions, test features {tensors[2].shape[1]}"
+        raise UserError(f"{folder}: {widths}. Dump both again with one network")
     return [tensor.to(device, torch.float32 if tensor.is_floating_point() else torch.long) for tensor in tensors]
 
 
@@ -104,6 +114,7 @@ def load_features(folder, device):
 
 
 def main(args):
+    """Run the evaluation. Raises UserError for a mistake in the arguments or the data."""
     check_args(args)
     if args.dump_features is not None:
         dino_cli.check_output_dir(args.dump_features, "--dump_features", FEATURE_FILES)
@@ -115,37 +126,40 @@ def main(args):
     transform = dino_crops.eval_transform(args.image_size, inputs)
     sets = dino_data.labelled_images(args.data_path, transform, args.exif, inputs=inputs)
     utils.log(f"{len(sets[0])} training and {len(sets[1])} validation images in {len(sets[0].images.classes)} classes")
-    utils.fix_random_seeds(0)  # what is called untrained is the same network each time
+    utils.fix_random_seeds(0)  # an untrained network has the same weights in every run
     model, name = build_model(args, device, args.pretrained_weights, inputs.in_chans)
     rows = {name: model}
     if args.baselines:
         untrained, _ = build_model(args, device, "random", inputs.in_chans)
         rows = {"raw pixels": raw_pixels(), "untrained network": untrained, **rows}
-    how = (args.batch_size_per_gpu, args.num_workers, device, args.use_cuda)
-    features = {row: labelled_features(network, sets, *how) for row, network in rows.items()}
+    features = {
+        row: labelled_features(network, sets, args.batch_size_per_gpu, args.num_workers, device, args.use_cuda)
+        for row, network in rows.items()
+    }
     if not utils.is_main_process():
         return
     if args.dump_features is not None:
         dump_features(features[name], args.dump_features)
-        utils.log(f"features are in {args.dump_features}")
+        utils.log(f"features saved to {args.dump_features}")
     print_accuracies(features[name], args)
     if args.baselines:
         print_table(features, args)
 
 
 def print_accuracies(features, args):
+    """Print one line per k on rank 0. `features` are the four tensors of `labelled_features`."""
     if not utils.is_main_process():
         return
     if max(args.nb_knn) > len(features[0]):
-        print(f"note: there are only {len(features[0])} training images; a larger k uses all of them")
+        print(f"note: only {len(features[0])} training images; a larger k uses all of them")
     for k, (top1, top5) in knn_accuracies(*features, args.nb_knn, args.temperature).items():
         print(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
 
 
 def print_table(features, args):
-    """Top-1 of each row, a column per k, below chance."""
+    """Print top-1 accuracies: one row per feature extractor, below chance, and one column per k."""
     test_labels = next(iter(features.values()))[3]
-    chance = 100.0 * torch.bincount(test_labels).max().item() / len(test_labels)  # always saying the commonest class
+    chance = 100.0 * torch.bincount(test_labels).max().item() / len(test_labels)  # always the most frequent class
     print("\nk-NN top-1 (%)      " + "".join(f"{f'k={k}':>8}" for k in args.nb_knn))
     print(f"{'chance':20}" + f"{chance:8.1f}" * len(args.nb_knn))
     for name, tensors in features.items():

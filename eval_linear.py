@@ -4,9 +4,9 @@
     python eval_linear.py --evaluate --data_path imagenet                          # published ViT-S/16 and head: 77.0 %
     python eval_linear.py --evaluate --arch vit_base --n_last_blocks 1 --avgpool_patchtokens true --data_path imagenet
 
---data_path holds train/<class>/* and val/<class>/*. Trains one linear layer on random crops and flips, prints its
-accuracy on the validation images, and writes log.txt, one JSON object an epoch, and checkpoint.pth.tar. The same
-command again goes on from there, bit for bit as if it had never stopped.
+--data_path holds train/<class>/* and val/<class>/*. Trains one linear layer on random crops and flips. Prints its
+accuracy on the validation images. Writes log.txt, one JSON object per epoch, and checkpoint.pth.tar to --output_dir.
+Run the same command again to resume; the result is bit-identical to an uninterrupted run.
 """
 
 import argparse
@@ -41,38 +41,43 @@ def get_args_parser():
     parents = [dino_cli.model_flags(), dino_cli.labelled_flags(), dino_cli.process_flags()]
     parser = argparse.ArgumentParser("Linear evaluation", add_help=False, parents=parents)
     # fmt: off
-    parser.add_argument("--n_last_blocks", default=4, type=at_least(1), metavar="N", help="""A ViT's features are the
-        CLS tokens of this many last blocks: 4 for ViT-S and smaller, 1 for ViT-B. Other networks give their pooled
-        output.""")
+    parser.add_argument("--n_last_blocks", default=4, type=at_least(1), metavar="N", help="""Concatenate the CLS
+        tokens of the last N blocks of a ViT: 4 for ViT-S and smaller, 1 for ViT-B. Ignored for other networks, which
+        give their pooled output.""")
     parser.add_argument("--avgpool_patchtokens", default=False, type=bool_flag, metavar="BOOL",
-        help="Add the mean of a ViT's last patch tokens to the features: false for ViT-S, true for ViT-B.")
+        help="Also use the mean patch token of a ViT's last block: false for ViT-S, true for ViT-B.")
     parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS",
-        help="Side of the images that the network sees; validation takes the centre after resizing to 8/7 of it.")
+        help="Input size of the network. Validation images are resized to 8/7 of this size, then center-cropped.")
     parser.add_argument("--epochs", default=100, type=at_least(1), metavar="E", help="Passes over the training images.")
-    parser.add_argument("--lr", default=0.001, type=positive, metavar="LR", help="""Learning rate at the start, for a
-        batch of 256 over all processes: scaled with the batch, lowered to 0 along a cosine, epoch by epoch. For other
-        networks than the published ones it pays to try several.""")
+    parser.add_argument("--lr", default=0.001, type=positive, metavar="LR", help="""Initial learning rate for a
+        global batch of 256, scaled linearly with the batch. It follows a cosine to 0, one value per epoch. For your
+        own networks, try several values.""")
     parser.add_argument("--batch_size_per_gpu", default=128, type=at_least(1), metavar="B",
-        help="Images of a process in a step. An epoch's last batch holds what is left and may be smaller.")
+        help="Images per process and step. The last batch of an epoch may be smaller.")
     parser.add_argument("--val_freq", default=1, type=at_least(1), metavar="E",
-        help="Validate every E epochs and in the last.")
+        help="Validate every E epochs, and after the last.")
     parser.add_argument("--num_labels", default=None, type=at_least(1), metavar="C", help="""Outputs of the linear
-        layer. Without this flag as many as there are class folders, or 1000 for a published head.""")
-    parser.add_argument("--evaluate", action="store_true", help="Train nothing, measure a linear layer's accuracy.")
-    parser.add_argument("--linear_weights", default="", metavar="FILE", help="""The linear layer for --evaluate: a
-        checkpoint.pth.tar from here, or a file in the published format. Without it, the published one of --arch.""")
-    parser.add_argument("--output_dir", default=".", metavar="DIR", help="Where log.txt and checkpoint.pth.tar go.")
+        layer. Default: the number of class folders, or 1000 for a published head.""")
+    parser.add_argument("--evaluate", action="store_true", help="Evaluate a linear layer instead of training one.")
+    parser.add_argument("--linear_weights", default="", metavar="FILE", help="""Linear layer for --evaluate: a
+        checkpoint.pth.tar of this script, or a file in the published format. Default: the published layer for --arch
+        and --patch_size.""")
+    parser.add_argument("--output_dir", default=".", metavar="DIR", help="Folder for log.txt and checkpoint.pth.tar.")
     parser.add_argument("--seed", default=0, type=between(0, 2**63 - 1), metavar="N",
-        help="For the start, the order and the crops.")
+        help="Seed of the initial weights, the image order and the crops.")
     # fmt: on
     return parser
 
 
 def check_args(args):
+    """Raise UserError for flags that contradict each other, and for an unknown --arch."""
     if args.linear_weights and not args.evaluate:
-        raise UserError("--linear_weights is for --evaluate. Training goes on from what --output_dir holds")
+        raise UserError("--linear_weights needs --evaluate. Training resumes from --output_dir instead")
     if args.image_size < args.patch_size and dino_backbones.vit_factory(args.arch):
-        raise UserError(f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size})")
+        raise UserError(
+            f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size}). "
+            "Raise --image_size"
+        )
     dino_backbones.check_arch(args.arch)
 
 
@@ -80,11 +85,11 @@ def check_args(args):
 
 
 def load_data(args):
-    """(train, val, train labels [N], val labels [M], class names), labels being numbers of train's class folders.
+    """(train, val, train labels [N], val labels [M], class names). Labels are indices into the class names.
 
-    `train[epoch, index]` -> (random crop, index, ""), `val[index]` -> (image, index), images as uint8, or, where the
-    network takes others than photographs, as normalised floats. --evaluate can do without train: then it is None and
-    the classes are val's.
+    `train[epoch, index]` -> (random crop, index, None); `val[index]` -> (image, index). Images are uint8, or normalized
+    floats if the network was not trained on RGB images. --evaluate does not need train/: without it, train and its
+    labels are None and the classes are the folders of val/. Raises UserError.
     """
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     transform = dino_crops.eval_transform(args.image_size, inputs)
@@ -93,7 +98,7 @@ def load_data(args):
         return None, dino_data.EvalImages(val, transform, inputs=inputs), None, val.targets, val.classes
     sets = dino_data.labelled_images(args.data_path, transform, args.exif, inputs=inputs)
     train, val, train_labels, val_labels = sets
-    # The crops of training depend on the epoch: MultiCropDataset makes them.
+    # MultiCropDataset, because random crops depend on the epoch as well as on the index.
     crop, flip = transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip()
     decode, finish = functools.partial(dino_images.decode, inputs=inputs), dino_crops.last_transforms(inputs)
     augment = transforms.Compose([decode, crop, flip, *finish])
@@ -101,25 +106,25 @@ def load_data(args):
     return crops, val, train_labels, val_labels, train.images.classes
 
 
-def build_loader(dataset, sampler, args, device):
-    """Loader of (images [B, 3, size, size] uint8, indices [B]); the last batch may be smaller."""
-    workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
-    return DataLoader(dataset, args.batch_size_per_gpu, sampler=sampler, pin_memory=device.type == "cuda", **workers)
+def build_loader(dataset, sampler, args, device, collate=None):
+    """Loader of (images [B, C, size, size], indices [B], ...) in the sampler's order. The last batch may be smaller."""
+    how = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0, "collate_fn": collate}
+    return DataLoader(dataset, args.batch_size_per_gpu, sampler=sampler, pin_memory=device.type == "cuda", **how)
 
 
 # ---- features ----
 
 
 def build_model(args, device):
-    """The network that `args` name, on the device, and the width of its features. Raises UserError."""
+    """(frozen network on the device, width of its features). Raises UserError if the flags do not fit the network."""
     if dino_backbones.vit_factory(args.arch):
-        with torch.device("meta"):  # only to look at it, before anything is downloaded
+        with torch.device("meta"):  # no memory, no download: this only reads the depth
             depth = len(dino_backbones.build_backbone(args.arch, args.patch_size)[0].blocks)
         if args.n_last_blocks > depth:
-            raise UserError(f"--n_last_blocks {args.n_last_blocks}: {args.arch} has {depth} blocks. Take at most these")
+            raise UserError(f"--n_last_blocks {args.n_last_blocks}: {args.arch} has only {depth} blocks. Lower it")
     elif args.avgpool_patchtokens:
-        raise UserError(f"--arch {args.arch} gives no patch tokens to pool. Leave out --avgpool_patchtokens")
-    # Stays in evaluation mode for good: no dropout, batch norms keep their statistics.
+        raise UserError(f"--arch {args.arch} has no patch tokens to pool. Remove --avgpool_patchtokens")
+    # The network stays in evaluation mode: no dropout, and batch norms keep their statistics.
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     model, width = dino_backbones.frozen_backbone(args, device, args.image_size, inputs=inputs)
     return model, width * (args.n_last_blocks + args.avgpool_patchtokens if dino_backbones.is_vit(model) else 1)
@@ -127,10 +132,11 @@ def build_model(args, device):
 
 @torch.no_grad()
 def frozen_features(model, images, n_last_blocks=4, avgpool=False):
-    """Features [B, width] of images [B, 3, H, W], uint8 or normalised, on the model's device.
+    """Features [B, width] of images [B, C, H, W], uint8 or normalized, on the model's device.
 
-    Of a ViT the normalised CLS tokens of the last blocks, in their order. With `avgpool` each number of the last one
-    is followed by its mean over the patch tokens: the published ViT-B heads take their inputs in this order.
+    For a ViT: the CLS tokens of the last n blocks, after the final norm, first to last. `avgpool` adds the mean patch
+    token of the last block, interleaved with its CLS token: (cls_0, mean_0, cls_1, mean_1, ...). The published ViT-B
+    heads were trained on this order. Other networks give their pooled output.
     """
     images = utils.normalize(images)
     if not dino_backbones.is_vit(model):
@@ -146,7 +152,7 @@ def frozen_features(model, images, n_last_blocks=4, avgpool=False):
 
 
 class LinearClassifier(nn.Module):
-    """What is trained: features [B, ...] of `dim` numbers an image -> logits [B, num_labels]."""
+    """Linear layer on top of frozen features: [B, ...] with `dim` values per image -> logits [B, num_labels]."""
 
     def __init__(self, dim, num_labels=1000):
         super().__init__()
@@ -159,39 +165,39 @@ class LinearClassifier(nn.Module):
 
 
 def load_head(classifier, args):
-    """Load the layer that --evaluate is about. Raises UserError if it does not fit the features or the labels."""
+    """Load the linear layer for --evaluate. Raises UserError if it does not fit the features or the labels."""
     if args.linear_weights:
         source, file = args.linear_weights, dino_checkpoints.load_checkpoint(args.linear_weights)
     else:
         source, file = dino_backbones.load_published(args.arch, args.patch_size, "linear", "--linear_weights")
         if file is None:
-            where = f"{args.arch} at --patch_size {args.patch_size}"
-            raise UserError(f"no linear head was published for {where}. Give --linear_weights")
+            name = f"{args.arch} with --patch_size {args.patch_size}"
+            raise UserError(f"no linear head was published for {name}. Set --linear_weights")
     state = file.get("state_dict", file) if isinstance(file, dict) else {}
     tensors = state.items() if isinstance(state, dict) else ()
     head = {str(key).removeprefix("module."): value for key, value in tensors if isinstance(value, torch.Tensor)}
     weight, bias = head.get("linear.weight"), head.get("linear.bias")
     if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
-        raise UserError(f"{source} holds no linear.weight and linear.bias. Name a checkpoint.pth.tar of this script")
+        raise UserError(f"{source} holds no linear.weight and linear.bias. Use a checkpoint.pth.tar of this script")
     (labels, width), (labels_here, width_here) = weight.shape, classifier.linear.weight.shape
     if (labels, width) != (labels_here, width_here):
         raise UserError(
-            f"the head in {source} is for {labels} labels and {width} features, here are {labels_here} and "
-            f"{width_here}. Set --num_labels, --n_last_blocks and --avgpool_patchtokens (published heads: 4 false for "
-            "ViT-S, 1 true for ViT-B)"
+            f"the head in {source} has {labels} labels and {width} features; this run has {labels_here} labels and "
+            f"{width_here} features. Set --num_labels, --n_last_blocks and --avgpool_patchtokens (published heads: 4 "
+            "and false for ViT-S, 1 and true for ViT-B)"
         )
     check_settings(source, file, args, FEATURE_SETTINGS)
     classifier.load_state_dict({name: head[name] for name in classifier.state_dict()})
 
 
-# What the inputs of a linear layer depend on, and what a whole run does. `weights` is no flag but a digest of the
-# network's: their file may move but not change.
+# Settings that determine the features, and settings that determine a whole run. `weights` is not a flag but a digest
+# of the network's tensors: their file may be moved, but not changed.
 FEATURE_SETTINGS = ("arch", "patch_size", "n_last_blocks", "avgpool_patchtokens", "weights")
 SETTINGS = ("epochs", "lr", "global_batch", "image_size", "seed", "num_labels", "num_images", *FEATURE_SETTINGS)
 
 
 def check_settings(path, file, args, names):
-    """Raise UserError if the file was written under other settings than `args`. Public files have none, and pass."""
+    """Raise UserError if `file` was written with other settings than `args`. Published files store none, and pass."""
     now = {name: getattr(args, name) for name in names}
     before = {**now, **utils.plain_args(file.get("args"))}
     changed = [name for name in names if before[name] != now[name]]
@@ -204,55 +210,58 @@ def check_settings(path, file, args, names):
 # ---- training and validation ----
 
 
-def train_one_epoch(model, classifier, data_loader, labels, optimizer, epoch, args):
-    """One pass over the data; returns the means of loss and lr over all processes. `labels` [N] are on the device.
+def train_one_epoch(extract, classifier, data_loader, labels, optimizer, epoch_name):
+    """Train for one epoch; returns {loss, lr}, means over the steps of all processes.
 
-    Raises UserError (exit code 3) when the loss is not finite.
+    `extract` maps a batch of images to features [B, width] without gradients; `labels` [N] are on the device;
+    `epoch_name` is for messages, such as [3/100]. Raises UserError (exit code 3) if the loss is not finite, before the
+    optimizer step.
     """
     metrics = utils.MetricLogger()
-    for images, indices, *_ in metrics.log_every(data_loader, 20, f"Epoch: [{epoch}/{args.epochs}]"):
+    for images, indices, *_ in metrics.log_every(data_loader, 20, f"Epoch: {epoch_name}"):
         images = images.to(labels.device, non_blocking=True)
         targets = labels[indices.to(labels.device, non_blocking=True)]  # [B]
-        features = frozen_features(model, images, args.n_last_blocks, args.avgpool_patchtokens)  # [B, width]
-        loss = F.cross_entropy(classifier(features), targets)
-        arriving = utils.HostCopy(loss)
+        loss = F.cross_entropy(classifier(extract(images)), targets)
+        loss_on_host = utils.HostCopy(loss)  # copied while the backward pass runs
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        check_finite(arriving.read(), f"in epoch {epoch}")
+        check_finite(loss_on_host.read(), f"in epoch {epoch_name}")
         optimizer.step()
         metrics.update(loss=loss, lr=optimizer.param_groups[0]["lr"])
     metrics.synchronize_between_processes()
     means = {name: meter.global_avg for name, meter in metrics.meters.items()}
-    check_finite(means["loss"], f"in epoch {epoch}")
+    check_finite(means["loss"], f"in epoch {epoch_name}")
     return means
 
 
 def check_finite(loss, where):
+    """Raise UserError with exit code 3 if the loss is NaN or infinite."""
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} {where}. Lower --lr, or look for damaged weights", exit_code=3)
+        raise UserError(f"the loss is {loss} {where}. Lower --lr, or check --pretrained_weights", exit_code=3)
 
 
 @torch.no_grad()
-def validate(model, classifier, data_loader, labels, args):
-    """{loss, acc1, acc5}: mean loss and accuracies in per cent over the images of all processes' loaders together.
+def validate(extract, classifier, data_loader, labels):
+    """{loss, acc1, acc5} on the validation images of all processes: mean loss, top-1 and top-5 accuracy in percent.
 
-    `labels` [M] are on the device. acc5 allows min(5, classes) guesses. Raises UserError if the loss is not finite.
+    `extract` and `labels` [M] are as in `train_one_epoch`. With fewer than 5 classes, acc5 uses all of them. Raises
+    UserError (exit code 3) if the loss is not finite.
     """
-    sums = [torch.zeros(4, device=labels.device)]  # of loss, right first guesses, right ones among 5, images
+    sums = [torch.zeros(4, device=labels.device)]  # loss, correct in top 1, correct in top 5, images
     for images, indices in utils.MetricLogger().log_every(data_loader, 20, "Test:"):
         images = images.to(labels.device, non_blocking=True)
         targets = labels[indices.to(labels.device, non_blocking=True)]  # [B]
-        logits = classifier(frozen_features(model, images, args.n_last_blocks, args.avgpool_patchtokens))  # [B, C]
-        right = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # [B, 5]
+        logits = classifier(extract(images))  # [B, C]
+        correct = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # [B, 5]
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        sums.append(torch.stack((loss, right[:, 0].sum(), right.sum(), loss.new_tensor(len(targets)))))
+        sums.append(torch.stack((loss, correct[:, 0].sum(), correct.sum(), loss.new_tensor(len(targets)))))
     totals = torch.stack(sums).cpu().double().sum(dim=0)
     if utils.get_world_size() > 1:
         totals = totals.to(utils.collective_device())
         dist.all_reduce(totals)
-    loss, right1, right5, number = totals.tolist()
-    check_finite(loss, "on the test images")  # else NaN would rank somewhere, and count
-    stats = {"loss": loss / number, "acc1": 100 * right1 / number, "acc5": 100 * right5 / number}
+    loss, correct1, correct5, number = totals.tolist()
+    check_finite(loss, "on the test images")  # NaN logits have an arbitrary rank, and would count as an accuracy
+    stats = {"loss": loss / number, "acc1": 100 * correct1 / number, "acc5": 100 * correct5 / number}
     utils.log(f"Accuracy of the network on the {number:.0f} test images: {stats['acc1']:.1f}%")
     utils.log(f"Top-5: {stats['acc5']:.1f}%, loss: {stats['loss']:.4f}")
     return stats
@@ -262,7 +271,7 @@ def validate(model, classifier, data_loader, labels, args):
 
 
 def main(args):
-    """Train a classifier as `args` say (see get_args_parser), or go on, or --evaluate one. Raises UserError."""
+    """Train a linear classifier, resume its training, or --evaluate one. Raises UserError."""
     check_args(args)
     if not args.evaluate:
         dino_cli.check_output_dir(args.output_dir, files=("checkpoint.pth.tar", "log.txt"))
@@ -273,10 +282,11 @@ def main(args):
     train, val, train_labels, val_labels, classes = load_data(args)
     args.num_labels = args.num_labels or (1000 if args.evaluate and not args.linear_weights else len(classes))
     if len(classes) > args.num_labels:
-        raise UserError(f"--data_path {args.data_path} has {len(classes)} classes, more than {args.num_labels} labels")
+        number = f"{len(classes)} classes, more than --num_labels {args.num_labels}"
+        raise UserError(f"--data_path {args.data_path} has {number}. Raise --num_labels")
     if args.evaluate and len(classes) < args.num_labels:
-        utils.log(f"note: the data's {len(classes)} classes are taken for the first of the head's {args.num_labels}")
-    # Each image on one process only; dino_data.eval_loader would repeat some, so that all processes have as many.
+        utils.log(f"note: the {len(classes)} classes of the data use the first of the head's {args.num_labels} outputs")
+    # Each image on exactly one process. dino_data.eval_loader would repeat images to give all ranks the same number.
     val_loader = build_loader(val, range(args.rank, len(val), args.world_size), args, device)
     val_labels = val_labels.to(device)
 
@@ -284,50 +294,47 @@ def main(args):
     model, width = build_model(args, device)
     tensors = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values())
     args.weights = hashlib.blake2b(tensors, digest_size=8).hexdigest()
+    blocks = {"n_last_blocks": args.n_last_blocks, "avgpool": args.avgpool_patchtokens}
+    extract = functools.partial(frozen_features, model, **blocks)
     classifier = LinearClassifier(width, args.num_labels).to(device)
     if args.evaluate:
         load_head(classifier, args)
-        validate(model, classifier, val_loader, val_labels, args)
+        validate(extract, classifier, val_loader, val_labels)
         return
-    train_classifier(model, classifier, (train, train_labels.to(device)), (val_loader, val_labels), args, device)
+    train_set, val_set = (train, train_labels.to(device)), (val_loader, val_labels)
+    train_classifier(extract, classifier, train_set, val_set, args, device)
 
 
-def train_classifier(model, classifier, train_set, val_set, args, device):
-    """The epochs that are left, with a log line and a checkpoint after each."""
+def train_classifier(extract, classifier, train_set, val_set, args, device):
+    """Train for the remaining epochs. Writes a log line and a checkpoint after each. Raises UserError.
+
+    `train_set` is (images, labels [N]), `val_set` is (loader, labels [M]). Labels are on the device.
+    """
     (train, train_labels), (val_loader, val_labels) = train_set, val_set
-    # For the sampler a batch of 1: so it leaves out only what does not share out evenly over the processes.
-    sampler = dino_data.EpochSampler(len(train), 1, args.seed, args.rank, args.world_size)
+    # A sampler with batch size 1 drops only the remainder of images by processes. The loader makes the batches.
+    sampler = dino_data.EpochSampler(train.images, 1, args.seed, args.rank, args.world_size)
     if not len(sampler):
         raise UserError(f"{len(train)} training images are too few for {args.world_size} processes. Start fewer")
-    train_loader = build_loader(train, sampler, args, device)
+    train_loader = build_loader(train, sampler, args, device, dino_data.collate)
     args.num_images, args.global_batch = len(train), args.batch_size_per_gpu * args.world_size
     optimizer = torch.optim.SGD(classifier.parameters(), args.lr * args.global_batch / 256, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=0)
 
-    # ---- resume ----
     path = os.path.join(args.output_dir, "checkpoint.pth.tar")
     progress = {"epoch": 0, "best_acc": 0.0}
     states = {"state_dict": classifier, "optimizer": optimizer, "scheduler": scheduler}
-    if os.path.isfile(path):
-        file = dino_checkpoints.load_checkpoint(path)
-        ours = isinstance(file, dict) and {*progress, *states} <= file.keys()
-        if not ours or not all(type(file[name]) in (int, float) for name in progress):
-            raise UserError(f"{path} is of another kind, and would be overwritten. Move it, or take another folder")
-        check_settings(path, file, args, SETTINGS)
-    dino_checkpoints.restart_from_checkpoint(path, progress, **states)
-    utils.check_same_everywhere(progress["epoch"], f"the epoch in {path}")
+    resume(path, progress, states, args)
 
-    # ---- epochs ----
     shared = classifier
     if args.world_size > 1:
         shared = DistributedDataParallel(classifier, device_ids=[device] if device.type == "cuda" else None)
     for epoch in range(progress["epoch"], args.epochs):
         sampler.set_epoch(epoch)
-        means = train_one_epoch(model, shared, train_loader, train_labels, optimizer, epoch, args)
+        means = train_one_epoch(extract, shared, train_loader, train_labels, optimizer, f"[{epoch}/{args.epochs}]")
         scheduler.step()
         stats = {**{f"train_{name}": mean for name, mean in means.items()}, "epoch": epoch}
         if epoch % args.val_freq == 0 or epoch == args.epochs - 1:
-            tested = validate(model, classifier, val_loader, val_labels, args)
+            tested = validate(extract, classifier, val_loader, val_labels)
             progress["best_acc"] = max(progress["best_acc"], tested["acc1"])
             utils.log(f"Max accuracy so far: {progress['best_acc']:.2f}%")
             stats |= {f"test_{name}": value for name, value in tested.items()}
@@ -338,6 +345,21 @@ def train_classifier(model, classifier, train_set, val_set, args, device):
         saved["state_dict"] = {f"module.{name}": tensor for name, tensor in saved["state_dict"].items()}
         utils.save_on_master({**progress, **saved, "args": vars(args)}, path)
     utils.log(f"The linear classifier is trained. Top-1 test accuracy: {progress['best_acc']:.1f}")
+
+
+def resume(path, progress, states, args):
+    """Restore `progress` {epoch, best_acc} and the objects in `states` from the checkpoint at `path`, if it exists.
+
+    Raises UserError if the file is not a checkpoint of this script, or was written with other settings.
+    """
+    if os.path.isfile(path):
+        file = dino_checkpoints.load_checkpoint(path)
+        ours = isinstance(file, dict) and {*progress, *states} <= file.keys()
+        if not ours or not all(type(file[name]) in (int, float) for name in progress):
+            raise UserError(f"{path} is not a checkpoint of this script. Move it, or use another --output_dir")
+        check_settings(path, file, args, SETTINGS)
+    dino_checkpoints.restart_from_checkpoint(path, progress, **states)
+    utils.check_same_everywhere(progress["epoch"], f"the epoch in {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Copy detection: features, whitening and figures against slow obvious ones, the layout on disk, runs end to end."""
+"""Copy detection: features, whitening and average precision against float64 loops, the layout on disk, whole runs."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import torch
 from conftest import arguments_of, assert_near, ending, run_script, shared, tensor
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-import dino_cli
 import dino_data
+import dino_features
 import dino_images
 import eval_copy_detection as copy_detection
 import utils
@@ -22,7 +22,7 @@ import vision_transformer as vits
 SMALL = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu", "--num_workers", "0", "--imsize", "40"]
 
 
-# ---- a small data set in the true layout ----
+# ---- a small data set ----
 
 # fmt: off
 PHOTOGRAPHS = {
@@ -33,7 +33,7 @@ PHOTOGRAPHS = {
 
 
 def attack(image, kind):
-    """A strong copy of a photograph, as people make them."""
+    """A strong copy of a photograph: mirrored, rotated and blurred, or on a page."""
     width, height = image.size
     if kind == 0:
         return ImageEnhance.Brightness(ImageOps.mirror(image)).enhance(0.6)
@@ -47,7 +47,7 @@ def attack(image, kind):
 
 
 def crop(image, share):
-    """What is left of a photograph when `share` per cent of its area are cut off around it."""
+    """A photograph without `share` percent of its area, cropped on all sides."""
     kept = (1 - share / 100) ** 0.5
     width, height = image.size
     left, top = round(width * (1 - kept) / 2), round(height * (1 - kept) / 2)
@@ -56,11 +56,9 @@ def crop(image, share):
 
 @pytest.fixture(scope="module")
 def copydays(tmp_path_factory):
-    """Eight originals, two of them of one prefix; ten strong copies; blocks of other sizes, most of them missing."""
-    root = tmp_path_factory.mktemp("data") / "copydays"
-    folders = {
-        name: root / name for name in ("original", "strong", "jpegqual/3", "jpegqual/20", "crops/20", "crops/80")
-    }
+    """Eight originals, two of them with the same prefix, ten strong copies, and four of the other blocks."""
+    root, blocks = tmp_path_factory.mktemp("data") / "copydays", ("jpegqual/3", "jpegqual/20", "crops/20", "crops/80")
+    folders = {name: root / name for name in ("original", "strong", *blocks)}
     for folder in folders.values():
         folder.mkdir(parents=True)
     files = {Path(path).stem: path for path in dino_data.find_photographs()}
@@ -80,14 +78,14 @@ def copydays(tmp_path_factory):
 
 @pytest.fixture
 def own(copydays, tmp_path):
-    """A copy of the data set to spoil."""
+    """A copy of the data set that a test may change."""
     shutil.copytree(copydays, tmp_path / "copydays")
     return tmp_path / "copydays"
 
 
 @pytest.fixture(scope="module")
 def others(sample_root, tmp_path_factory):
-    """Folders of 306 images, more than the features are wide, for the whitening, and of 54 distractors."""
+    """Folders of 306 images for the whitening, more than the features have dimensions, and of 54 distractors."""
     root = tmp_path_factory.mktemp("others")
     classes = sorted((sample_root / "train").iterdir())
     for name, places in (("whitening", range(17)), ("distractors", range(20, 23))):
@@ -103,31 +101,27 @@ def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "nano.pth"
     state = vits.vit_nano(patch_size=8, img_size=[40]).state_dict()
     wide = {key: 4 * value if key.endswith(("weight", "embed")) else value for key, value in state.items()}
-    wide["norm.weight"] = torch.rand(128)  # with the bias: features of different lengths
+    wide["norm.weight"] = torch.rand(128)  # features of different lengths
     wide["norm.bias"] = torch.randn(128)
-    torch.save(wide, path)  # larger than at the start of training, so that features of different images differ
+    torch.save(wide, path)  # larger than initial weights, so that features of different images differ
     return path
-
-
-def arguments(*flags):
-    return arguments_of(copy_detection, *SMALL, *flags)
 
 
 def run(capsys, *flags):
     capsys.readouterr()
-    copy_detection.main(arguments(*flags))
+    copy_detection.main(arguments_of(copy_detection, *SMALL, *flags))
     return capsys.readouterr().out
 
 
-def error(monkeypatch, capsys, *flags):
-    """The line of a run that ends with code 2."""
+def error_line(monkeypatch, capsys, *flags):
+    """The error line of a run that exits with code 2."""
     code, line = ending(monkeypatch, capsys, copy_detection, *SMALL, *flags)
     assert code == 2
     return line
 
 
-def figures(output):
-    """{block: (mAP, number of queries)} of what a run printed."""
+def results(output):
+    """{block: (mAP, number of queries)} as printed by a run."""
     found = re.findall(r"^eval on (\S+) mAP=(\d\.\d{3}) \((\d+) queries\)$", output, re.M)
     return {block: (float(mean_ap), int(number)) for block, mean_ap, number in found}
 
@@ -136,38 +130,49 @@ def figures(output):
 
 
 def test_flags_have_the_published_names_and_defaults():
-    args = vars(dino_cli.OneLineParser(parents=[copy_detection.get_args_parser()]).parse_args([]))
+    args = vars(arguments_of(copy_detection, "--batch_size", 16))  # an abbreviation in use
     published = {"arch": "vit_base", "patch_size": 8, "imsize": 320, "batch_size_per_gpu": 16, "use_cuda": True}
-    published |= {"pretrained_weights": "", "checkpoint_key": "teacher", "num_workers": 10}
+    published |= {"pretrained_weights": "", "checkpoint_key": "teacher"}
     assert published.items() <= args.items()
-    assert {"data_path", "whitening_path", "distractors_path", "dist_url", "local_rank", "device"} <= args.keys()
-    assert arguments("--batch_size", 3).batch_size_per_gpu == 3
+    assert {
+        "data_path",
+        "whitening_path",
+        "distractors_path",
+        "dist_url",
+        "local_rank",
+        "device",
+        "num_workers",
+    } <= args.keys()
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
-        (["--imsize", "0"], "--imsize 0 must be at least 1"),
-        (["--batch_size_per_gpu", "0"], "--batch_size_per_gpu 0 must be at least 1"),
-        (["--num_workers", "-1"], "--num_workers -1 must be at least 0"),
         (["--imsize", "7"], "--imsize 7 is smaller than one patch (--patch_size 8)"),
-        (["--arch", "resnet50"], "--arch resnet50 has no CLS and patch tokens. Take one of vit_"),
+        (["--arch", "resnet50"], "--arch resnet50 has no CLS and patch tokens. Use one of vit_"),
         (["--arch", "vit_smal"], "unknown --arch vit_smal; did you mean vit_small"),
+        (["--whitening_path", "EMPTY"], "--whitening_path EMPTY"),
+        (["--distractors_path", "EMPTY"], "--distractors_path EMPTY"),
+        (["--whitening_path", "none"], "--whitening_path none"),
+        (["--data_path", "EMPTY"], "--data_path EMPTY must hold original/"),
+        (["--data_path", "none"], "--data_path none must hold original/"),
     ],
 )
-def test_bad_flags_are_one_line(monkeypatch, capsys, flags, says):
-    assert says in error(monkeypatch, capsys, *flags)
+def test_a_mistake_in_the_arguments_is_one_line(monkeypatch, capsys, copydays, tmp_path, flags, message):
+    flags = [flag.replace("EMPTY", str(tmp_path)) for flag in flags]
+    line = error_line(monkeypatch, capsys, "--data_path", copydays, "--pretrained_weights", "random", *flags)
+    assert message.replace("EMPTY", str(tmp_path)) in line
 
 
-def test_an_image_of_one_patch_is_enough(capsys, copydays, weights):
+def test_images_of_one_patch_are_supported(capsys, copydays, weights):
     flags = ("--data_path", copydays, "--pretrained_weights", weights, "--imsize", 8)
-    assert figures(run(capsys, *flags))["original"] == (1, 8)
+    assert results(run(capsys, *flags))["original"] == (1, 8)
 
 
 # ---- data ----
 
 
-def test_blocks_are_the_folders_that_are_there_with_all_their_images(copydays):
+def test_blocks_are_the_existing_folders_with_all_their_images(copydays):
     sizes = {block: len(files) for block, files in copy_detection.find_blocks(copydays).items()}
     assert sizes == {"original": 8, "strong": 10, "jpegqual/3": 8, "jpegqual/20": 8, "crops/20": 8, "crops/80": 5}
 
@@ -185,61 +190,43 @@ def paths(folder, *names):
     return [Path(folder) / name for name in names]
 
 
-def test_strong_copies_have_all_originals_of_their_first_four_characters():
+def test_originals_are_matched_by_name_by_prefix_or_by_order():
     originals = paths("original", "200000.jpg", "200050.jpg", "200100.jpg")
     strong = paths("strong", "200001.jpg", "2001.jpg", "200077.JPG")
     assert copy_detection.positives("strong", strong, originals) == [[0, 1], [2], [0, 1]]
-
-
-def test_other_copies_have_the_original_of_their_whole_name():
-    originals = paths("original", "200000.jpg", "200050.jpg", "200100.jpg")
     copies = paths("crops/50", "200100.jpg", "200050.jpg")
     assert copy_detection.positives("crops/50", copies, originals) == [[2], [1]]
-
-
-def test_copies_under_other_names_are_in_the_order_of_the_originals():
-    originals, copies = (paths(folder, *(f"{folder}{i}.jpg" for i in range(3))) for folder in "ab")
-    assert copy_detection.positives("jpegqual/3", copies, originals) == [[0], [1], [2]]
+    renamed = paths("jpegqual/3", "copy1.jpg", "copy2.jpg", "copy3.jpg")
+    assert copy_detection.positives("jpegqual/3", renamed, originals) == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize(
-    ("block", "names", "lone"),
+    ("block", "names", "unmatched"),
     [
         ("crops/50", ["x.jpg", "y.jpg"], "2 of the 2 images in crops/50/ have no original: f/x.jpg, f/y.jpg"),
-        (
-            "crops/50",
-            ["2000.jpg", "2001.jpg", "2003.jpg"],
-            "1 of the 3 images in crops/50/ have no original: f/2003.jpg",
-        ),
+        ("crops/50", ["2000.jpg", "2001.jpg", "2003.jpg"], "1 of the 3 images in crops/50/ have no original: f/2003"),
         ("strong", ["2000a.jpg", "2009a.jpg"], "1 of the 2 images in strong/ have no original: f/2009a.jpg"),
         ("strong", ["x.jpg", "y.jpg", "z.jpg"], "3 of the 3 images in strong/ have no original"),
     ],
 )
-def test_copies_without_an_original_are_named(block, names, lone):
+def test_copies_without_an_original_are_named(block, names, unmatched):
     originals = paths("original", "2000.jpg", "2001.jpg", "2002.jpg")
-    with pytest.raises(utils.UserError, match=re.escape(lone)):
+    with pytest.raises(utils.UserError, match=re.escape(unmatched)):
         copy_detection.positives(block, paths("f", *names), originals)
 
 
-def test_bad_folders_are_one_line(monkeypatch, capsys, own, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
+def test_incomplete_data_is_one_line(monkeypatch, capsys, own):
     flags = ("--data_path", own, "--pretrained_weights", "random")
-    assert f"--whitening_path {empty} has no images" in error(monkeypatch, capsys, *flags, "--whitening_path", empty)
-    assert f"--distractors_path {empty} has no im" in error(monkeypatch, capsys, *flags, "--distractors_path", empty)
-    assert "--whitening_path none is no folder" in error(monkeypatch, capsys, *flags, "--whitening_path", "none")
-    assert f"--data_path {empty} must hold original/" in error(monkeypatch, capsys, "--data_path", empty)
-    assert "--data_path none must hold original/" in error(monkeypatch, capsys, "--data_path", "none")
     (own / "strong" / "299900.jpg").symlink_to(own / "strong" / "200001.jpg")
-    assert "1 of the 11 images in strong/ have no original" in error(monkeypatch, capsys, *flags)
+    assert "1 of the 11 images in strong/ have no original" in error_line(monkeypatch, capsys, *flags)
     for file in (own / "strong").iterdir():
         file.unlink()
-    assert f"--data_path {own}/strong has no images" in error(monkeypatch, capsys, *flags)
+    assert f"--data_path {own}/strong has no images" in error_line(monkeypatch, capsys, *flags)
     for block in ("strong", "jpegqual", "crops"):
         shutil.rmtree(own / block)
-    assert f"--data_path {own} must hold original/" in error(monkeypatch, capsys, *flags)
+    assert f"--data_path {own} must hold original/" in error_line(monkeypatch, capsys, *flags)
     (own / "original").rename(own / "strong")
-    assert f"--data_path {own} must hold original/" in error(monkeypatch, capsys, *flags)
+    assert f"--data_path {own} must hold original/" in error_line(monkeypatch, capsys, *flags)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -247,35 +234,31 @@ def test_damaged_images_are_named(monkeypatch, capsys, own, workers):
     image = own / "crops" / "80" / "200050.jpg"
     image.write_bytes(image.read_bytes()[:400])
     flags = ("--data_path", own, "--pretrained_weights", "random", "--num_workers", workers)
-    assert f"can't read the image {image}" in error(monkeypatch, capsys, *flags)
+    assert f"can't read the image {image}" in error_line(monkeypatch, capsys, *flags)
 
 
-def test_upper_case_endings_and_files_that_are_no_images_are_no_reason_to_stop(capsys, own, weights):
+def test_case_of_the_extension_renamed_blocks_and_other_files_do_not_matter(capsys, own, weights):
+    flags = ("--pretrained_weights", weights, "--data_path", own)
+    before = results(run(capsys, *flags))
     for file in list((own / "jpegqual" / "3").iterdir()):
-        file.rename(file.with_suffix(".JPG"))
-    for file in list((own / "crops" / "20").iterdir()):
-        file.rename(file.with_name(f"copy_of_{file.name}"))
+        file.rename(file.with_name(f"copy_of_{file.stem}.JPG"))
     (own / "strong" / "notes.txt").write_text("not an image")
-    (own / "strong" / ".jpg").write_text("nor this")
-    flags = ("--pretrained_weights", weights, "--data_path")
-    changed = figures(run(capsys, *flags, own))
-    for file in list((own / "jpegqual" / "3").iterdir()):
-        file.rename(file.with_suffix(".jpg"))
-    assert changed == figures(run(capsys, *flags, own))
+    (own / "strong" / ".jpg").write_text("a hidden file")
+    assert results(run(capsys, *flags)) == before
 
 
-def test_features_that_are_not_numbers_give_no_figure(monkeypatch, capsys, copydays, weights, tmp_path):
+def test_nan_features_are_an_error_and_not_a_result(monkeypatch, capsys, copydays, weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     state["blocks.0.mlp.fc1.bias"][0] = np.nan
     torch.save(state, tmp_path / "diverged.pth")
     flags = ("--data_path", copydays, "--pretrained_weights", tmp_path / "diverged.pth")
-    assert "the features hold NaN or infinite numbers" in error(monkeypatch, capsys, *flags)
+    assert "NaN or infinite numbers" in error_line(monkeypatch, capsys, *flags)
 
 
 # ---- features ----
 
 
-def test_features_are_cls_beside_the_fourth_power_mean_of_the_positive_patches():
+def test_features_are_the_cls_token_and_the_gem_pooled_patch_tokens():
     torch.manual_seed(2)
     vit = vits.vit_nano(patch_size=8, img_size=[32]).eval()
     seen = []
@@ -294,10 +277,9 @@ def test_features_are_cls_beside_the_fourth_power_mean_of_the_positive_patches()
         assert_near(feature, [*image[0], *pooled], 2e-6)
 
 
-def test_nothing_positive_is_pooled_to_the_smallest_value():
+def test_gem_pooling_clamps_negative_values():
     class Tokens(torch.nn.Module):
         def get_intermediate_layers(self, images, n):
-            assert n == 1
             return [torch.tensor([[[-5.0, 2.0], [-3.0, 2.0], [-1.0, 4.0]]])]
 
     features = copy_detection.CopyFeatures(Tokens())(None)
@@ -308,38 +290,38 @@ def test_nothing_positive_is_pooled_to_the_smallest_value():
 
 
 def golden_rows():
-    """Rows [16, 16] whose Gram matrix is the golden one, and what else is known of it."""
+    """Rows [16, 16] with the golden Gram matrix, the Gram matrix, and the golden covariance after whitening."""
     golden = json.loads(shared("goldens/retrieval.json").read_text())
     gram = np.array(golden["pca_input_gram"])
     return np.linalg.cholesky(gram).T, gram, np.array(golden["pca_out_cov"])
 
 
-def test_whitened_covariance_is_the_golden_one():
+def test_the_whitened_covariance_matches_the_golden_value():
     rows, gram, want = golden_rows()
-    pca = copy_detection.PCA(dim=8)
+    pca = dino_features.PCA(dim=8)
     pca.train_pca(gram)
     projected = pca.apply(rows)
     assert projected.shape == (16, 8)
     assert projected.T @ projected == pytest.approx(want, abs=1e-6)
 
 
-def test_the_components_kept_are_those_of_the_largest_variance():
+def test_pca_keeps_the_components_of_largest_variance():
     rows, gram, _ = golden_rows()
-    pca = copy_detection.PCA(dim=5, whit=0)
+    pca = dino_features.PCA(dim=5, whit=0)
     pca.train_pca(gram)
     projected = pca.apply(rows)
     largest = np.linalg.svd(rows, compute_uv=False)[:5] ** 2
     assert projected.T @ projected == pytest.approx(np.diag(largest), rel=1e-9, abs=1e-9)
 
 
-def test_components_are_divided_by_their_variance_to_the_given_power():
-    pca = copy_detection.PCA(dim=2, whit=0.25)
+def test_pca_divides_each_component_by_a_power_of_its_variance():
+    pca = dino_features.PCA(dim=2, whit=0.25)
     pca.train_pca(np.diag([16.0, 81.0]))
     assert np.abs(pca.apply(np.eye(2))) == pytest.approx(np.array([[0, 1 / 2], [1 / 3, 0]]))
 
 
-def test_pca_takes_its_mean_off_and_keeps_the_kind_of_its_input():
-    pca = copy_detection.PCA(dim=3)
+def test_pca_subtracts_the_mean_and_keeps_the_type_of_its_input():
+    pca = dino_features.PCA(dim=3)
     pca.train_pca(torch.eye(3))
     pca.mean = np.array([1.0, 2.0, 3.0])
     rows = tensor("rows", (4, 3))
@@ -352,7 +334,7 @@ def test_pca_takes_its_mean_off_and_keeps_the_kind_of_its_input():
         assert_near(found, pca.apply(rows.numpy()), 1e-6)
 
 
-def test_whitened_features_have_mean_0_and_their_axes_mean_square_1(capsys):
+def test_whitened_features_have_mean_0_and_unit_second_moment(capsys):
     rows = (tensor("white", (500, 24)) @ tensor("mix", (24, 24)) + 5 * tensor("mean", (24,))).float()
     pca = copy_detection.learn_whitening(rows)
     white = pca.apply(rows)
@@ -365,37 +347,37 @@ def test_whitened_features_have_mean_0_and_their_axes_mean_square_1(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_variance_below_a_hundred_thousandth_of_the_largest_counts_as_that():
-    pca = copy_detection.PCA(dim=3)
+def test_pca_clamps_variances_to_1e_minus_5_of_the_largest():
+    pca = dino_features.PCA(dim=3)
     pca.train_pca(np.diag([4.0, 4e-9, 0.0]))
     found = np.abs(pca.apply(np.eye(3)))
     assert sorted(found.sum(axis=0)) == pytest.approx([0.5, (4e-5) ** -0.5, (4e-5) ** -0.5])
 
 
-def test_whitening_from_fewer_images_than_features_is_finite_and_says_so(capsys):
+def test_whitening_from_few_images_gives_a_warning_and_is_finite(capsys):
     few = tensor("few", (6, 24)) + 3
     pca = copy_detection.learn_whitening(few)
-    assert "6 images in --whitening_path are few for features 24 wide" in capsys.readouterr().out
+    assert "warning: only 6 images in --whitening_path for 24 dimensions" in capsys.readouterr().out
     assert pca.apply(tensor("new", (9, 24))).isfinite().all()
     pca.mean = None
     white = pca.apply(few).double()
-    gram = white @ white.T / 6  # 6 points in as many dimensions: no other shape has all mean squares 1
+    gram = white @ white.T / 6  # 6 points in 6 dimensions with unit second moment are orthogonal
     assert gram.numpy() == pytest.approx(np.eye(6), abs=1e-3)
 
 
-def test_images_that_are_all_alike_teach_no_whitening(monkeypatch, capsys, copydays, weights, tmp_path):
+def test_whitening_needs_images_that_differ(monkeypatch, capsys, copydays, weights, tmp_path):
     flags = ("--data_path", copydays, "--pretrained_weights", weights, "--whitening_path", tmp_path)
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         shutil.copy(copydays / "original" / "200100.jpg", tmp_path / name)
-        line = error(monkeypatch, capsys, *flags, "--batch_size_per_gpu", 2)
-        assert "--whitening_path needs images that differ" in line
+        line = error_line(monkeypatch, capsys, *flags, "--batch_size_per_gpu", 2)
+        assert "all images in --whitening_path have the same features" in line
 
 
 # ---- search ----
 
 
 def slow_ap(right, ranked):
-    """Area under precision over recall of a ranked list's first 20, trapezoid by trapezoid."""
+    """Area under the precision-recall curve of the first 20 ranks, one trapezoid per positive."""
     area, hits = 0.0, 0
     for rank, number in enumerate(ranked[:20]):
         if number in right:
@@ -405,7 +387,7 @@ def slow_ap(right, ranked):
     return area
 
 
-def test_only_the_20_nearest_count():
+def test_only_the_20_nearest_images_count():
     angles = torch.arange(30) * 0.05
     database = torch.stack((angles.cos(), angles.sin()), dim=1)
     queries = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
@@ -413,7 +395,7 @@ def test_only_the_20_nearest_count():
     assert found == pytest.approx([1, (0 + 1 / 20) / 2, 0, (0 + 1 / 2) / 2 / 2])
 
 
-def test_average_precisions_equal_a_slow_search():
+def test_average_precisions_match_a_float64_search():
     queries, database = (
         torch.nn.functional.normalize(tensor(name, (n, 6)), dim=1) for name, n in (("q", 15), ("d", 40))
     )
@@ -430,8 +412,8 @@ def test_average_precisions_equal_a_slow_search():
 # ---- end to end ----
 
 
-def slow_figures(data, weights, whitening=None, distractors=None):
-    """The same evaluation from the definitions, image by image in float64."""
+def slow_results(data, weights, whitening=None, distractors=None):
+    """The whole evaluation, image by image in float64."""
     model = vits.vit_nano(patch_size=8, img_size=[40]).double().eval()
     model.load_state_dict(torch.load(weights, weights_only=True))
     tokens = []
@@ -452,7 +434,7 @@ def slow_figures(data, weights, whitening=None, distractors=None):
     if whitening:
         learned = features(whitening)
         center = learned.mean(axis=0)
-        _, spread, basis = np.linalg.svd(learned)  # all of the basis: rows of no variance too
+        _, spread, basis = np.linalg.svd(learned)  # a full basis, including directions without variance
         variances = np.zeros(len(basis))
         variances[: len(spread)] = spread**2 / len(learned)
         basis = basis / np.sqrt(np.maximum(variances, variances.max() / 1e5))[:, None]
@@ -476,73 +458,53 @@ def slow_figures(data, weights, whitening=None, distractors=None):
     return found
 
 
-def assert_figures(printed, want):
+def assert_results(printed, want):
     assert list(printed) == list(want)
     for block, (mean_ap, number) in want.items():
         assert printed[block] == (pytest.approx(mean_ap, abs=0.00051), number)
-    assert len({mean_ap for mean_ap, _ in want.values()}) > 2, "figures that tell nothing"
+    assert len({mean_ap for mean_ap, _ in want.values()}) > 2
 
 
-@pytest.mark.parametrize("parts", [(), ("distractors",), ("whitening",)])
-def test_figures_equal_a_slow_evaluation(capsys, copydays, weights, others, parts):
+@pytest.mark.parametrize("parts", [(), ("distractors",), ("whitening", "distractors")])
+def test_results_match_a_float64_evaluation(copydays, weights, others, parts):
     flags = [word for part in parts for word in (f"--{part}_path", others / part)]
-    output = run(capsys, "--data_path", copydays, "--pretrained_weights", weights, *flags)
-    assert_figures(figures(output), slow_figures(copydays, weights, **{part: others / part for part in parts}))
+    flags = [*SMALL, "--data_path", copydays, "--pretrained_weights", weights, *flags]
+    output = run_script("eval_copy_detection.py", *flags).stdout
+    assert_results(results(output), slow_results(copydays, weights, **{part: others / part for part in parts}))
     number = 54 if "distractors" in parts else 0
-    assert f"{8 + number} images to search among, {number} of them distractors" in output
+    assert f"database: {8 + number} images, including {number} distractors" in output
     assert "warning" not in output
 
 
-def test_figures_of_a_real_run_with_everything_equal_a_slow_evaluation(copydays, weights, others):
-    flags = ["--data_path", copydays, "--pretrained_weights", weights]
-    flags += ["--whitening_path", others / "whitening", "--distractors_path", others / "distractors"]
-    printed = figures(run_script("eval_copy_detection.py", *SMALL, *flags).stdout)
-    assert_figures(printed, slow_figures(copydays, weights, others / "whitening", others / "distractors"))
-
-
-def test_whitening_from_few_images_equals_a_slow_evaluation(capsys, copydays, weights, others, tmp_path):
+def test_whitening_from_few_images_matches_a_float64_evaluation(capsys, copydays, weights, others, tmp_path):
     for file in sorted((others / "whitening").iterdir())[::13]:
         (tmp_path / file.name).symlink_to(file.resolve())
     output = run(capsys, "--data_path", copydays, "--pretrained_weights", weights, "--whitening_path", tmp_path)
-    assert "24 images in --whitening_path are few" in output
-    assert_figures(figures(output), slow_figures(copydays, weights, whitening=tmp_path))
+    assert "warning: only 24 images in --whitening_path" in output
+    assert_results(results(output), slow_results(copydays, weights, whitening=tmp_path))
 
 
-def test_a_distractor_nearer_than_the_original_halves_the_rank(capsys, copydays, weights, tmp_path):
+def test_a_distractor_nearer_than_the_original_lowers_the_result(capsys, copydays, weights, tmp_path):
     flags = ("--data_path", copydays, "--pretrained_weights", weights)
-    without = figures(run(capsys, *flags))
+    without = results(run(capsys, *flags))
     assert without["jpegqual/20"] == (1, 8)
     shutil.copytree(copydays / "jpegqual" / "20", tmp_path / "distractors")
-    found = figures(run(capsys, *flags, "--distractors_path", tmp_path / "distractors"))
-    assert found["jpegqual/20"] == (0.25, 8)  # the original is second: (0 + 1 / 2) / 2
+    found = results(run(capsys, *flags, "--distractors_path", tmp_path / "distractors"))
+    assert found["jpegqual/20"] == (0.25, 8)  # the original is ranked second: (0 + 1 / 2) / 2
     assert found["original"] == (1, 8)
 
 
 @pytest.mark.parametrize("flags", [("--num_workers", 2), ("--batch_size_per_gpu", 3), ("--use_cuda", "false")])
-def test_figures_do_not_depend_on_how_they_are_computed(capsys, copydays, weights, others, flags):
+def test_loading_and_storage_do_not_change_the_results(capsys, copydays, weights, others, flags):
     common = ("--data_path", copydays, "--pretrained_weights", weights, "--whitening_path", others / "distractors")
-    alone = figures(run(capsys, *common))
-    assert figures(run(capsys, *common, *flags)) == alone != {}
-
-
-def test_batches_and_loading_processes_are_those_asked_for(monkeypatch, copydays, weights):
-    made, eval_loader = [], dino_data.eval_loader
-
-    def spy(*args):
-        made.append(eval_loader(*args))
-        return made[-1]
-
-    monkeypatch.setattr(dino_data, "eval_loader", spy)
-    common = ("--data_path", copydays, "--pretrained_weights", weights)
-    copy_detection.main(arguments(*common, "--batch_size_per_gpu", 3, "--num_workers", 1))
-    assert {(loader.batch_size, loader.num_workers) for loader in made} == {(3, 1)}
+    assert results(run(capsys, *common, *flags)) == results(run(capsys, *common)) != {}
 
 
 @pytest.mark.slow
-def test_two_processes_with_workers_print_what_one_does(copydays, weights, others):
+def test_two_processes_print_what_one_prints(copydays, weights, others):
     flags = ["eval_copy_detection.py", *SMALL, "--data_path", copydays, "--pretrained_weights", weights]
     flags += [word for part in ("whitening", "distractors") for word in (f"--{part}_path", others / part)]
     alone = run_script(*flags).stdout
     together = run_script(*flags, "--num_workers", 1, processes=2).stdout
-    assert figures(alone) == figures(together) != {}
-    assert together.count("images to search among") == 1
+    assert results(alone) == results(together) != {}
+    assert together.count("database: ") == 1

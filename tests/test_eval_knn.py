@@ -1,19 +1,18 @@
-"""k-NN: the classifier against a slow obvious one, and the script end to end."""
+"""k-NN: the classifier against goldens and a float64 loop, and the script end to end."""
 
 import json
 import math
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL_RUN, run_script, shared
+from conftest import ROOT, SMALL_RUN, arguments_of, ending, run_script, shared
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import datasets
 
 import dino_backbones
-import dino_cli
 import dino_crops
 import dino_features
 import eval_knn
@@ -21,11 +20,14 @@ import main_dino
 import utils
 from utils import UserError
 
+SMALL = ["--arch", "vit_nano", "--image_size", 32, "--nb_knn", 1, 5, "--num_workers", 0, "--device", "cpu"]
+RESULT = re.compile(r"^(\d+)-NN classifier result: Top1: ([\d.]+), Top5: ([\d.]+)$", re.M)
+
 # ---- classifier ----
 
 
-def knn_by_hand(train, train_labels, test, test_labels, k, T):
-    """Top-1 and top-5 in per cent, image by image in float64; ties go to the class with the lower number."""
+def slow_knn(train, train_labels, test, test_labels, k, T):
+    """Top-1 and top-5 in percent, image by image in float64. Ties go to the class with the lower index."""
     train, test = train.double().tolist(), test.double().tolist()
     classes = max(*train_labels.tolist(), *test_labels.tolist()) + 1
     hits = [0, 0]
@@ -48,39 +50,44 @@ def features(number, width, seed, classes):
     return F.normalize(centers[labels] + 1.5 * torch.randn(number, width, generator=generator), dim=1), labels
 
 
-def test_accuracies_match_the_reference_numbers():
-    reference = np.load(shared("goldens/knn.npz"))
-    tensors = [torch.from_numpy(reference[name]) for name in ("train", "train_labels", "test", "test_labels")]
-    for k, want in json.loads(str(reference["result"])).items():
+def test_accuracies_match_the_golden_values():
+    golden = np.load(shared("goldens/knn.npz"))
+    tensors = [torch.from_numpy(golden[name]) for name in ("train", "train_labels", "test", "test_labels")]
+    for k, want in json.loads(str(golden["result"])).items():
         assert eval_knn.knn_classifier(*tensors, int(k), 0.07) == pytest.approx(tuple(want), rel=1e-6)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 12])
 @pytest.mark.parametrize("k", [1, 3, 20])
-def test_accuracies_equal_those_of_the_slow_obvious_way(classes, k):
+def test_accuracies_match_a_float64_loop(classes, k):
     train, test = features(60, 8, 1, classes), features(40, 8, 2, classes)
-    assert eval_knn.knn_classifier(*train, *test, k, 0.07) == pytest.approx(knn_by_hand(*train, *test, k, 0.07))
+    assert eval_knn.knn_classifier(*train, *test, k, 0.07) == pytest.approx(slow_knn(*train, *test, k, 0.07))
 
 
-def test_nearer_neighbours_outvote_a_farther_majority():
+def test_a_nearer_neighbor_outvotes_a_farther_majority_at_low_temperature():
     train = F.normalize(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]]), dim=1)
     labels, test = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])
-    # e^(1/T) against 2·e^(0.6/T): the single nearest wins below T = 0.4 / ln 2 = 0.577.
+    # exp(1 / T) exceeds 2 · exp(0.6 / T) below T = 0.4 / ln 2 = 0.577.
     assert eval_knn.knn_classifier(train, labels, test, torch.tensor([0]), 3, 0.5)[0] == 100.0
     assert eval_knn.knn_classifier(train, labels, test, torch.tensor([0]), 3, 0.7)[0] == 0.0
 
 
-def test_one_test_image_and_a_k_above_the_training_set():
+def test_top5_uses_at_most_k_neighbors():
+    # One neighbor per class. The true class 4 is the farthest, so it is ranked fifth, with a vote (k=5) or without.
+    train, labels = torch.tensor([[1.0], [0.9], [0.8], [0.7], [0.6]]), torch.arange(5)
+    top5 = {k: eval_knn.knn_classifier(train, labels, torch.ones(1, 1), torch.tensor([4]), k, 1.0)[1] for k in (4, 5)}
+    assert top5 == {4: 0.0, 5: 100.0}
+
+
+def test_a_k_larger_than_the_training_set_uses_all_of_it():
     train, test = features(10, 4, 1, 3), features(1, 4, 2, 3)
-    got = eval_knn.knn_classifier(*train, *test, 200, 0.07)
-    assert got == knn_by_hand(*train, *test, 200, 0.07)
+    assert eval_knn.knn_classifier(*train, *test, 200, 0.07) == slow_knn(*train, *test, 200, 0.07)
 
 
-def test_class_numbers_over_a_thousand_are_counted():
-    train, labels = features(50, 6, 1, 5)
-    test, targets = features(20, 6, 2, 5)
+def test_class_indices_above_1000_are_supported():
+    (train, labels), (test, targets) = features(50, 6, 1, 5), features(20, 6, 2, 5)
     sparse = (train, labels * 400, test, targets * 400)
-    assert eval_knn.knn_classifier(*sparse, 5, 0.07) == knn_by_hand(*sparse, 5, 0.07)
+    assert eval_knn.knn_classifier(*sparse, 5, 0.07) == slow_knn(*sparse, 5, 0.07)
 
 
 def test_a_low_temperature_does_not_overflow():
@@ -88,33 +95,29 @@ def test_a_low_temperature_does_not_overflow():
     assert eval_knn.knn_classifier(*train, *test, 7, 1e-3)[0] == eval_knn.knn_classifier(*train, *test, 1, 0.07)[0]
 
 
-def test_chunks_change_nothing(monkeypatch):
-    train, test = features(70, 8, 1, 6), features(45, 8, 2, 6)
-    whole = eval_knn.knn_accuracies(*train, *test, [3, 10], 0.07)
-    monkeypatch.setattr(dino_features, "NUMBERS_AT_ONCE", 100)
-    assert eval_knn.knn_accuracies(*train, *test, [3, 10], 0.07) == whole
-    assert whole == {k: eval_knn.knn_classifier(*train, *test, k, 0.07) for k in (3, 10)}
+def test_a_large_search_runs_in_chunks_of_bounded_memory():
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            return out
+
+    train, (test, labels) = features(2**20, 4, 1, 12), features(40, 4, 2, 12)
+    with Watch():
+        whole = dino_features.knn_accuracies(*train, test, labels, [3, 1000], 0.07)
+    assert max(sizes) <= 2**25 < len(train[0]) * len(test)
+    halves = [dino_features.knn_accuracies(*train, test[i::2], labels[i::2], [3, 1000], 0.07) for i in (0, 1)]
+    for k in (3, 1000):
+        assert whole[k] == pytest.approx(np.mean([half[k] for half in halves], axis=0))
 
 
-def test_features_that_are_not_finite_are_an_error_and_not_a_perfect_score():
+def test_features_with_nan_are_an_error_and_not_a_perfect_score():
     train, labels = features(10, 4, 1, 3)
     train[3, 2] = float("nan")
     with pytest.raises(UserError, match="NaN"):
         eval_knn.knn_classifier(train, labels, *features(5, 4, 2, 3), 5, 0.07)
-
-
-def test_memory_does_not_grow_with_the_number_of_neighbours(monkeypatch):
-    largest = []
-    topk = torch.Tensor.topk
-
-    def spy(self, *args, **kwargs):
-        largest.append(self.numel())
-        return topk(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "topk", spy)
-    monkeypatch.setattr(dino_features, "NUMBERS_AT_ONCE", 1000)
-    eval_knn.knn_classifier(*features(300, 4, 1, 3), *features(50, 4, 2, 3), 300, 0.07)
-    assert max(largest) <= 1000
 
 
 # ---- the script ----
@@ -123,139 +126,119 @@ def test_memory_does_not_grow_with_the_number_of_neighbours(monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tiny_root, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained")
-    parser = dino_cli.OneLineParser(parents=[main_dino.get_args_parser()])
-    flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", output]
-    main_dino.train_dino(parser.parse_args([str(flag) for flag in flags]))
+    args = arguments_of(main_dino, *SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", output)
+    main_dino.train_dino(args)
     return output / "checkpoint.pth"
 
 
-def evaluate(monkeypatch, *flags):
-    fixed = ["--arch", "vit_nano", "--image_size", 32, "--nb_knn", 1, 5, "--num_workers", 0, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["eval_knn.py", *map(str, [*fixed, *flags])])
-    dino_cli.run(eval_knn.main, eval_knn.get_args_parser(), "")
+def evaluate(capsys, *flags):
+    capsys.readouterr()
+    eval_knn.main(arguments_of(eval_knn, *SMALL, *flags))
+    return capsys.readouterr().out
 
 
-RESULT = re.compile(r"^(\d+)-NN classifier result: Top1: ([\d.]+), Top5: ([\d.]+)$", re.M)
-
-
-def test_a_checkpoint_is_evaluated_and_the_tensors_are_counted(monkeypatch, capsys, tiny_root, trained):
-    evaluate(monkeypatch, "--data_path", tiny_root, "--pretrained_weights", trained)
-    out = capsys.readouterr().out
+def test_printed_accuracies_match_features_extracted_image_by_image(capsys, tiny_root, trained):
+    out = evaluate(capsys, "--data_path", tiny_root, "--pretrained_weights", trained)
     assert f"loaded 54 of 54 tensors from {trained} [teacher], trained at 32 pixels\n" in out
-    assert [int(k) for k, _, _ in RESULT.findall(out)] == [1, 5]
-
-    # The same accuracies from features made image by image.
-
     model, _ = dino_backbones.build_backbone("vit_nano", 16, 32)
     dino_backbones.load_weights(model.eval(), str(trained))
-    tensors = []
+    tensors, transform = [], dino_crops.eval_transform(32)
     for part in ("train", "val"):
         folder = datasets.ImageFolder(tiny_root / part)
-        transform = dino_crops.eval_transform(32)
         with torch.no_grad():
             rows = [model(utils.normalize(transform(image))[None])[0] for image, _ in folder]
         tensors += [F.normalize(torch.stack(rows), dim=1), torch.tensor(folder.targets)]
+    assert [int(k) for k, _, _ in RESULT.findall(out)] == [1, 5]
     for k, top1, top5 in RESULT.findall(out):
-        assert (float(top1), float(top5)) == pytest.approx(knn_by_hand(*tensors, int(k), 0.07))
+        assert (float(top1), float(top5)) == pytest.approx(slow_knn(*tensors, int(k), 0.07))
 
 
-def test_student_and_teacher_are_told_apart(monkeypatch, capsys, tiny_root, trained):
-    evaluate(monkeypatch, "--data_path", tiny_root, "--pretrained_weights", trained, "--checkpoint_key", "student")
-    assert "[student]" in capsys.readouterr().out
+def test_checkpoint_key_selects_the_student(capsys, tiny_root, trained):
+    flags = ["--data_path", tiny_root, "--pretrained_weights", trained, "--checkpoint_key", "student"]
+    assert "[student]" in evaluate(capsys, *flags)
 
 
-def test_dumped_features_give_the_same_result_without_a_network(monkeypatch, capsys, tiny_root, trained, tmp_path):
-    folder = tmp_path / "features"
-    evaluate(
-        monkeypatch,
-        "--data_path",
-        tiny_root,
-        "--pretrained_weights",
-        trained,
-        "--dump_features",
-        folder,
-        "--baselines",
-        1,
-    )
-    first = capsys.readouterr().out
-    assert sorted(path.name for path in folder.iterdir()) == sorted(eval_knn.FEATURE_FILES)
-    train = torch.load(folder / "trainfeat.pth", weights_only=True)
+def test_dumped_features_give_the_same_result_without_a_network(capsys, tiny_root, trained, tmp_path):
+    flags = ["--data_path", tiny_root, "--pretrained_weights", trained, "--dump_features", tmp_path]
+    first = evaluate(capsys, *flags, "--baselines", "true")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth"}
+    train = torch.load(tmp_path / "trainfeat.pth", weights_only=True)
     assert train.shape == (40, 128)
     assert torch.allclose(train.norm(dim=1), torch.ones(40))
-    evaluate(monkeypatch, "--load_features", folder)
-    assert RESULT.findall(capsys.readouterr().out) == RESULT.findall(first)
+    assert RESULT.findall(evaluate(capsys, "--load_features", tmp_path)) == RESULT.findall(first)
 
-    rows = [line[:20].strip() for line in first.splitlines()[-5:]]
-    assert rows == ["k-NN top-1 (%)", "chance", "raw pixels", "untrained network", "trained teacher"]
-    assert first.splitlines()[-4].split()[1:] == ["25.0", "25.0"]
+    table = first.splitlines()[-5:]
+    assert [line[:20].strip() for line in table] == [
+        *("k-NN top-1 (%)", "chance", "raw pixels", "untrained network", "trained teacher")
+    ]
+    assert table[1].split()[1:] == ["25.0", "25.0"]
+    assert table[4].split()[2:] == [f"{float(top1):.1f}" for _, top1, _ in RESULT.findall(first)]
 
 
-def test_images_and_weights_left_out_mean_the_sample_and_random_ones(monkeypatch, capsys, sample_root):
-    evaluate(monkeypatch, "--batch_size_per_gpu", 512)
-    out = capsys.readouterr().out
+@pytest.mark.usefixtures("sample_root")
+def test_the_defaults_evaluate_an_untrained_network_on_the_sample_images(capsys):
+    out = evaluate(capsys, "--batch_size_per_gpu", 512)
     assert "4320 training and 1080 validation images in 18 classes" in out
     assert "warning: no weights were published for vit_nano" in out
-    assert "trained" not in out
     assert len(RESULT.findall(out)) == 2
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
+        (["--nb_knn", "0"], "argument --nb_knn: 0 must be at least 1"),
         (["--data_path", "/no/where"], "--data_path /no/where"),
-        (["--nb_knn", "0"], "--nb_knn 0 must be at least 1"),
-        (["--temperature", "0"], "--temperature 0.0 must be above 0"),
-        (["--temperature", "nan"], "--temperature nan must be above 0"),
-        (["--load_features", "x", "--baselines", "1"], "leave out --dump_features and --baselines"),
+        (["--load_features", "x", "--baselines", "1"], "Remove --dump_features and --baselines"),
         (["--dump_features", str(ROOT / "README.md")], "can't write to --dump_features"),
-        (["--image_size", "8"], "smaller than one patch"),
+        (["--image_size", "8"], "--image_size 8 is smaller than one patch (--patch_size 16)"),
         (["--load_features", "/no/where"], "/no/where/trainfeat.pth"),
-        (["--pretrained_weights", "/no/where.pth"], "there is no file /no/where.pth"),
+        (["--pretrained_weights", "/no/where.pth"], "/no/where.pth"),
         (["--arch", "vit_tiny", "--pretrained_weights", "TRAINED"], "Check --arch"),
-        (["--pretrained_weights", "TRAINED", "--checkpoint_key", "pupil"], "could be one of student, teacher"),
+        (["--pretrained_weights", "TRAINED", "--checkpoint_key", "pupil"], "student, teacher"),
     ],
 )
-def test_bad_arguments_end_with_one_line_and_code_2(monkeypatch, capsys, tiny_root, trained, flags, says):
-    flags = [str(trained) if flag == "TRAINED" else flag for flag in flags]
-    with pytest.raises(SystemExit) as stop:
-        evaluate(monkeypatch, "--data_path", tiny_root, *flags)
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2
-    assert error.startswith("error: ")
-    assert says in error
-    assert "\n" not in error
+def test_a_mistake_in_the_arguments_is_one_line_and_exit_code_2(
+    monkeypatch, capsys, tiny_root, trained, flags, message
+):
+    flags = [trained if flag == "TRAINED" else flag for flag in flags]
+    code, line = ending(monkeypatch, capsys, eval_knn, *SMALL, "--data_path", tiny_root, *flags)
+    assert code == 2
+    assert message in line
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "message"),
     [
-        ({1: torch.zeros(3, dtype=torch.long)}, "4 train features and 3 labels"),
-        ({0: torch.zeros(4, 8, dtype=torch.long)}, "must hold tensors, floats"),
-        ({2: [1, 2]}, "must hold tensors, floats"),
-        ({3: torch.zeros(2)}, "testlabels.pth must hold class numbers"),
-        ({3: torch.tensor([0, -1])}, "testlabels.pth must hold class numbers"),
-        ({2: torch.zeros(2, 9)}, "train features are 8 wide, test features 9"),
+        ({"trainlabels": torch.zeros(3, dtype=torch.long)}, "4 train features and 3 labels"),
+        ({"trainfeat": torch.zeros(4, 8, dtype=torch.long)}, "must hold tensors: floats [N, D]"),
+        ({"testfeat": [1, 2]}, "must hold tensors: floats [N, D]"),
+        ({"testlabels": torch.zeros(2)}, "testlabels.pth must hold class indices"),
+        ({"testlabels": torch.tensor([0, -1])}, "testlabels.pth must hold class indices"),
+        ({"testfeat": torch.zeros(2, 9)}, "train features have 8 dimensions, test features 9"),
     ],
 )
-def test_feature_files_that_do_not_fit_together_are_errors(tmp_path, changed, says):
-    tensors = [torch.zeros(4, 8), torch.zeros(4).long(), torch.zeros(2, 8), torch.zeros(2).long()]
-    for i, name in enumerate(eval_knn.FEATURE_FILES):
-        torch.save(changed.get(i, tensors[i]), tmp_path / name)
-    with pytest.raises(UserError, match=re.escape(says)):
-        eval_knn.load_features(tmp_path, "cpu")
+def test_feature_files_that_do_not_fit_together_are_an_error(tmp_path, changed, message):
+    files = {"trainfeat": torch.zeros(4, 8), "trainlabels": torch.zeros(4).long()}
+    files |= {"testfeat": torch.zeros(2, 8), "testlabels": torch.zeros(2).long()}
+    for name, content in (files | changed).items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    with pytest.raises(UserError, match=re.escape(message)):
+        eval_knn.main(arguments_of(eval_knn, *SMALL, "--load_features", tmp_path))
 
 
-def test_dumped_features_in_half_precision_are_read(tmp_path):
-    for name, tensor in zip(eval_knn.FEATURE_FILES, (*features(9, 4, 1, 2), *features(3, 4, 2, 2)), strict=True):
-        torch.save(tensor.half() if tensor.is_floating_point() else tensor.int(), tmp_path / name)
-    assert eval_knn.knn_accuracies(*eval_knn.load_features(tmp_path, "cpu"), [3], 0.07)[3][1] == 100.0
+def test_half_precision_feature_files_are_supported(capsys, tmp_path):
+    (train, labels), (test, targets) = features(9, 4, 1, 2), features(3, 4, 2, 2)
+    files = {"trainfeat": train.half(), "trainlabels": labels.int(), "testfeat": test.half(), "testlabels": targets}
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    assert RESULT.findall(evaluate(capsys, "--load_features", tmp_path, "--nb_knn", 3))[0][2] == "100.0"
 
 
 @pytest.mark.slow
-def test_two_processes_print_what_one_prints(tiny_root, trained):
-    flags = ["--arch", "vit_nano", "--image_size", "32", "--data_path", tiny_root, "--pretrained_weights", trained]
-    flags += ["--nb_knn", "1", "5", "--num_workers", "0", "--device", "cpu", "--batch_size_per_gpu", "3"]
-    one = run_script(ROOT / "eval_knn.py", *flags).stdout
-    three = run_script(ROOT / "eval_knn.py", *flags, processes=3).stdout
+def test_three_processes_print_what_one_prints(tiny_root, trained):
+    flags = [*SMALL, "--data_path", tiny_root, "--pretrained_weights", trained, "--batch_size_per_gpu", 3]
+    one = run_script("eval_knn.py", *flags).stdout
+    three = run_script("eval_knn.py", *flags, processes=3).stdout
     assert RESULT.findall(three) == RESULT.findall(one)
     assert len(RESULT.findall(one)) == 2

@@ -1,9 +1,9 @@
-"""Video object segmentation: each step against a slow obvious one, the scores too, and the script end to end."""
+"""Video object segmentation: each step and score against goldens and float64 loops, and the script end to end."""
 
-import errno
 import json
 import math
 import os
+import resource
 import shutil
 from types import SimpleNamespace
 
@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from conftest import arguments_of, assert_near, ending, fill, run_script, shared, tensor
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import dino_cli
 import dino_data
 import dino_images
 import eval_video_segmentation as evs
 import vision_transformer as vits
 from utils import UserError
 
-# ---- a small DAVIS: a photograph's cut-out moves over another photograph ----
+# ---- a small DAVIS: part of a photograph moves over another photograph ----
 
 HEIGHT, WIDTH = 60, 80
 SMALL = ["--arch", "vit_nano", "--patch_size", "32", "--pretrained_weights", "random", "--device", "cpu"]
@@ -35,7 +35,7 @@ def photographs():
 
 
 def write_video(root, name, photographs, length=5, annotated=None):
-    """A video with two objects; the first `annotated` frames, all without a number, have annotations."""
+    """A video with two objects. The first `annotated` frames have annotations (default: all)."""
     frames, annotations = root / "JPEGImages" / "480p" / name, root / "Annotations" / "480p" / name
     frames.mkdir(parents=True)
     annotations.mkdir(parents=True)
@@ -49,7 +49,7 @@ def write_video(root, name, photographs, length=5, annotated=None):
         pixels[labels == 2] = 255 - front[labels == 2]
         Image.fromarray(pixels).save(frames / f"{t:05}.jpg", quality=95)
         if annotated is None or t < annotated:
-            evs.imwrite_indexed(annotations / f"{t:05}.png", labels, evs.davis_palette())
+            evs.imwrite_indexed(annotations / f"{t:05}.png", labels)
     listing = root / "ImageSets" / "2017" / "val.txt"
     listing.parent.mkdir(parents=True, exist_ok=True)
     with open(listing, "a") as file:
@@ -78,14 +78,14 @@ def run(*flags):
     evs.main(arguments(*flags))
 
 
-def end(monkeypatch, capsys, davis, *flags):
-    """The error line of a run that ends with one and code 2, and leaves no masks."""
+def error_line(monkeypatch, capsys, davis, *flags):
+    """The error line of a run that exits with code 2 and leaves no masks."""
     output_dir = davis.parent / "masks"
-    paths = ("--data_path", davis, "--output_dir", output_dir)
-    code, said = ending(monkeypatch, capsys, evs, *SMALL, *paths, *flags)
+    flags = ("--data_path", davis, "--output_dir", output_dir, *flags)
+    code, line = ending(monkeypatch, capsys, evs, *SMALL, *flags)
     assert code == 2
     assert not output_dir.is_dir() or not list(output_dir.iterdir())
-    return said
+    return line
 
 
 def labels_in(folder):
@@ -101,35 +101,9 @@ def small_model(patch_size=32):
 
 
 def test_flags_have_the_published_names_and_defaults():
-    args = vars(dino_cli.OneLineParser(parents=[evs.get_args_parser()]).parse_args([]))
-    published = {
-        "output_dir": ".",
-        "pretrained_weights": "",
-        "arch": "vit_small",
-        "patch_size": 16,
-        "checkpoint_key": "teacher",
-        "n_last_frames": 7,
-        "size_mask_neighborhood": 12,
-        "topk": 5,
-        "bs": 6,
-    }
-    assert args == {**published, "data_path": "DAVIS", "device": "auto"}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--topk", "0"], "--topk 0 must be at least 1"),
-        (["--bs", "0"], "--bs 0 must be at least 1"),
-        (["--n_last_frames", "-1"], "--n_last_frames -1 must be at least 0"),
-        (["--size_mask_neighborhood", "-1"], "--size_mask_neighborhood -1 must be at least 0"),
-        (["--patch_size", "0"], "--patch_size 0 must be between 1 and 224"),
-        (["--arch", "resnet50"], "--arch resnet50 gives no features of single patches"),
-        (["--arch", "vit_smal"], "unknown --arch vit_smal; did you mean"),
-    ],
-)
-def test_flags_that_can_not_be_are_named(flags, message, davis, monkeypatch, capsys):
-    assert message in end(monkeypatch, capsys, davis, *flags)
+    published = {"output_dir": ".", "pretrained_weights": "", "arch": "vit_small", "patch_size": 16, "bs": 6}
+    published |= {"checkpoint_key": "teacher", "n_last_frames": 7, "size_mask_neighborhood": 12, "topk": 5}
+    assert vars(arguments_of(evs)) == {**published, "data_path": "DAVIS", "device": "auto"}
 
 
 # ---- frames ----
@@ -146,12 +120,7 @@ def test_the_short_side_becomes_480_and_the_long_one_a_multiple_of_64(original, 
     assert (height, width) == original
 
 
-def test_two_numbers_are_the_scaled_size_themselves(tmp_path):
-    Image.new("RGB", (90, 61)).save(tmp_path / "0.jpg")
-    assert evs.read_frame(tmp_path / "0.jpg", scale_size=[32, 48])[0].shape == (3, 32, 48)
-
-
-def test_frames_and_labels_take_any_patch_size(tmp_path):
+def test_any_patch_size_is_supported(tmp_path):
     Image.new("RGB", (854, 480)).save(tmp_path / "0.jpg")
     Image.new("L", (854, 480)).save(tmp_path / "0.png")
     assert evs.read_frame(tmp_path / "0.jpg", multiple=14)[0].shape == (3, 34 * 14, 59 * 14)
@@ -159,7 +128,7 @@ def test_frames_and_labels_take_any_patch_size(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_frames_are_resized_bilinearly_to_whole_levels_and_normalised(photographs, tmp_path, mode):
+def test_frames_are_resized_bilinearly_rounded_and_normalized(photographs, tmp_path, mode):
     Image.fromarray(photographs[0]).convert(mode).crop((0, 0, 73, 55)).save(tmp_path / "0.png")
     pixels = np.array(Image.open(tmp_path / "0.png").convert("RGB")).astype(float)
     frame, height, width = evs.read_frame(tmp_path / "0.png", [24, 30])
@@ -178,10 +147,10 @@ def test_frames_are_resized_bilinearly_to_whole_levels_and_normalised(photograph
 # ---- labels ----
 
 
-def test_labels_of_patches_are_those_of_their_centres_and_void_is_background(tmp_path):
+def test_patch_labels_are_sampled_at_the_patch_center_and_void_is_background(tmp_path):
     labels = np.random.default_rng(0).integers(0, 4, (60, 80)).astype(np.uint8)
     labels[20:30] = 255
-    evs.imwrite_indexed(tmp_path / "0.png", labels, evs.davis_palette())
+    evs.imwrite_indexed(tmp_path / "0.png", labels)
     small, original = evs.read_seg(tmp_path / "0.png", 16)
     assert np.array_equal(original, labels)
     h, w = 480 // 16, 640 // 16
@@ -192,52 +161,50 @@ def test_labels_of_patches_are_those_of_their_centres_and_void_is_background(tmp
             assert small[0, :, y, x].tolist() == [float(label % 255 == channel) for channel in range(4)]
 
 
-def test_an_object_too_small_for_a_patch_keeps_its_channel(tmp_path):
+def test_an_object_smaller_than_a_patch_keeps_its_channel(tmp_path):
     labels = np.zeros((480, 640), dtype=np.uint8)
     labels[0, 0] = 3
     Image.fromarray(labels).save(tmp_path / "0.png")
     assert evs.read_seg(tmp_path / "0.png", 16)[0].sum(dim=(2, 3)).tolist() == [[1200, 0, 0, 0]]
 
 
-def test_one_hot_has_a_channel_up_to_the_highest_label_or_as_many_as_asked_for():
+def test_one_hot_has_a_channel_per_label_or_the_given_number():
     labels = torch.tensor([[[0, 2], [1, 1]]])
     want = [[[[1, 0], [0, 0]], [[0, 0], [1, 1]], [[0, 1], [0, 0]]]]
     assert evs.to_one_hot(labels).tolist() == want
     assert evs.to_one_hot(labels.float(), 4).shape == (1, 4, 2, 2)
 
 
-def test_the_palette_is_that_of_pascal_voc():
+def test_the_palette_is_the_pascal_voc_palette():
     palette = evs.davis_palette().tolist()
     assert palette[:5] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
     assert palette[8:10] == [[64, 0, 0], [192, 0, 0]]
     assert palette[16:18] == [[0, 64, 0], [128, 64, 0]]
-    assert palette[32] == [0, 0, 64]
-    assert palette[64] == [32, 0, 0]
-    assert palette[255] == [224, 224, 192]
+    assert [palette[32], palette[64], palette[255]] == [[0, 0, 64], [32, 0, 0], [224, 224, 192]]
 
 
-def test_the_palette_is_that_of_the_annotations():
+def test_the_palette_matches_the_published_annotations():
     with Image.open(shared("data/davis_mini/Annotations/480p/bike/00000.png")) as image:
         stored = np.reshape(image.getpalette(), (-1, 3))
         used = np.unique(np.array(image))
     assert np.array_equal(stored[used], evs.davis_palette()[used])
 
 
-def test_masks_are_written_as_indexed_png_and_only_if_flat(tmp_path):
+def test_masks_are_written_as_indexed_png_if_they_have_two_dimensions(tmp_path):
     labels = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    evs.imwrite_indexed(tmp_path / "0.png", labels, evs.davis_palette())
+    evs.imwrite_indexed(tmp_path / "0.png", labels)
     with Image.open(tmp_path / "0.png") as image:
         assert image.mode == "P"
         assert np.array_equal(np.array(image), labels)
         assert np.array_equal(np.array(image.convert("RGB")), evs.davis_palette()[labels])
-    with pytest.raises(UserError, match=r"labels must be \[H, W\], these are \[8, 32, 1\]"):
-        evs.imwrite_indexed(tmp_path / "1.png", labels[..., None], evs.davis_palette())
+    with pytest.raises(UserError, match=r"labels must be \[H, W\], not \[8, 32, 1\]"):
+        evs.imwrite_indexed(tmp_path / "1.png", labels[..., None])
 
 
 # ---- features ----
 
 
-def test_features_are_the_normalised_patch_tokens_of_the_last_block():
+def test_features_are_the_patch_tokens_after_the_final_norm():
     model, frame = small_model(16), torch.randn(3, 48, 80)
     features, h, w = evs.extract_feature(model, frame, return_h_w=True)
     assert (h, w) == (3, 5)
@@ -248,11 +215,11 @@ def test_features_are_the_normalised_patch_tokens_of_the_last_block():
     assert torch.equal(evs.extract_feature(model, frame), features)
 
 
-# ---- one step ----
+# ---- one propagation step ----
 
 
 def slow_step(features, sources, labels, reach, topk):
-    """The definition, in float64: features [h, w, D], sources [n, h, w, D], labels [n, h, w, C] -> [h, w, C]."""
+    """Label propagation in float64: features [h, w, D], sources [n, h, w, D], labels [n, h, w, C] -> [h, w, C]."""
     features, sources = (x.double() / x.double().norm(dim=-1, keepdim=True) for x in (features, sources))
     labels = labels.double()
     n, h, w, classes = labels.shape
@@ -279,36 +246,20 @@ def step_input(h, w, n=2, d=6, classes=3):
     return F.normalize(features, dim=-1), F.normalize(sources, dim=-1), labels
 
 
-@pytest.mark.parametrize(
-    ("h", "w", "reach", "topk"),
-    [
-        (5, 7, 0, 5),
-        (5, 7, 1, 5),
-        (5, 7, 2, 1),
-        (14, 9, 3, 4),
-        (3, 26, 2, 5),
-        (5, 7, 1, 30),
-        (4, 4, 20, 5),
-        (2, 2, 0, 9),
-    ],
-)
-def test_a_step_is_that_of_the_definition(h, w, reach, topk):
+# Frames smaller than one tile, of several tiles, and of incomplete tiles; windows larger than the frame; topk larger
+# than the window.
+STEPS = [(5, 7, 0, 5), (5, 7, 1, 5), (5, 7, 2, 1), (14, 9, 3, 4), (3, 26, 2, 5), (5, 7, 1, 30), (4, 4, 20, 5)]
+
+
+@pytest.mark.parametrize(("h", "w", "reach", "topk"), [*STEPS, (2, 2, 0, 9), (13, 14, 0, 3)])
+def test_a_step_matches_a_float64_loop(h, w, reach, topk):
     features, sources, labels = step_input(h, w)
     got = evs.propagate(features, sources, labels, reach, topk)
     assert_near(got, slow_step(features, sources, labels, reach, topk), 1e-5)
 
 
-def test_the_size_of_the_tiles_does_not_matter(monkeypatch):
-    results = []
-    for tile in (1, 5, 12, 100):
-        monkeypatch.setattr(evs, "TILE", tile)
-        results.append(evs.propagate(*step_input(13, 17), 4, 5))
-    for result in results[1:]:
-        assert_near(result, results[0], 1e-5)
-
-
 @pytest.mark.parametrize("reach", [0, 2])
-def test_a_step_gives_the_reference_numbers(reach):
+def test_a_step_matches_the_golden_values(reach):
     golden = np.load(shared("goldens/label_propagation.npz"))
     model = fill(vits.vit_tiny(16), "open/seg").eval()
     feats = [evs.extract_feature(model, tensor(f"seg_f{i}", (3, 96, 144))).T for i in (0, 1)]
@@ -320,7 +271,7 @@ def test_a_step_gives_the_reference_numbers(reach):
     assert_near(feat, evs.extract_feature(model, target).T, 1e-6)
     assert mask is None
     if reach:
-        args.size_mask_neighborhood = 1  # the mask stands for the window
+        args.size_mask_neighborhood = 1  # replaced by the mask
         mask = evs.restrict_neighborhood(6, 9, reach).float()
         for given in (mask, mask.repeat(2, 1, 1)):
             seg, _, returned = evs.label_propagation(args, model, target, feats, segs, given)
@@ -328,18 +279,17 @@ def test_a_step_gives_the_reference_numbers(reach):
             assert returned is given
 
 
-def test_a_mask_of_ones_own_says_which_sources_count_for_which_targets(monkeypatch):
-    monkeypatch.setattr(evs, "TILE", 2)
-    features, sources, labels = step_input(3, 4)
-    mask = torch.zeros(2, 12, 12)
-    for target in range(12):
-        mask[target % 2, target, (5 * target + 1) % 12] = 1  # one source each
+def test_a_custom_mask_selects_the_sources_of_each_target():
+    features, sources, labels = step_input(13, 14)  # four tiles
+    mask = torch.zeros(2, 182, 182)
+    for target in range(182):
+        mask[target % 2, target, (5 * target + 1) % 182] = 1  # one source each
     got = evs.propagate(features, sources, labels, 1, 5, mask).flatten(0, 1)
-    for target in range(12):
-        assert_near(got[target], labels[target % 2].flatten(0, 1)[(5 * target + 1) % 12], 1e-6)
+    for target in range(182):
+        assert_near(got[target], labels[target % 2].flatten(0, 1)[(5 * target + 1) % 182], 1e-6)
 
 
-def test_the_neighbourhood_is_a_square_window_cut_at_the_borders():
+def test_the_neighborhood_is_a_square_window_cropped_at_the_borders():
     mask = evs.restrict_neighborhood(5, 7, 2)
     assert mask.shape == (35, 35)
     for target in range(35):
@@ -348,11 +298,11 @@ def test_the_neighbourhood_is_a_square_window_cut_at_the_borders():
             assert mask[target, source] == (-2 <= down <= 2 and -2 <= right <= 2)
 
 
-def test_memory_of_a_step_is_bounded_by_the_window():
+def test_the_memory_of_a_step_is_bounded_by_the_window():
     features, sources, labels = step_input(40, 60, n=4)
     sizes = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
@@ -366,7 +316,7 @@ def test_memory_of_a_step_is_bounded_by_the_window():
 # ---- from soft labels to the frame ----
 
 
-def test_normalisation_gives_the_reference_numbers_and_leaves_its_input_alone():
+def test_norm_mask_matches_the_golden_values_and_does_not_change_its_input():
     golden = np.load(shared("goldens/label_propagation.npz"))
     given = torch.from_numpy(golden["norm_mask_in"])
     before = given.clone()
@@ -374,16 +324,16 @@ def test_normalisation_gives_the_reference_numbers_and_leaves_its_input_alone():
     assert torch.equal(given, before)
 
 
-def test_normalisation_stretches_channels_that_rise_above_0():
-    flat = torch.stack((torch.tensor([[2.0, 3.0], [4.0, 6.0]]), torch.zeros(2, 2), torch.full((2, 2), 5.0)))
-    flat = torch.cat((flat, torch.tensor([[[-4.0, -3.0], [-2.0, -1.0]]])))
+def test_norm_mask_rescales_channels_with_positive_values():
+    maps = torch.stack((torch.tensor([[2.0, 3.0], [4.0, 6.0]]), torch.zeros(2, 2), torch.full((2, 2), 5.0)))
+    maps = torch.cat((maps, torch.tensor([[[-4.0, -3.0], [-2.0, -1.0]]])))
     want = [[[0, 0.25], [0.5, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 0]], [[-4, -3], [-2, -1]]]
-    assert evs.norm_mask(flat).tolist() == want
+    assert evs.norm_mask(maps).tolist() == want
 
 
-def test_labels_of_pixels_are_those_of_the_stretched_upsampled_maps():
+def test_pixel_labels_are_the_argmax_of_the_rescaled_upsampled_maps():
     seg = torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.3, 0.6])
-    got = evs.full_size_labels(seg, 8, 40, 64)  # sizes without ties between neighbours
+    got = evs.full_size_labels(seg, 8, 40, 64)  # sizes without ties between neighbors
     maps = F.interpolate(seg.permute(2, 0, 1)[None], size=(24, 32), mode="bilinear")[0]
     maps = torch.stack([(channel - channel.min()) / (channel.max() - channel.min()) for channel in maps])
     assert got.shape == (40, 64)
@@ -397,7 +347,7 @@ def test_labels_of_pixels_are_those_of_the_stretched_upsampled_maps():
 
 
 def slow_video(args, model, frames, first_seg, shape):
-    """Labels of a video, step by step with the public function, every source chosen by its number."""
+    """Labels of a video by the public function for one step, with explicit indices of the source frames."""
     feats = [evs.extract_feature(model, evs.read_frame(path)[0]).T for path in frames]
     segs, masks = [first_seg], []
     for t in range(1, len(frames)):
@@ -410,32 +360,30 @@ def slow_video(args, model, frames, first_seg, shape):
 
 
 @pytest.mark.parametrize("flags", [[], ["--n_last_frames", "0"], ["--n_last_frames", "2", "--bs", "2"]])
-def test_labels_come_from_the_first_frame_and_the_last_ones(davis, tmp_path, flags):
+def test_labels_come_from_the_first_frame_and_the_last_n_frames(davis, tmp_path, flags):
     args, model = arguments("--output_dir", tmp_path, "--size_mask_neighborhood", "4", *flags), small_model()
     first_seg, seg_ori = evs.read_seg(annotation(davis), 32)
-    got = evs.eval_video_tracking_davis(args, model, paths(davis), "x/cup", first_seg, seg_ori, evs.davis_palette())
+    got = evs.eval_video_tracking_davis(args, model, paths(davis), "x/cup", first_seg, seg_ori)
     want = [seg_ori, *slow_video(args, model, paths(davis), first_seg, seg_ori.shape)]
     assert len(got) == 5
     for mask, expected in zip(got, want, strict=True):
-        assert (mask != expected).mean() < 0.002  # a pixel where two labels are as good as equal
+        assert (mask != expected).mean() < 0.002  # rounding may decide where two labels are almost equal
     for mask, written in zip(got, labels_in(tmp_path / "cup"), strict=True):
         assert np.array_equal(mask, written)
 
 
-def test_bs_is_the_number_of_frames_that_the_network_sees_at_once(davis, tmp_path):
+def test_bs_is_the_number_of_frames_per_forward_pass(davis, tmp_path):
     model, sizes = small_model(), []
     model.patch_embed.register_forward_hook(lambda module, given, out: sizes.append(len(given[0])))
     args = arguments("--output_dir", tmp_path, "--bs", "2")
-    evs.eval_video_tracking_davis(
-        args, model, paths(davis), "cup", *evs.read_seg(annotation(davis), 32), evs.davis_palette()
-    )
+    evs.eval_video_tracking_davis(args, model, paths(davis), "cup", *evs.read_seg(annotation(davis), 32))
     assert sizes == [2, 2, 1]
 
 
-def test_the_first_mask_is_copied_void_and_all(davis, tmp_path):
+def test_the_first_mask_is_copied_including_void(davis, tmp_path):
     labels = evs.read_mask(annotation(davis))
     labels[0, :7] = 255
-    evs.imwrite_indexed(annotation(davis), labels, evs.davis_palette())
+    evs.imwrite_indexed(annotation(davis), labels)
     run("--data_path", davis, "--output_dir", tmp_path / "masks")
     first, *others = labels_in(tmp_path / "masks" / "cup")
     assert np.array_equal(first, labels)
@@ -444,7 +392,7 @@ def test_the_first_mask_is_copied_void_and_all(davis, tmp_path):
 
 def test_a_video_without_objects_gets_masks_without_objects(davis, tmp_path, capsys):
     for t in range(5):
-        evs.imwrite_indexed(annotation(davis, t), np.zeros((HEIGHT, WIDTH)), evs.davis_palette())
+        evs.imwrite_indexed(annotation(davis, t), np.zeros((HEIGHT, WIDTH)))
     run("--data_path", davis, "--output_dir", tmp_path / "masks")
     assert all(not mask.any() for mask in labels_in(tmp_path / "masks" / "cup"))
     assert "no scores" in capsys.readouterr().out
@@ -454,11 +402,11 @@ def test_a_video_without_objects_gets_masks_without_objects(davis, tmp_path, cap
 
 
 def random_masks(seed, shape=(40, 56)):
-    """Two blobs [H, W] bool that overlap, and reach the border for some seeds."""
+    """Two overlapping blobs [H, W] bool, which reach the border for some seeds."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: shape[0], : shape[1]]
-    centre, radius = rng.uniform(0, shape), rng.uniform(6, 16)
-    blob = [np.hypot(y - centre[0] - d, x - centre[1] - d) < radius + 3 * np.sin(x / 2 + d) for d in (0, 2)]
+    center, radius = rng.uniform(0, shape), rng.uniform(6, 16)
+    blob = [np.hypot(y - center[0] - d, x - center[1] - d) < radius + 3 * np.sin(x / 2 + d) for d in (0, 2)]
     return blob[0], blob[1]
 
 
@@ -483,9 +431,9 @@ def slow_boundary_accuracy(mask, truth, tolerance):
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tolerance", [1, 2])
-def test_boundary_accuracy_is_that_of_the_definition(seed, tolerance):
+def test_boundary_accuracy_matches_a_loop_over_pixels(seed, tolerance):
     mask, truth = random_masks(seed)
     bound_th = (tolerance - 0.5) / math.hypot(40, 56)  # rounded up
     want = slow_boundary_accuracy(mask, truth, tolerance)
@@ -493,7 +441,7 @@ def test_boundary_accuracy_is_that_of_the_definition(seed, tolerance):
     assert evs.boundary_accuracy(mask, truth, bound_th) == pytest.approx(want)
 
 
-def test_the_tolerance_is_a_part_of_the_diagonal_rounded_up():
+def test_the_tolerance_is_a_share_of_the_diagonal_rounded_up():
     def accuracy(shape, shift):
         masks = np.zeros((2, *shape), dtype=bool)
         masks[0, :, 50:] = True
@@ -509,7 +457,7 @@ def test_boundary_accuracy_of_empty_masks():
     assert evs.boundary_accuracy(nothing, nothing) == 1
     assert evs.boundary_accuracy(mask, nothing) == 0
     assert evs.boundary_accuracy(nothing, mask) == 0
-    assert evs.boundary_accuracy(~nothing, nothing) == 1  # an image full of object has no boundary either
+    assert evs.boundary_accuracy(~nothing, nothing) == 1  # a full mask has no boundary either
 
 
 def test_region_similarity_is_intersection_over_union():
@@ -520,28 +468,21 @@ def test_region_similarity_is_intersection_over_union():
     assert evs.region_similarity(mask, ~mask) == 0
 
 
-def test_statistics_are_mean_recall_and_the_fall_from_first_to_last_quarter():
-    values = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]  # quarters end on frames 1, 3, 5, 7, 9, ends in both
-    stats = evs.statistics(values)
-    assert stats["mean"] == pytest.approx(0.5)
-    assert stats["recall"] == pytest.approx(4 / 9)  # 0.5 itself is not above
-    assert stats["decay"] == pytest.approx(0.8 - 0.2)
+def test_statistics_are_mean_recall_and_decay_from_the_first_to_the_last_quarter():
+    values = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]  # quarters end at frames 3, 5, 7, 9, and share these
+    assert evs.statistics(values) == pytest.approx({"mean": 0.5, "recall": 4 / 9, "decay": 0.8 - 0.2})
     assert evs.statistics([0.25]) == {"mean": 0.25, "recall": 0, "decay": 0}
-
-
-def test_quarters_of_a_number_that_4_does_not_divide_end_where_rounding_says():
-    values = np.random.default_rng(0).random(48)  # 1, 12.75, 24.5, 36.25, 48 -> 1, 13, 25 (up), 36, 48
-    want = values[0:13].mean() - values[35:48].mean()
-    assert evs.statistics(values)["decay"] == pytest.approx(want)
-    values = np.random.default_rng(0).random(3)  # 1, 1.5, 2, 2.5, 3 -> 1, 2, 2, 3, 3
+    values = np.random.default_rng(0).random(48)  # ends 1, 12.75, 24.5, 36.25, 48 round to 1, 13, 25, 36, 48
+    assert evs.statistics(values)["decay"] == pytest.approx(values[0:13].mean() - values[35:48].mean())
+    values = np.random.default_rng(0).random(3)  # ends 1, 1.5, 2, 2.5, 3 round to 1, 2, 2, 3, 3
     assert evs.statistics(values)["decay"] == pytest.approx(values[:2].mean() - values[2])
 
 
-def test_a_video_is_scored_object_by_object_without_its_first_and_last_frame(davis):
+def test_each_object_is_scored_without_the_first_and_the_last_frame(davis):
     files = [annotation(davis, t) for t in range(5)]
     truth = [evs.read_mask(file) for file in files]
     masks = [truth[1]] * 5  # object 1 moves 4 pixels a frame, object 2 loses 2 columns of 24, 22, ...
-    masks[0] = masks[4] = np.zeros_like(truth[0])  # must not count
+    masks[0] = masks[4] = np.zeros_like(truth[0])  # these do not count
     scores = evs.score_video(masks, files)
     assert list(scores) == [1, 2]
     J = [24 * 28 / (24 * 28), 24 * 24 / (24 * 32), 24 * 20 / (24 * 36)]
@@ -552,19 +493,20 @@ def test_a_video_is_scored_object_by_object_without_its_first_and_last_frame(dav
     assert scores[1]["F"]["recall"] == np.mean(np.array(want) > 0.5)
 
 
-def test_objects_are_those_of_the_first_annotation_and_void_is_background(davis):
+def test_objects_are_the_labels_of_the_first_annotation_and_void_is_background(davis):
     files = [annotation(davis, t) for t in range(5)]
     truth = [evs.read_mask(file) for file in files]
     for t, labels in enumerate(truth):
         changed = labels.copy()
+        changed[labels == 1] = 200
         changed[labels == 2] = 255
         changed[:4] = 255
         if t:
             changed[57:] = 7
-        evs.imwrite_indexed(files[t], changed, evs.davis_palette())
-    scores = evs.score_video(truth, files)
-    assert list(scores) == [1]
-    assert scores[1]["J"]["mean"] == scores[1]["F"]["mean"] == 1
+        evs.imwrite_indexed(files[t], changed)
+    scores = evs.score_video([np.where(labels == 1, 200, 0) for labels in truth], files)
+    assert list(scores) == [200]
+    assert scores[200]["J"]["mean"] == scores[200]["F"]["mean"] == 1
 
 
 def test_two_frames_are_too_few_for_scores(davis):
@@ -575,7 +517,7 @@ def test_two_frames_are_too_few_for_scores(davis):
 # ---- the script ----
 
 
-def test_the_script_follows_objects_writes_masks_and_scores_them(tmp_path, photographs):
+def test_the_script_tracks_objects_writes_masks_and_scores_them(tmp_path, photographs):
     davis, masks = tmp_path / "DAVIS", tmp_path / "masks"
     write_video(davis, "cup", photographs, length=6)
     write_video(davis, "other", photographs, length=4, annotated=1)
@@ -597,7 +539,7 @@ def test_the_script_follows_objects_writes_masks_and_scores_them(tmp_path, photo
         J[label] = np.mean([(a & b).sum() / (a | b).sum() for a, b in pairs])
         assert results["objects"][f"cup_{label}"]["J"]["mean"] == pytest.approx(J[label])
         still = np.mean([((truth[0] == label) & b).sum() / ((truth[0] == label) | b).sum() for _, b in pairs])
-        assert J[label] > max(0.75, still + 0.02 * label)  # better than if nothing moved
+        assert J[label] > max(0.75, still + 0.02 * label)  # better than copying the first mask
     mean = results["mean"]
     assert mean["J"]["mean"] == pytest.approx((J[1] + J[2]) / 2)
     for name in ("F", "J"):
@@ -613,7 +555,7 @@ def test_the_script_follows_objects_writes_masks_and_scores_them(tmp_path, photo
     assert lines[-4].split() == ["J&F", *(f"{n}-{key}" for n in "JF" for key in ("mean", "recall", "decay"))]
 
 
-def test_the_short_clip_runs_as_it_comes(tmp_path, capsys):
+def test_a_real_video_without_later_annotations_gets_masks_but_no_scores(tmp_path, capsys):
     run("--data_path", shared("data/davis_mini"), "--output_dir", tmp_path)
     masks = labels_in(tmp_path / "bike")
     assert [mask.shape for mask in masks] == [(480, 854)] * 4
@@ -625,7 +567,7 @@ def test_the_short_clip_runs_as_it_comes(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["bike"]
 
 
-def test_an_earlier_result_is_replaced(davis, tmp_path):
+def test_an_earlier_result_is_overwritten(davis, tmp_path):
     run("--data_path", davis, "--output_dir", tmp_path / "masks")
     before = labels_in(tmp_path / "masks" / "cup")
     for t in (1, 3):
@@ -636,127 +578,106 @@ def test_an_earlier_result_is_replaced(davis, tmp_path):
     assert sorted(os.listdir(tmp_path / "masks")) == ["cup", "results.json"]
 
 
-# ---- what can be wrong ----
+# ---- errors ----
 
 
-def test_a_folder_that_is_no_davis_is_named(tmp_path, monkeypatch, capsys):
-    assert "val.txt" in end(monkeypatch, capsys, tmp_path / "nothing")
+def rewrite(path, change):
+    """Save an image file again, changed."""
+    with Image.open(path) as image:
+        changed = change(image)
+    changed.save(path)
 
 
-def test_an_empty_list_of_videos_is_named(davis, monkeypatch, capsys):
-    (davis / "ImageSets" / "2017" / "val.txt").write_text("\n")
-    assert "val.txt names no videos" in end(monkeypatch, capsys, davis)
+def truncate(path, size):
+    os.truncate(path, size if size >= 0 else os.path.getsize(path) + size)
 
 
-def test_a_video_without_folder_is_named(davis, monkeypatch, capsys):
-    shutil.rmtree(davis / "JPEGImages" / "480p" / "cup")
-    assert f"{davis / 'JPEGImages' / '480p' / 'cup'} is missing" in end(monkeypatch, capsys, davis)
+def listing(davis):
+    return davis / "ImageSets" / "2017" / "val.txt"
 
 
-def test_a_video_without_frames_is_named(davis, monkeypatch, capsys):
-    for path in paths(davis):
-        os.remove(path)
-    assert f"{davis / 'JPEGImages' / '480p' / 'cup'} has no *.jpg in it" in end(monkeypatch, capsys, davis)
+def frame_dir(davis):
+    return davis / "JPEGImages" / "480p" / "cup"
 
 
-def test_a_missing_first_annotation_is_named(davis, monkeypatch, capsys):
-    annotation(davis).unlink()
-    assert f"can't read {annotation(davis)}: No such file or directory" in end(monkeypatch, capsys, davis)
+def crop(width, height):
+    return lambda image: image.crop((0, 0, width, height))
 
 
-def test_a_damaged_annotation_is_named(davis, monkeypatch, capsys):
-    annotation(davis).write_bytes(annotation(davis).read_bytes()[:-60])
-    assert f"can't read {annotation(davis)}: " in end(monkeypatch, capsys, davis)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda davis: shutil.rmtree(davis), "val.txt"),
+        (lambda davis: listing(davis).write_text("\n"), "val.txt names no videos"),
+        (lambda davis: listing(davis).write_text("sub/cup\n"), "names 'sub/cup', which is not a folder name"),
+        (lambda davis: shutil.rmtree(frame_dir(davis)), "cup is missing"),
+        (lambda davis: [os.remove(path) for path in paths(davis)], "cup has no *.jpg files"),
+        (lambda davis: annotation(davis).unlink(), "can't read {annotation}: No such file or directory"),
+        (lambda davis: truncate(annotation(davis), -60), "can't read {annotation}: "),
+        (lambda davis: truncate(paths(davis)[3], 0), "can't read {frame}: "),
+        (lambda davis: truncate(paths(davis)[3], 1500), "{frame}: "),
+        (
+            lambda davis: rewrite(annotation(davis), lambda image: image.convert("RGB")),
+            "{annotation} is an image in mo",
+        ),
+        (lambda davis: rewrite(annotation(davis), crop(80, 59)), "has 80 × 60 pixels, the first annotation 80 × 59"),
+        (lambda davis: rewrite(annotation(davis, 4), crop(79, 60)), "00004.png has 79 × 60 pixels"),
+        (
+            lambda davis: rewrite(annotation(davis), lambda image: image.convert("L").point(lambda x: 255 * (x > 0))),
+            "{annotation} has no label but 255",
+        ),
+    ],
+)
+def test_missing_and_damaged_files_are_named(damage, message, davis, monkeypatch, capsys):
+    damage(davis)
+    message = message.format(annotation=annotation(davis), frame=paths(davis)[3] if "frame" in message else "")
+    assert message in error_line(monkeypatch, capsys, davis, "--bs", "1")
 
 
-def test_an_empty_frame_is_named_before_anything_is_done(davis, monkeypatch, capsys):
-    open(paths(davis)[3], "w").close()
-    assert f"can't read {paths(davis)[3]}: " in end(monkeypatch, capsys, davis)
-    assert not (davis.parent / "masks").exists()
-
-
-def test_a_frame_that_ends_in_the_middle_is_named_and_no_part_of_the_video_written(davis, monkeypatch, capsys):
-    with open(paths(davis)[3], "r+b") as file:
-        file.truncate(os.path.getsize(paths(davis)[3]) // 2)
-    assert f"can't read the image {paths(davis)[3]}: " in end(monkeypatch, capsys, davis, "--bs", "1")
-
-
-def test_an_annotation_in_colours_is_named(davis, monkeypatch, capsys):
-    Image.open(annotation(davis)).convert("RGB").save(annotation(davis))
-    said = end(monkeypatch, capsys, davis)
-    assert f"{annotation(davis)} is an image in mode RGB. Save it as indexed" in said
-
-
-def test_an_annotation_of_another_size_is_named(davis, monkeypatch, capsys):
-    Image.open(annotation(davis)).crop((0, 0, WIDTH, HEIGHT - 1)).save(annotation(davis))
-    said = end(monkeypatch, capsys, davis)
-    assert f"{paths(davis)[0]} is 80 × 60 pixels, the video's first annotation 80 × 59" in said
-
-
-def test_a_later_annotation_of_another_size_is_named(davis, monkeypatch, capsys):
-    Image.open(annotation(davis, 4)).crop((0, 0, WIDTH - 1, HEIGHT)).save(annotation(davis, 4))
-    assert f"{annotation(davis, 4)} is 79 × 60 pixels" in end(monkeypatch, capsys, davis)
-
-
-def test_a_mask_of_0_and_255_is_named(davis, monkeypatch, capsys):
-    labels = evs.read_mask(annotation(davis))
-    Image.fromarray(np.where(labels > 0, 255, 0).astype(np.uint8)).save(annotation(davis))
-    assert f"{annotation(davis)} has no label but 255" in end(monkeypatch, capsys, davis)
-
-
-def test_an_output_folder_that_can_not_be_written_is_named(davis, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arch", "resnet50"], "--arch resnet50 has no patch features"),
+        (["--arch", "vit_smal"], "unknown --arch vit_smal; did you mean"),
+        (["--output_dir", "FILE/masks"], "can't write to --output_dir"),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_one_line(flags, message, davis, monkeypatch, capsys):
     (davis.parent / "file").touch()
-    said = end(monkeypatch, capsys, davis, "--output_dir", davis.parent / "file" / "masks")
-    assert "can't write to --output_dir" in said
+    flags = [flag.replace("FILE", str(davis.parent / "file")) for flag in flags]
+    assert message in error_line(monkeypatch, capsys, davis, *flags)
 
 
-def test_folders_with_anything_but_an_earlier_result_are_not_replaced(davis, monkeypatch, capsys):
-    other = davis.parent / "other"
-    (other / "cup").mkdir(parents=True)
-    (other / "cup" / "notes.txt").touch()
-    assert f"{other / 'cup'} would be replaced" in end(monkeypatch, capsys, davis, "--output_dir", other)
-    assert os.listdir(other / "cup") == ["notes.txt"]
-    shutil.rmtree(other / "cup")
-    (other / "cup").touch()
-    assert f"{other / 'cup'} would be replaced" in end(monkeypatch, capsys, davis, "--output_dir", other)
+@pytest.mark.parametrize("place", ["notes", "file", "Annotations", "JPEGImages"])
+def test_only_an_earlier_result_is_overwritten(place, davis, monkeypatch, capsys):
+    output_dir = davis / place / "480p" if place in ("Annotations", "JPEGImages") else davis.parent / "other"
+    if place == "notes":
+        (output_dir / "cup").mkdir(parents=True)
+        (output_dir / "cup" / "notes.txt").touch()
+    elif place == "file":
+        output_dir.mkdir()
+        (output_dir / "cup").touch()
+    before = {path: path.read_bytes() for path in davis.parent.rglob("*") if path.is_file()}
+    line = error_line(monkeypatch, capsys, davis, "--output_dir", output_dir)
+    assert f"{output_dir / 'cup'} is not an earlier result and would be overwritten" in line
+    assert {path: path.read_bytes() for path in davis.parent.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("kind", ["Annotations", "JPEGImages"])
-def test_the_data_itself_is_not_overwritten(davis, monkeypatch, capsys, kind):
-    before = annotation(davis, 3).read_bytes()
-    said = end(monkeypatch, capsys, davis, "--output_dir", davis / kind / "480p")
-    assert f"{davis / kind / '480p' / 'cup'} would be replaced" in said
-    assert annotation(davis, 3).read_bytes() == before
-
-
-def test_a_full_disk_is_named_and_the_earlier_result_stays(davis, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("cause", ["damaged frame", "full disk"])
+def test_an_interrupted_video_keeps_the_earlier_result(cause, davis, tmp_path, monkeypatch, capsys):
     run("--data_path", davis, "--output_dir", tmp_path / "earlier")
     before = {path: path.read_bytes() for path in (tmp_path / "earlier" / "cup").iterdir()}
     capsys.readouterr()
-    written = []
-
-    def save(filename, array, color_palette):
-        written.append(filename)
-        if len(written) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        Image.fromarray(np.zeros((2, 2), dtype=np.uint8)).save(filename)
-
-    monkeypatch.setattr(evs, "imwrite_indexed", save)
-    said = end(monkeypatch, capsys, davis, "--output_dir", tmp_path / "earlier")
-    assert f"can't write {tmp_path / 'earlier' / 'cup'}: No space left on device" in said
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if cause == "full disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # no file larger than 100 bytes
+    else:
+        truncate(paths(davis)[3], 1500)
+    try:
+        line = error_line(monkeypatch, capsys, davis, "--output_dir", tmp_path / "earlier", "--bs", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    place = tmp_path / "earlier" / "cup" if cause == "full disk" else paths(davis)[3]
+    assert f"{place}: " in line
     assert sorted(os.listdir(tmp_path / "earlier")) == ["cup", "results.json"]
     assert {path: path.read_bytes() for path in (tmp_path / "earlier" / "cup").iterdir()} == before
-
-
-def test_a_video_that_is_no_plain_folder_name_is_refused(davis, monkeypatch, capsys):
-    (davis / "ImageSets" / "2017" / "val.txt").write_text("sub/cup\n")
-    assert "names 'sub/cup', which is not the name of a folder" in end(monkeypatch, capsys, davis)
-
-
-def test_only_labels_that_the_first_annotation_has_are_scored(davis, photographs, tmp_path):
-    for t in range(3):
-        labels = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
-        labels[8:32, 6:34] = 200
-        evs.imwrite_indexed(tmp_path / f"{t}.png", labels, evs.davis_palette())
-    annotations = [tmp_path / f"{t}.png" for t in range(3)]
-    assert list(evs.score_video([np.zeros((HEIGHT, WIDTH))] * 3, annotations)) == [200]
