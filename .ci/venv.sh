@@ -1,5 +1,5 @@
-# Sourced by demo.sh and test.sh, from the checkout's root: `. .ci/venv.sh FILE` makes .venv, installs the requirements
-# in FILE if they are not installed yet, and leaves the interpreter in $python. PYTHON names another Python to make it of.
+# Sourced by demo.sh and test.sh in the root of the checkout: `. .ci/venv.sh FILE` creates .venv, installs the requirements
+# in FILE unless they are installed, and sets $python to the interpreter. PYTHON names another Python to create it with.
 requirements=$1
 python=.venv/bin/python
 stamp=.venv/.installed-$requirements

@@ -249,3 +249,19 @@ SMALL_RUN = [
     "--tensorboard", "off",
 ]
 # fmt: on
+
+
+# ---- small networks ----
+
+
+def tiny_vit(seed=0, **changes):
+    import vision_transformer
+
+    torch.manual_seed(seed)
+    settings = {"img_size": [32], "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "qkv_bias": True}
+    return vision_transformer.VisionTransformer(**{**settings, **changes})
+
+
+def same_state(one, other):
+    one, other = (m.state_dict() if isinstance(m, torch.nn.Module) else m for m in (one, other))
+    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)

@@ -1,0 +1,476 @@
+"""dino_backbones.py: networks by name, and weights into them."""
+
+import argparse
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import same_state, tensor, tiny_vit
+
+import dino_backbones
+import hubconf
+import utils
+from utils import UserError
+from vision_transformer import DINOHead
+
+# ---- backbones ----
+
+
+@pytest.mark.parametrize(
+    ("arch", "width", "depth"),
+    [
+        ("vit_nano", 128, 4),
+        ("vit_tiny", 192, 12),
+        ("deit_tiny", 192, 12),
+        ("deit_small", 384, 12),
+        ("vit_base", 768, 12),
+    ],
+)
+def test_vits_are_built_by_either_name(arch, width, depth):
+    with torch.device("meta"):
+        model, features = dino_backbones.build_backbone(arch, patch_size=8, img_size=64, drop_path_rate=0.2)
+    assert (features, model.embed_dim, len(model.blocks)) == (width, width, depth)
+    assert model.pos_embed.shape == (1, 65, width)
+    assert model.patch_embed.patch_size == 8
+    assert model.blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
+    assert isinstance(model.head, nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("arch", "width"), [("resnet50", 2048), ("mobilenet_v3_small", 1024), ("convnext_tiny", 768), ("densenet121", 1024)]
+)
+def test_convnets_are_built_without_their_classifier(arch, width):
+    model, features = dino_backbones.build_backbone(arch)
+    assert features == width
+    assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, width)
+    assert not dino_backbones.is_vit(model)
+
+
+@pytest.mark.parametrize(
+    ("arch", "width"),
+    [
+        ("squeezenet1_1", 512),  # its classifier is a convolution before a pooling
+        ("vit_b_32", 768),  # heads.head
+        ("swin_t", 768),  # head
+        ("maxvit_t", 512),  # in a Sequential, without a bias
+        ("xcit_nano_12_p16", 128),
+        ("xcit_nano_12_p8_384", 128),
+        ("timm:convnext_atto", 320),  # has its pooling in `head`
+        ("timm:mambaout_femto", 1152),  # and more than that
+        ("timm:vit_tiny_patch16_224", 192),
+    ],
+)
+def test_each_kind_of_backbone_returns_features_of_its_width(arch, width):
+    model, features = dino_backbones.build_backbone(arch, img_size=224)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        alone = model.eval()(images)
+        wrapped = utils.MultiCropWrapper(model, nn.Identity()).eval()([images])
+    assert features == width
+    assert alone.shape == (2, width)
+    assert torch.equal(alone, wrapped)
+    assert not torch.allclose(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("arch", ["timm:vit_tiny_patch16_224", "xcit_nano_12_p16", "timm:swin_tiny_patch4_window7_224"])
+def test_transformers_of_timm_take_crops_of_two_sizes(arch):
+    model, width = dino_backbones.build_backbone(arch, img_size=64)
+    wrapped = utils.MultiCropWrapper(model, nn.Identity()).eval()
+    with torch.no_grad():
+        assert wrapped([torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 32, 32)]).shape == (2, width)
+
+
+def test_drop_path_reaches_networks_of_timm_that_have_it():
+    rates = [
+        module.drop_prob
+        for rate in (0.0, 0.3)
+        for module in dino_backbones.build_backbone("timm:vit_tiny_patch16_224", drop_path_rate=rate)[0].modules()
+        if type(module).__name__ == "DropPath"
+    ]
+    assert max(rates) == pytest.approx(0.3)
+    assert dino_backbones.build_backbone("timm:mixnet_s", img_size=64, drop_path_rate=0.3)[1] == 1536
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "says"),
+    [
+        ("timm:convit_tiny", 96, "--arch timm:convit_tiny does not take images of 96 pixels"),
+        ("timm:sam2_hiera_tiny_", 96, "unknown --arch timm:sam2_hiera_tiny_; did you mean timm:sam2_hiera_tiny"),
+        ("xcit_smal_12_p16", 96, "unknown --arch xcit_smal_12_p16; did you mean xcit_small_12_p16"),
+        ("vit_b_16", 96, "--arch vit_b_16 does not take images of 96 pixels"),
+    ],
+)
+def test_networks_that_can_not_be_used_are_errors(arch, size, says):
+    with pytest.raises(UserError) as raised:
+        dino_backbones.build_backbone(arch, img_size=size)
+    assert says in str(raised.value)
+
+
+def test_a_network_without_pooled_features_is_an_error():
+    with pytest.raises(UserError, match="--arch some_net does not return one vector per image"):
+        dino_backbones.features_width(nn.Conv2d(3, 4, 3), 16, "some_net")
+
+
+def test_without_timm_its_networks_are_a_user_error_and_the_others_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for arch in ("xcit_small_12_p16", "timm:resnet18"):
+        with pytest.raises(UserError, match="pip install timm"):
+            dino_backbones.build_backbone(arch)
+    assert dino_backbones.build_backbone("vit_nano")[1] == 128
+
+
+def test_the_width_is_found_without_a_trace_in_the_network():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert dino_backbones.features_width(model, 8, "some_net") == 4
+    assert torch.equal(torch.rand(1), drawn)
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_convnet_in_the_wrapper_gives_its_features_to_the_head():
+    model, width = dino_backbones.build_backbone("mobilenet_v3_small")
+    wrapped = utils.MultiCropWrapper(model, nn.Linear(width, 5)).eval()
+    assert wrapped([torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 32, 32)]).shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "near"), [("vit_smal", "vit_small"), ("resnet5", "resnet50"), ("qwertz", "vit_small or resnet50")]
+)
+def test_an_unknown_backbone_is_named_with_its_nearest_neighbors(arch, near):
+    with pytest.raises(UserError, match=f"unknown --arch {arch}.*{near}"):
+        dino_backbones.build_backbone(arch)
+
+
+def test_a_network_without_a_classifier_is_a_user_error():
+    with pytest.raises(UserError, match="some_net does not end in a classifier"):
+        dino_backbones.take_off_classifier(nn.Sequential(nn.Linear(3, 3)), "some_net")
+
+
+@pytest.mark.parametrize("name", ["fc", "classifier", "head", "heads"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_last_linear_is_removed_under_each_of_its_names(name, nested):
+    model, last = nn.Module(), nn.Linear(6, 4)
+    setattr(model, name, nn.Sequential(nn.Linear(3, 6), last) if nested else last)
+    assert dino_backbones.take_off_classifier(model, "some_net") is model
+    layer = getattr(model, name)
+    assert isinstance(layer[1] if nested else layer, nn.Identity)
+    assert not nested or isinstance(layer[0], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("device", "amp_dtype", "fused"),
+    [("cpu", None, True), ("cpu", torch.bfloat16, False), ("cuda", torch.bfloat16, True), ("cuda", None, True)],
+)
+def test_fused_attention_is_on_except_in_half_precision_on_a_cpu(device, amp_dtype, fused):
+    model = tiny_vit(depth=2)
+    dino_backbones.use_fused_attention(model, torch.device(device), amp_dtype)
+    assert [block.attn.fused for block in model.blocks] == [fused, fused]
+
+
+def test_fused_attention_leaves_convnets_alone():
+    dino_backbones.use_fused_attention(nn.Linear(1, 1), torch.device("cpu"))
+
+
+def test_batch_norms_are_found_wherever_they_are():
+    assert utils.has_batchnorms(nn.Sequential(nn.Sequential(nn.BatchNorm2d(3))))
+    assert utils.has_batchnorms(DINOHead(4, 3, use_bn=True))
+    assert not utils.has_batchnorms(tiny_vit())
+
+
+# ---- weights ----
+
+
+def prefixed(state, prefix="module."):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def training_checkpoint(backbone, **more):
+    wrapped = utils.MultiCropWrapper(backbone, DINOHead(16, 5, hidden_dim=8, bottleneck_dim=4))
+    return {
+        "student": prefixed({key: value + 1 for key, value in wrapped.state_dict().items()}),
+        "teacher": wrapped.state_dict(),
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 3,
+        "args": {"arch": "vit_tiny"},
+        "dino_loss": {"center": torch.zeros(1, 5)},
+        **more,
+    }
+
+
+@pytest.fixture
+def save(tmp_path):
+    """save(state) -> path of a file that holds it."""
+
+    def save(state):
+        torch.save(state, tmp_path / "weights.pth")
+        return str(tmp_path / "weights.pth")
+
+    return save
+
+
+def test_an_xcit_trained_with_its_authors_code_is_loaded(save):
+    torch.manual_seed(0)
+    target, _ = dino_backbones.build_backbone("xcit_nano_12_p16", img_size=32)
+    state = {key: torch.randn_like(value) for key, value in target.state_dict().items() if value.is_floating_point()}
+    published = {key.replace("pos_embed.", "pos_embeder."): value for key, value in state.items()}
+    for block in (0, 1):
+        for kind in ("weight", "bias"):
+            three = [published.pop(f"cls_attn_blocks.{block}.attn.{part}.{kind}") for part in "qkv"]
+            published[f"cls_attn_blocks.{block}.attn.qkv.{kind}"] = torch.cat(three)
+    dino_backbones.load_weights(
+        target, save({"student": prefixed({f"backbone.{k}": v for k, v in published.items()})}), "student"
+    )
+    assert all(torch.equal(value, target.state_dict()[key]) for key, value in state.items())
+
+
+def test_a_backbones_own_head_is_not_the_projection_head(save):
+    """ConvNeXt of timm keeps its last norm in a `head`, as the wrapper keeps the projection head."""
+    source, target = (dino_backbones.build_backbone("timm:convnext_atto", img_size=64)[0] for _ in range(2))
+    wrapped = utils.MultiCropWrapper(source, DINOHead(320, 5, hidden_dim=8, bottleneck_dim=4))
+    nn.init.constant_(source.head.norm.weight, 3.0)
+    assert "backbone.head.norm.weight" in wrapped.state_dict()
+    dino_backbones.load_weights(target, save({"teacher": wrapped.state_dict()}))
+    assert same_state(target, source)
+
+
+# ---- initial weights ----
+
+
+def test_initial_weights_come_from_the_teacher_or_the_only_network(save):
+    checkpoint = training_checkpoint(tiny_vit())
+    state, source = dino_backbones.initial_weights(save(checkpoint), "vit_tiny", 16)
+    assert source.endswith("[teacher]")
+    assert torch.equal(state["head.last_layer.weight_v"], checkpoint["teacher"]["head.last_layer.weight_v"])
+    state, source = dino_backbones.initial_weights(
+        save({"model": tiny_vit(2).state_dict(), "epoch": 7}), "vit_tiny", 16
+    )
+    assert source.endswith("[model]")
+    assert torch.equal(state["cls_token"], tiny_vit(2).cls_token)
+    plain = tiny_vit(3).state_dict()
+    assert dino_backbones.initial_weights(save(plain), "vit_tiny", 16)[0].keys() == plain.keys()
+
+
+def test_initial_weights_that_nobody_published_are_an_error():
+    with pytest.raises(UserError, match="no weights were published for --arch vit_nano --patch_size 16"):
+        dino_backbones.initial_weights("published", "vit_nano", 16)
+
+
+@pytest.mark.parametrize(
+    ("arch", "patch_size", "name"),
+    [
+        ("deit_tiny", 16, "vit_tiny_patch16_224"),
+        ("xcit_nano_12_p8", 16, "xcit_nano_12_p8_224"),
+        ("timm:convnext_atto.d2_in1k", 16, "convnext_atto.d2_in1k"),
+        ("resnet18", 16, "resnet18"),
+    ],
+)
+def test_timms_weights_are_asked_for_by_timms_name_and_fit(monkeypatch, arch, patch_size, name):
+    import timm
+
+    def create(asked, pretrained, **kwargs):
+        assert (asked, pretrained) == (name, True)
+        return real(asked, pretrained=False, **kwargs)  # stands in for the download
+
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create)
+    state, source = dino_backbones.initial_weights("timm", arch, patch_size)
+    monkeypatch.undo()
+    assert source == f"{arch if arch.startswith(('timm', 'xcit')) else 'timm:' + name} [pretrained]"
+    model, _ = dino_backbones.build_backbone(arch, patch_size)
+    matched, number = dino_backbones.load_backbone_state(model, state, source, arch)
+    assert matched == number
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_without_a_connection_timms_weights_are_a_user_error(monkeypatch):
+    import timm
+
+    def create(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(UserError, match="can't download timm's weights of timm:vit_tiny_patch16_224: no route"):
+        dino_backbones.initial_weights("timm", "vit_tiny", 16)
+
+
+def test_positions_are_resampled_to_the_grid_of_the_network():
+    model = tiny_vit()  # a grid of its own
+    side = math.isqrt(model.pos_embed.shape[1] - 1)
+    larger = 2 * side
+    ramp = torch.arange(larger).float()[None, :, None].expand(larger, larger, 16).reshape(1, -1, 16)
+    state = {"pos_embed": torch.cat((torch.full((1, 1, 16), 7.0), ramp), dim=1)}
+    dino_backbones.resize_state_grid(model, state)
+    assert state["pos_embed"].shape == model.pos_embed.shape
+    assert (state["pos_embed"][:, 0] == 7).all()
+    rows = state["pos_embed"][0, 1:].view(side, side, 16)
+    assert torch.allclose(rows[0], rows[-1])  # what runs along the columns still does
+    assert (rows[0, 1:] > rows[0, :-1]).all()
+    assert rows.mean().item() == pytest.approx((larger - 1) / 2, abs=1e-4)
+
+
+def test_a_teacher_is_loaded_without_its_prefix_and_head(save, capsys):
+    source, target = tiny_vit(0), tiny_vit(1)
+    path = save(training_checkpoint(source))
+    number = len(target.state_dict())
+    assert dino_backbones.load_weights(target, path) == (number, number)
+    assert same_state(target, source)
+    assert capsys.readouterr().out == f"loaded {number} of {number} tensors from {path} [teacher]\n"
+
+
+def test_a_student_is_loaded_without_both_prefixes(save):
+    source, target = tiny_vit(0), tiny_vit(1)
+    dino_backbones.load_weights(target, save(training_checkpoint(source)), "student")
+    assert same_state(target, {key: value + 1 for key, value in source.state_dict().items()})
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+def test_a_plain_state_dict_is_loaded_under_any_wrapper(save, prefix):
+    source, target = tiny_vit(0), tiny_vit(1)
+    dino_backbones.load_weights(target, save(prefixed(source.state_dict(), prefix)))
+    assert same_state(target, source)
+
+
+def test_a_convnets_weights_are_loaded_with_the_buffers_of_its_batch_norms(save):
+    def net():
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    source, target = net(), net()
+    source(torch.rand(2, 3, 4, 4))
+    dino_backbones.load_weights(target, save({"teacher": prefixed(source.state_dict(), "module.backbone.")}))
+    assert same_state(target, source)
+    assert target[1].num_batches_tracked == 1
+
+
+def test_a_missing_tensor_is_named_and_nothing_is_loaded(save):
+    source, target = tiny_vit(0).state_dict(), tiny_vit(1)
+    del source["norm.bias"]
+    with pytest.raises(UserError, match=r"has only 17 of the 18 tensors .*it lacks norm\.bias"):
+        dino_backbones.load_weights(target, save(source))
+    assert same_state(target, tiny_vit(1))
+
+
+def test_left_over_tensors_are_named(save, capsys):
+    source, target = tiny_vit(0), tiny_vit(1)
+    assert dino_backbones.load_weights(target, save({**source.state_dict(), "mask_token": torch.zeros(1)})) == (18, 18)
+    assert same_state(target, source)
+    assert "weights.pth has tensors that the model does not have: mask_token\n" in capsys.readouterr().out
+
+
+def test_weights_of_another_network_altogether_are_a_user_error(save):
+    with pytest.raises(UserError, match=r"none of the 18 tensors of vit_tiny .*it has weight, bias.*--checkpoint_key"):
+        dino_backbones.load_weights(tiny_vit(), save(nn.Linear(2, 2).state_dict()), arch="vit_tiny")
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes_and_nothing_is_loaded(save):
+    target = tiny_vit(1, num_heads=1)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    path = save({**tiny_vit(0).state_dict(), "blocks.0.mlp.fc2.weight": torch.zeros(16, 48)})
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc2\.weight is \[16, 48\] in .* but \[16, 64\] in vit_tiny"):
+        dino_backbones.load_weights(target, path, arch="vit_tiny")
+    assert same_state(target, before)
+
+
+def test_a_wrong_checkpoint_key_is_lists_the_networks_in_the_file(save):
+    path = save(training_checkpoint(tiny_vit()))
+    with pytest.raises(UserError, match=r"no network 'techer'; it has student, teacher \(--checkpoint_key\)$"):
+        dino_backbones.load_weights(tiny_vit(), path, "techer")
+
+
+def test_a_checkpoint_key_that_holds_no_network_is_a_user_error(save):
+    with pytest.raises(UserError, match="epoch"):
+        dino_backbones.load_weights(tiny_vit(), save(training_checkpoint(tiny_vit())), "epoch")
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(3)])
+def test_a_file_without_a_state_dict_is_a_user_error(save, content):
+    with pytest.raises(UserError, match=f"contains a {type(content).__name__}, not a state dict"):
+        dino_backbones.load_weights(tiny_vit(), save(content))
+
+
+def test_the_model_gets_the_positional_grid_of_the_file(save):
+    source, target = tiny_vit(0, img_size=[48]), tiny_vit(1, img_size=[32])
+    dino_backbones.load_weights(target, save(source.state_dict()))
+    assert same_state(target, source)
+    assert (target.patch_embed.num_patches, target.patch_embed.img_size) == (36, 48)
+    for size in (48, 32, 40):
+        images = tensor("images", (2, 3, size, size))
+        assert torch.equal(target.eval()(images), source.eval()(images))
+
+
+def test_a_new_grid_keeps_precision_and_freezing_of_the_model(save):
+    target = tiny_vit(1).double().requires_grad_(False)
+    dino_backbones.load_weights(target, save(tiny_vit(0, img_size=[48]).state_dict()))
+    assert target.pos_embed.dtype == torch.float64
+    assert not target.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(1, 17, 24), (1, 16, 16)])
+def test_positions_that_fit_no_grid_are_a_shape_error(save, shape):
+    path = save({**tiny_vit().state_dict(), "pos_embed": torch.zeros(shape)})
+    with pytest.raises(UserError, match=r"pos_embed is \[1, .* but \[1, 17, 16\]"):
+        dino_backbones.load_weights(tiny_vit(), path)
+
+
+def test_random_weights_stay_and_are_logged(capsys):
+    target = tiny_vit()
+    assert dino_backbones.load_weights(target, "random") == (0, len(target.state_dict()))
+    assert same_state(target, tiny_vit())
+    assert "random weights (--pretrained_weights random)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """Stands in for the network: the URLs asked for; each holds what `state` does."""
+    asked = []
+
+    def download(url):
+        asked.append(url)
+        return download.state
+
+    monkeypatch.setattr(hubconf, "_download", download)
+    asked_and_state = argparse.Namespace(urls=asked, hold=lambda state: setattr(download, "state", state))
+    asked_and_state.hold(None)
+    return asked_and_state
+
+
+@pytest.mark.parametrize("arch", ["vit_small", "deit_small"])
+def test_the_published_weights_are_the_default(downloads, capsys, arch):
+    source, target = tiny_vit(0), tiny_vit(1)
+    downloads.hold(source.state_dict())
+    number = len(target.state_dict())
+    assert dino_backbones.load_weights(target, "", arch=arch, patch_size=8) == (number, number)
+    url = hubconf.BASE_URL + "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
+    assert downloads.urls == [url]
+    assert same_state(target, source)
+    assert f"from {url}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arch", "patch_size", "named"), [("vit_tiny", 16, "vit_tiny with patch size 16"), ("resnet18", 16, "resnet18")]
+)
+def test_without_published_weights_random_ones_stay_with_a_warning(downloads, capsys, arch, patch_size, named):
+    target = tiny_vit()
+    assert dino_backbones.load_weights(target, "", arch=arch, patch_size=patch_size) == (0, len(target.state_dict()))
+    assert downloads.urls == []
+    assert same_state(target, tiny_vit())
+    assert f"warning: no weights were published for {named}:" in capsys.readouterr().out
+
+
+def test_a_download_that_fails_is_a_user_error(monkeypatch):
+    def unreachable(url):
+        raise OSError("name resolution failed")
+
+    monkeypatch.setattr(hubconf, "_download", unreachable)
+    with pytest.raises(UserError, match=r"can't download https.*name resolution failed.*--pretrained_weights"):
+        dino_backbones.load_weights(tiny_vit(), "", arch="vit_small", patch_size=16)
+
+
+def test_timm_has_no_weights_of_our_smallest_vit():
+    with pytest.raises(UserError, match="timm has no weights of vit_nano_patch8_224"):
+        dino_backbones.initial_weights("timm", "vit_nano", 8)

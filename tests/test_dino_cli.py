@@ -1,0 +1,288 @@
+"""dino_cli.py: flags, recipes, and how a script ends."""
+
+import argparse
+import sys
+
+import pytest
+from conftest import run_script
+from torch.utils.data import DataLoader, Dataset
+
+import dino_cli
+import utils
+from utils import UserError
+
+# ---- flags and recipes ----
+
+
+@pytest.mark.parametrize(
+    ("words", "value"), [(("on", "true", "1", "True", "ON"), True), (("off", "false", "0", "False", "oFF"), False)]
+)
+def test_bool_flag_reads_the_public_words_in_any_case(words, value):
+    assert [utils.bool_flag(word) for word in words] == [value] * len(words)
+
+
+@pytest.mark.parametrize("word", ["yes", "2", "", "tru"])
+def test_bool_flag_refuses_other_words_by_name(word):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{word}' is neither"):
+        utils.bool_flag(word)
+
+
+def flags():
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--config", help="Recipe.")
+    parser.add_argument("--lr", type=float, default=0.5, help="Learning rate.")
+    parser.add_argument("--epochs", type=int, default=100, help="Epochs.")
+    parser.add_argument("--scale", type=float, nargs=2, default=(0.4, 1.0), help="Scale.")
+    parser.add_argument("--use_fp16", type=utils.bool_flag, default=True, help="Mixed precision.")
+    parser.add_argument("--data_path", default="sample", help="Images.")
+    return parser
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """parse(text of a recipe or None, *words of the command line) -> Namespace."""
+
+    def parse(recipe, *words):
+        if recipe is not None:
+            (tmp_path / "recipe.yaml").write_text(recipe)
+            words = ("--config", str(tmp_path / "recipe.yaml"), *words)
+        return dino_cli.parse_args(dino_cli.OneLineParser(parents=[flags()]), words)
+
+    return parse
+
+
+def test_without_a_recipe_the_flags_have_their_defaults(parse):
+    assert vars(parse(None, "--epochs", "3")) == {
+        "config": None,
+        "lr": 0.5,
+        "epochs": 3,
+        "scale": (0.4, 1.0),
+        "use_fp16": True,
+        "data_path": "sample",
+    }
+
+
+def test_a_recipe_sets_what_the_command_line_does_not(parse):
+    args = parse("epochs: 7\nuse_fp16: false\ndata_path: my images\n")
+    assert (args.epochs, args.use_fp16, args.data_path, args.lr) == (7, False, "my images", 0.5)
+
+
+@pytest.mark.parametrize("words", [("--epochs", "9"), ("--epochs=9",), ("--epoc", "9")])
+def test_the_command_line_wins_over_the_recipe(parse, words):
+    assert parse("epochs: 7\n", *words).epochs == 9
+
+
+def test_the_command_line_wins_even_with_the_default_value(parse):
+    assert parse("epochs: 7\n", "--epochs", "100").epochs == 100
+
+
+def test_a_recipe_reads_an_exponent_without_a_point_as_a_number(parse):
+    assert parse("lr: 1e-3\n").lr == 1e-3
+
+
+def test_a_recipe_reads_lists(parse):
+    assert parse("scale: [0.25, 1]\n").scale == [0.25, 1.0]
+
+
+def test_an_unknown_key_of_a_recipe_is_named_with_the_nearest_flag(parse):
+    with pytest.raises(UserError, match=r"recipe\.yaml: unknown key 'epoch'; did you mean epochs") as e:
+        parse("epoch: 7\n")
+    assert e.value.exit_code == 2
+
+
+def test_a_recipe_can_not_name_another_recipe(parse):
+    with pytest.raises(UserError, match="unknown key 'config'"):
+        parse("config: other.yaml\n")
+
+
+@pytest.mark.parametrize("recipe", ["epochs: many\n", "scale: 1\n", "scale: [1, 2, 3]\n", "use_fp16: maybe\n"])
+def test_a_wrong_value_in_a_recipe_is_one_line_that_names_the_file(parse, capsys, recipe):
+    with pytest.raises(SystemExit) as ended:
+        parse(recipe)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.count("\n") == 1
+    assert error.startswith("error: in ")
+    assert "recipe.yaml" in error
+
+
+def test_a_wrong_value_on_the_command_line_is_not_blamed_on_the_recipe(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("epochs: 7\n", "--lr", "high")
+    error = capsys.readouterr().err
+    assert error.startswith("error: argument --lr: invalid float value: 'high'")
+    assert error.count("\n") == 1
+
+
+def test_mistakes_made_after_a_recipe_was_read_are_not_blamed_on_it(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("epochs: 7\n")
+    parser = dino_cli.OneLineParser(parents=[flags()])
+    dino_cli.parse_args(parser, ["--config", str(tmp_path / "recipe.yaml")])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--lr", "high"])
+    assert "recipe.yaml" not in capsys.readouterr().err
+
+
+def test_a_key_without_a_value_is_an_error(parse):
+    with pytest.raises((UserError, SystemExit)):
+        parse("data_path:\n")
+
+
+def test_a_missing_recipe_is_named(parse):
+    with pytest.raises(UserError, match=r"--config nowhere\.yaml.*No such file"):
+        parse(None, "--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize("recipe", ["epochs: [1, 2\n", "- epochs\n- 7\n", "", "just words\n"])
+def test_a_broken_recipe_is_a_user_error(parse, recipe):
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        parse(recipe)
+
+
+# ---- run ----
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(main, *words) -> (exit code, stdout, stderr) of a script with this main function."""
+
+    def run(main, *words):
+        monkeypatch.setattr(sys, "argv", ["script.py", *words])
+        code = 0
+        try:
+            dino_cli.run(main, flags(), "What the script does.\n\n    two commands\n")
+        except SystemExit as e:
+            code = e.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_run_calls_main_with_the_arguments(run):
+    seen = []
+    assert run(seen.append, "--epochs", "4") == (0, "", "")
+    assert [args.epochs for args in seen] == [4]
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_a_user_error_is_one_line_and_its_exit_code(run, code):
+    def main(args):
+        raise UserError("there is no folder x. Name another", exit_code=code)
+
+    assert run(main) == (code, "", "error: there is no folder x. Name another\n")
+
+
+def test_an_error_is_one_line_even_if_a_name_in_it_has_two(run):
+    def main(args):
+        raise UserError("there is no folder x\ny. Name another")
+
+    assert run(main) == (2, "", "error: there is no folder x y. Name another\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (KeyError("a bug"), None),
+        (
+            RuntimeError("unable to open shared memory object </torch_1_2>"),
+            "/dev/shm, through which loaders pass",
+        ),
+        (OSError(24, "Too many open files"), "too many open files. Raise `ulimit -n`"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a loader process was killed"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 1 GiB"), "not enough memory. Lower --batch_size_per_gpu"),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:5"), "the connection to another process is lost"),
+    ],
+)
+def test_other_errors_keep_their_traceback_and_get_a_hint_if_the_cause_is_known(monkeypatch, capsys, error, hint):
+    def main(args):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as ended:
+        dino_cli.run(main, argparse.ArgumentParser(add_help=False), "")
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "Traceback (most recent call last)" in said
+    assert type(error).__name__ in said
+    assert ("hint: " in said) == bool(hint)
+    assert hint is None or f"hint: {hint}" in said.splitlines()[-1]
+
+
+class Unreadable(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        try:
+            raise OSError("truncated file")
+        except OSError as e:
+            raise UserError("can't read image 7") from e
+
+
+def test_a_user_error_of_a_loader_process_is_one_line(run):
+    batches = iter(DataLoader(Unreadable(), num_workers=1))
+    code, _, error = run(lambda args: next(batches))
+    assert (code, error) == (2, "error: can't read image 7\n")
+    assert list(batches) == []  # lets the worker end now, not in the next garbage collection
+
+
+def test_a_wrong_flag_is_one_line(run):
+    code, _, error = run(print, "--epochs", "x")
+    assert code == 2
+    assert error == "error: argument --epochs: invalid int value: 'x' (--help lists the flags)\n"
+
+
+def test_help_prints_the_description_and_the_defaults(run):
+    code, out, _ = run(print, "--help")
+    assert code == 0
+    assert "What the script does.\n\n    two commands\n" in out
+    assert "Epochs. (default: 100)" in out
+    assert "(default: (0.4, 1.0))" in out
+
+
+def test_an_output_dir_is_made_with_its_parents_and_left_empty(tmp_path):
+    dino_cli.check_output_dir(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_an_output_dir_under_a_file_is_a_user_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output_dir .*file/runs"):
+        dino_cli.check_output_dir(tmp_path / "file" / "runs")
+
+
+def test_a_folder_in_the_way_of_an_output_file_is_an_error(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    with pytest.raises(UserError, match=r"--there .* has a folder named log\.txt"):
+        dino_cli.check_output_dir(tmp_path, "--there", ("log.txt",))
+
+
+def test_an_interrupted_script_ends_with_130_and_no_traceback(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as stop:
+        dino_cli.run(interrupted, argparse.ArgumentParser(add_help=False), "")
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_sigterm_removes_temporary_files(tmp_path):
+    code = f"""
+import os, signal, tempfile
+import argparse, dino_cli
+def main(args):
+    with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
+        os.kill(os.getpid(), signal.SIGTERM)
+dino_cli.run(main, argparse.ArgumentParser(add_help=False), "")
+"""
+    assert run_script("-c", code, check=False).returncode == 143
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"can't write to --output_dir {path}: a file is in its way"):
+            dino_cli.check_output_dir(path)
