@@ -162,6 +162,7 @@ class Bare:
         """Means over the epoch and over all processes of what was logged."""
         self.metrics.synchronize_between_processes()
         means = {name: meter.global_avg for name, meter in self.metrics.meters.items() if meter.count}
+        utils.log("Averaged stats:", "  ".join(f"{name}: {value:.6g}" for name, value in means.items()))
         return {**means, "ln_k": self.metrics.ln_k, **self.metrics.pace(self.args.images_per_step)}
 
 
@@ -187,13 +188,13 @@ class Run(Bare):
         with contextlib.ExitStack() as stack:
             stack.enter_context(dino_checkpoints.lock_output_dir(args.output_dir))
             self.neighbors = OnlineKnn(args, images, self.parts.dino_loss.center.device) if args.knn_every else None
+            utils.log(dino_health.describe_start(args, self.parser, self.device, self.amp_dtype, self.steps_per_epoch))
             progress = self.resume()
             self.curves = stack.enter_context(contextlib.closing(dino_health.Curves(args)))
             self.monitor = dino_health.HealthMonitor(args, self.steps_per_epoch, self.curves, progress["health"])
             if utils.plain_args(progress["args"]).get("knn_data") != args.knn_data:
                 self.monitor.forget_best()  # it was measured on other images
             self.bad_images = dino_data.recheck_bad_images(progress["health"], images, utils.inputs_of(args))
-            utils.log(dino_health.describe_start(args, self.parser, self.device, self.amp_dtype, self.steps_per_epoch))
             dino_health.write_environment(args, self.parser)
             self.monitor.check_settings()
             self.drop_repeated_lines()
@@ -231,6 +232,8 @@ class Run(Bare):
         self.images_done = steps_done * args.images_per_step
         if steps_done:
             self.metrics.restore(progress["meters"])
+        if self.loaded and args.init_from:
+            utils.log(f"note: --init_from {args.init_from} is not used by a run that resumes")
         if self.loaded and self.first_epoch < args.epochs:
             utils.log(f"continuing in epoch {self.first_epoch} after step {steps_done}")
         if self.first_epoch >= args.epochs:
@@ -317,6 +320,7 @@ class Run(Bare):
         losses = utils.gather_objects(self.loss.item())
         bad_ranks = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
         ranks = f" (rank {', '.join(map(str, bad_ranks))})" if len(losses) > 1 else ""
+        step -= self.epoch * self.steps_per_epoch  # as on the console
         what = f"the loss is {losses[bad_ranks[0]]} in epoch {self.epoch}, step {step}{ranks}"
         utils.log(f"warning: {what}: this step is skipped ({self.bad_steps} in a row)")
         if self.bad_steps <= self.args.max_bad_steps:

@@ -329,7 +329,7 @@ def build_student_and_teacher(args, device, amp_dtype):
         head = DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
         networks.append(utils.MultiCropWrapper(backbone, head))
     student, teacher = networks
-    if args.init_from:
+    if args.init_from and not dino_run.has_begun(args.output_dir):
         dino_backbones.start_from_weights(student, args)
     dino_backbones.prepare_for_training(student.backbone, teacher.backbone, args, device, amp_dtype)
     teacher.load_state_dict(student.state_dict())

@@ -489,10 +489,10 @@ def test_too_many_bad_steps_exit_with_3_and_keep_the_checkpoint(monkeypatch, cap
     losses_that_are(monkeypatch, range(6, 100))  # 5 steps an epoch
     code, error = fails(monkeypatch, capsys, *flags)
     assert code == 3
-    assert "the loss is nan in epoch 1, step 8, after 2 such steps in a row; bad_step.json" in error
+    assert "the loss is nan in epoch 1, step 3, after 2 such steps in a row; bad_step.json" in error
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
     (found,) = json.loads((tmp_path / "bad_step.json").read_text())
-    assert (found["epoch"], found["step"], found["loss"]) == (1, 8, "nan")
+    assert (found["epoch"], found["step"], found["loss"]) == (1, 3, "nan")
     assert np.array(found["loss_terms"]).shape == (2, 4)
     assert len(found["images"]) == 8
     assert all(Path(image).is_file() for image in found["images"])
