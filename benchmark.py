@@ -1,13 +1,13 @@
-"""How fast this is on this machine: against DINO written out plainly, against others, and against the machine's limits.
+"""Measure how fast this code is on this machine, as ratios to a plain DINO implementation and to the machine's limits.
 
-    python benchmark.py                              # every table: some ten minutes on two cores
+    python benchmark.py                                                  # all tables: ten minutes on two cores
     python benchmark.py crops step --data_path imagenet/train
     python benchmark.py scaling --processes 1 2 4 --threads 4 --arch vit_small --batch_size_per_gpu 16
 
-All that one table compares does its work in turn, each in a process of its own, so that whatever else the machine does
-falls on all of them. A ratio, such as `/ plain`, says how many times as fast it is: the median of the ratios of
-neighbors, behind it the lowest and the highest. The baseline is the algorithm in its plainest form, and stands below.
-Everything runs on the CPU; nothing is written but temporary files.
+Prints tables and writes only temporary files. Everything runs on the CPU. The baseline is the algorithm in its simplest
+form: `Plain*` and `plain_*` in this file. The rows of a table are measured in turn, round by round, each in its own
+process, so that other load on the machine affects all of them. A ratio such as `/ plain` is the median over the rounds,
+followed by the lowest and the highest; above 1 is faster than plain.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -32,7 +33,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
@@ -41,8 +42,9 @@ import dino_backbones
 import dino_cli
 import dino_crops
 import dino_data
+import dino_features
 import dino_images
-import eval_knn
+import dino_run
 import eval_video_segmentation
 import main_dino
 import utils
@@ -50,50 +52,49 @@ from dino_cli import at_least, between
 from utils import UserError
 from vision_transformer import DINOHead
 
-EpsImagePlugin.gs_binary = False  # the plain loader opens what Pillow does; no photograph is to start a program
-
-# ---- arguments ----
+# ---- flags ----
 
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser("Benchmark", add_help=False)
     # fmt: off
-    parser.add_argument("what", nargs="*", metavar="TABLE",
-        help=f"What to measure, of {', '.join(TABLES)}; without one, all of it.")
-    parser.add_argument("--data_path", default="sample", metavar="DIR", help="""Folder of photographs (JPEG, also in
-        sub-folders) for `crops`, `epoch` and `scaling`; `sample` takes some that are installed already.""")
+    parser.add_argument("what", nargs="*", metavar="TABLE", help=f"Any of {', '.join(TABLES)}. Default: all.")
+    parser.add_argument("--data_path", default="sample", metavar="DIR", help="""Folder of JPEG files, also in
+        subfolders, for `crops`, `epoch` and `scaling`. `sample` uses photographs that are installed already.""")
     parser.add_argument("--arch", default=None, metavar="NAME",
-        help="Network; without one, vit_small for `step` and `epoch`, vit_tiny for `scaling` and `growth`.")
+        help="Network. Default: vit_small for `step` and `epoch`, vit_tiny for `scaling` and `growth`.")
     parser.add_argument("--patch_size", default=16, type=at_least(1), metavar="PIXELS", help="Side of a ViT's patches.")
     parser.add_argument("--batch_size_per_gpu", default=[4, 16], type=at_least(1), nargs="+", metavar="B",
-        help="Images a step. `step` is measured for each, `scaling` takes the first, `epoch` the last.")
+        help="Images per step. `step` measures each, `scaling` uses the first, `epoch` the last.")
     parser.add_argument("--rounds", default=2, type=between(1, 99), metavar="N",
-        help="How often everything is run, in turn; what takes long, half as often.")
+        help="How often to measure each row; half as often for rows that take long.")
     parser.add_argument("--processes", default=[1, 2], type=at_least(1), nargs="+", metavar="N",
-        help="For `scaling`: numbers of processes; the first is what the others are held against.")
-    parser.add_argument("--threads", default=1, type=at_least(1), metavar="N",
-        help="For `scaling`: threads of each process.")
+        help="Numbers of processes for `scaling`; the others are compared with the first.")
+    parser.add_argument("--threads", default=1, type=at_least(1), metavar="N", help="For `scaling`: per process.")
     # fmt: on
     return parser
 
 
 def check_args(args):
+    """Raise UserError for an unknown table or network."""
     for name in args.what:
         if name not in TABLES:
-            near = utils.did_you_mean(name, TABLES) or "."
-            raise UserError(f"there is no table {name!r}{near} All there are: {', '.join(TABLES)}")
+            raise UserError(f"there is no table {name!r}{utils.did_you_mean(name, TABLES)} (all: {', '.join(TABLES)})")
     if args.arch is not None:
         dino_backbones.check_arch(args.arch)
 
 
-# ---- taking turns ----
+# ---- measuring in turn ----
+
+# A fork server that has only imported this file: new processes would need seconds to import torch.
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
-class Piece(NamedTuple):
-    """A piece of work that is measured: `prepare(*args)` gives a function of no arguments, and that does it.
+class Row(NamedTuple):
+    """One row of a table: `prepare(*args)` returns a function of no arguments, the work to measure.
 
-    It does `units` of what a table counts, and its `limit`, another piece's name, shows what is possible at all.
+    A call processes `units` (images, frames, ...). `limit` names the row with the upper bound, if there is one.
     """
 
     units: float
@@ -102,30 +103,28 @@ class Piece(NamedTuple):
     args: tuple = ()
 
 
-class Contender:
-    """A process with memory, threads and settings of its own that does its work each time it is asked to."""
+class Worker:
+    """A process of its own that prepares some work and does it whenever `run` is called."""
 
     def __init__(self, prepare, *args):
-        forks = multiprocessing.get_context(METHOD)
-        self.pipe, theirs = forks.Pipe()
-        self.process = forks.Process(target=contend, args=(theirs, prepare, args), daemon=True)
+        context = multiprocessing.get_context(METHOD)
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, prepare, args), daemon=True)
         self.process.start()
         theirs.close()
 
     def receive(self):
+        """The next answer of the process. Raises UserError if it has failed."""
         try:
             answer = self.pipe.recv()
         except (EOFError, ConnectionError):
-            raise UserError("a process that was to be measured has died. Is there enough memory?") from None
+            raise UserError("a measured process has died. Is there enough memory?") from None
         if isinstance(answer, str):
             raise UserError(answer)
         return answer
 
     def run(self, warm_up=0):
-        """(seconds of a piece of work, MB of memory at the peak so far above what there was before the first).
-
-        Some that do not count come before.
-        """
+        """(seconds, MB of peak memory so far, above what the preparation needed); after `warm_up` untimed calls."""
         self.pipe.send(warm_up)
         return self.receive()
 
@@ -134,7 +133,8 @@ class Contender:
         self.process.join()
 
 
-def contend(pipe, prepare, args):
+def serve(pipe, prepare, args):
+    """The body of a Worker's process: answer each number of warm-up calls with (seconds, MB), or a text on failure."""
     try:
         work = prepare(*args)
         before = peak_mb()
@@ -150,69 +150,67 @@ def contend(pipe, prepare, args):
     except UserError as e:
         pipe.send(str(e))
     except Exception as e:
-        pipe.send(f"what was to be measured failed: {type(e).__name__}: {' '.join(str(e).split())}")
+        pipe.send(f"a measured process has failed: {type(e).__name__}: {' '.join(str(e).split())}")
 
 
 def peak_mb():
-    """Highest main memory of this process; what the system keeps for its children begins with their parent's."""
+    """Peak memory of this process. getrusage would start a child at its parent's peak."""
     with contextlib.suppress(OSError):
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     return utils.peak_memory_mb()
 
 
-def take_turns(contenders, rounds, warm_up=1, again=0):
-    """Seconds of each round and MB at the peak, each by name, of {name: (prepare, *args)}.
+def take_turns(works, rounds, warm_up=1, again=0):
+    """Measure {name: (prepare, *args)} in turn: ({name: seconds of each round}, {name: peak MB}).
 
-    `warm_up` pieces of work come before the first that counts, `again` before each later one.
+    `warm_up` untimed calls precede the first round, `again` untimed calls each later one.
     """
-    seconds, peaks, running = {name: [] for name in contenders}, {}, {}
+    seconds, peaks, workers = {name: [] for name in works}, {}, {}
     try:
-        for name, contender in contenders.items():
-            running[name] = Contender(*contender)
-        for contender in running.values():
-            contender.receive()
+        for name, work in works.items():
+            workers[name] = Worker(*work)
+        for worker in workers.values():
+            worker.receive()
         for number in range(rounds):
-            for name, contender in running.items():
-                took, peaks[name] = contender.run(again if number else warm_up)
+            for name, worker in workers.items():
+                took, peaks[name] = worker.run(again if number else warm_up)
                 seconds[name].append(took)
     finally:
-        for contender in running.values():
-            contender.end()
+        for worker in workers.values():
+            worker.end()
     return seconds, peaks
 
 
-def compare(title, unit, pieces, rounds, warm_up=1, again=0, memory=False):
-    """Run {name: Piece} in turn and print a table; what is called plain is what the others are held against."""
+def compare(title, unit, rows, rounds, warm_up=1, again=0, memory=False):
+    """Measure {name: Row} and print a table, with ratios to each row whose name starts with `plain`."""
     print(f"\n{title}", flush=True)
-    contenders = {name: (piece.prepare, *piece.args) for name, piece in pieces.items()}
-    seconds, peaks = take_turns(contenders, rounds, warm_up, again)
-    speeds = {name: [piece.units / s for s in seconds[name]] for name, piece in pieces.items()}
-    bases = [name for name in pieces if name.startswith(BASE)]
-    limits = any(piece.limit for piece in pieces.values())
-    rows = [["", f"{unit}/s", "seconds", *(f"/ {base}" for base in bases)]]
-    rows[0] += ["of the limit"] * limits + (["peak MB", *(f"MB / {base}" for base in bases)] if memory else [])
-    for name, piece in pieces.items():
-        row = [name, statistics.median(speeds[name]), statistics.median(seconds[name])]
-        row += [ratio(speeds[name], speeds[base]) for base in bases]
+    seconds, peaks = take_turns({name: (row.prepare, *row.args) for name, row in rows.items()}, rounds, warm_up, again)
+    speeds = {name: [row.units / s for s in seconds[name]] for name, row in rows.items()}
+    bases = [name for name in rows if name.startswith("plain")]
+    limits = any(row.limit for row in rows.values())
+    table = [["", f"{unit}/s", "seconds", *(f"/ {base}" for base in bases)]]
+    table[0] += ["of the limit"] * limits + (["peak MB", *(f"MB / {base}" for base in bases)] if memory else [])
+    for name, row in rows.items():
+        cells = [name, statistics.median(speeds[name]), statistics.median(seconds[name])]
+        cells += [ratio(speeds[name], speeds[base]) for base in bases]
         if limits:
-            share = statistics.median(a / b for a, b in zip(speeds[name], speeds[piece.limit], strict=True))
-            row.append(f"{100 * share:.0f} %")
-        if memory:
-            of_bases = [peaks[name], *(peaks[name] / max(peaks[base], 1) for base in bases)]
-            row += [""] * len(of_bases) if name == piece.limit else of_bases
-        rows.append(row)
-    print_rows(rows)
+            share = statistics.median(a / b for a, b in zip(speeds[name], speeds[row.limit], strict=True))
+            cells.append(f"{100 * share:.0f} %")
+        if memory and name != row.limit:
+            cells += [peaks[name], *(peaks[name] / max(peaks[base], 1) for base in bases)]
+        table.append(cells + [""] * (len(table[0]) - len(cells)))
+    print_rows(table)
 
 
 def ratio(values, others):
-    """The median of the ratios of neighbors and, if they differ, the lowest and the highest, as text."""
+    """Median of the round-by-round ratios, then the lowest and the highest if they differ, as text."""
     ratios = [a / b for a, b in zip(values, others, strict=True)]
     low, middle, high = (f(ratios) for f in (min, statistics.median, max))
     return f"{middle:.2f}" + (f" ({low:.2f}-{high:.2f})" if f"{low:.2f}" != f"{high:.2f}" else "")
 
 
 def print_rows(rows):
-    """Rows of cells, the first of which are names; numbers get the three digits that count."""
+    """Print rows of cells in columns; the first cell is a name. Numbers get three digits."""
     text = [[c if isinstance(c, str) else f"{c:.3g}" if abs(c) < 100 else f"{c:.0f}" for c in row] for row in rows]
     first, *widths = (max(map(len, column)) for column in zip(*text, strict=True))
     for name, *cells in text:
@@ -221,7 +219,7 @@ def print_rows(rows):
 
 
 def installed(module, what):
-    """Whether it is; if not, say so: a table then has a row less."""
+    """Whether a module is installed. If not, print which row is left out."""
     found = importlib.util.find_spec(module) is not None
     if not found:
         print(f"\n(without {what}: {module} is not installed)")
@@ -229,7 +227,7 @@ def installed(module, what):
 
 
 def run_python(*words, threads=None):
-    """What a process of Python prints, started beside this file. Raises UserError if it fails."""
+    """Run `python <words>` in the folder of this file. Raises UserError if it fails."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=os.path.dirname(os.path.abspath(__file__)),
@@ -238,14 +236,16 @@ def run_python(*words, threads=None):
         text=True,
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         reason = next((line for line in lines if line.startswith("error")), lines[-1])
-        raise UserError(f"a run to be measured failed: {reason.removeprefix('error: ')}")
-    return done.stdout
+        raise UserError(f"a measured run has failed: {reason.removeprefix('error: ')}")
+
+
+OUTPUT = "<output>"  # stands for a new folder
 
 
 def whole_runs(*words):
-    """A process of Python from its start to its end, with a new folder wherever OUTPUT stands among its words."""
+    """The work of running `python <words>` from start to exit; OUTPUT in the words becomes a new folder."""
 
     def work():
         with tempfile.TemporaryDirectory() as folder:
@@ -254,16 +254,23 @@ def whole_runs(*words):
     return work
 
 
-# Where there is one, of a server that has imported this file and done nothing: new processes take seconds for that.
-METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-BASE, OUTPUT, OUT_DIM, EPOCHS = "plain", "<output>", 65536, 100
-CROP_SIZES = [224] * 2 + [96] * 8
+def flags_of(**settings):
+    """main_dino.py's flags as a list of words."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
-# ---- the baseline: the algorithm in its plainest form ----
+
+def half(rounds):
+    return max(rounds // 2, 1)
+
+
+# ---- the baseline ----
+
+OUT_DIM = 65536
+CROP_SIZES = [224] * 2 + [96] * 8
 
 
 class PlainAugmentation:
-    """PIL image -> two global and eight local crops as normalized floats, by torchvision's transforms on PIL images."""
+    """PIL image -> 2 global and 8 local crops, normalized floats, with torchvision's transforms on PIL images."""
 
     def __init__(self):
         blur = dino_crops.GaussianBlur
@@ -286,22 +293,23 @@ class PlainAugmentation:
         )
 
     def __call__(self, image):
+        image = image.convert("RGB")
         return [view(image) for view in self.views]
 
 
 def plain_loss(student_logits, teacher_logits, center):
-    """Mean cross-entropy over all pairs of two different views; lists of logits [B, K], a view an item."""
+    """Mean cross-entropy over all pairs of two different views; lists of logits [B, K], one per view."""
     terms = []
-    for i, taught in enumerate(teacher_logits):
-        target = F.softmax((taught - center) / 0.04, dim=-1)
-        for j, seen in enumerate(student_logits):
+    for i, teacher in enumerate(teacher_logits):
+        target = F.softmax((teacher - center) / 0.04, dim=-1)
+        for j, student in enumerate(student_logits):
             if i != j:
-                terms.append((-target * F.log_softmax(seen / 0.1, dim=-1)).sum(dim=-1).mean())
+                terms.append((-target * F.log_softmax(student / 0.1, dim=-1)).sum(dim=-1).mean())
     return sum(terms) / len(terms)
 
 
 class PlainTraining:
-    """Student, teacher and a step that trains them, with attention written out and a loop for whatever can be one."""
+    """Student, teacher and optimizer without fused kernels: explicit attention, loops over parameters."""
 
     def __init__(self, arch, patch_size, amp_dtype=None, out_dim=OUT_DIM, drop_path_rate=0.1):
         utils.fix_random_seeds(0)
@@ -318,11 +326,11 @@ class PlainTraining:
         return utils.MultiCropWrapper(backbone, DINOHead(width, out_dim))
 
     def step(self, crops):
-        """One step on normalized crops; returns the loss."""
+        """One step on normalized crops. Returns the loss."""
         with torch.autocast("cpu", dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            taught, seen = self.teacher(crops[:2]), self.student(crops)
-            loss = plain_loss(seen.chunk(len(crops)), taught.chunk(2), self.center)
-        self.center = 0.9 * self.center + 0.1 * taught.float().mean(dim=0, keepdim=True)
+            teacher, student = self.teacher(crops[:2]), self.student(crops)
+            loss = plain_loss(student.chunk(len(crops)), teacher.chunk(2), self.center)
+        self.center = 0.9 * self.center + 0.1 * teacher.float().mean(dim=0, keepdim=True)
         self.optimizer.zero_grad()
         loss.backward()
         for parameter in self.student.parameters():
@@ -338,7 +346,7 @@ class PlainTraining:
 
 
 def plain_epoch(folder, output_dir, arch, patch_size, batch_size):
-    """An epoch of plain steps on plain crops, that two processes make, and a checkpoint at its end."""
+    """One epoch of plain steps on plain crops from two loader processes, and a checkpoint."""
     dataset = datasets.ImageFolder(folder, PlainAugmentation())
     training = PlainTraining(arch, int(patch_size))
     for crops, _ in DataLoader(dataset, int(batch_size), shuffle=True, num_workers=2, drop_last=True):
@@ -348,7 +356,7 @@ def plain_epoch(folder, output_dir, arch, patch_size, batch_size):
 
 
 def plain_knn(train_features, train_labels, test_features, test_labels, ks, T):
-    """{k: top-1 in per cent}: for each k a search of its own, a hundredth of the images at a time."""
+    """{k: top-1 accuracy in percent}, with one search per k, over 100 chunks of the test features."""
     found, classes = {}, int(train_labels.max()) + 1
     for k in ks:
         right = 0
@@ -362,9 +370,9 @@ def plain_knn(train_features, train_labels, test_features, test_labels, ks, T):
 
 
 def plain_propagation(target, sources, labels, mask, topk):
-    """Labels [N, C] of a frame's features [N, D] from those of n others, [n, N, D] and [n, N, C], by whole matrices.
+    """Labels [N, C] for the features [N, D] of a frame, from n frames [n, N, D] and [n, N, C], with whole matrices.
 
-    `mask` [N, N], [source, target], is 1 where labels may come from and 0 elsewhere.
+    `mask` [N, N] (source, target) is 1 where labels may come from, else 0.
     """
     affinity = (sources @ target.T).div(0.1).exp() * mask  # [n, N, N]
     affinity = affinity.flatten(0, 1)
@@ -372,14 +380,14 @@ def plain_propagation(target, sources, labels, mask, topk):
     return (affinity / affinity.sum(dim=0)).T @ labels.flatten(0, 1)
 
 
-# ---- limits of the machine ----
+# ---- limits ----
 
 SIDE = 4096  # of the matrices
 PRODUCT = 2 * SIDE**3  # operations
 
 
 def matrix_product(dtype, side=SIDE):
-    utils.multiply_by_onednn()  # where that is faster
+    dino_backbones.multiply_by_onednn()  # where that is faster
     a, b, c = (torch.randn(side, side).to(dtype) for _ in range(3))
     return lambda: torch.mm(a, b, out=c)
 
@@ -396,29 +404,24 @@ def precisions():
 
 
 def limits(args, side=SIDE, gigabytes=0.5):
-    """Matrix products, which the networks are made of, and memory, which optimizer and teacher wait for."""
+    """Matrix products, which bound the networks, and memory copies, which bound optimizer and teacher update."""
     print("\nlimits of this machine", flush=True)
-    contenders = {
-        f"GFLOP/s, {name} matrix products": (matrix_product, d, side) for name, (_, d) in precisions().items()
-    }
-    contenders["GB/s copied (read, and written)"] = memory_copy, gigabytes
-    seconds, _ = take_turns(contenders, args.rounds)
-    rows = []
-    for name, times in seconds.items():
-        amount = 2 * side**3 / 1e9 if "FLOP" in name else gigabytes
-        rows.append([name, amount / statistics.median(times)])
-    print_rows(rows)
+    works = {f"GFLOP/s, {name} matrix products": (matrix_product, d, side) for name, (_, d) in precisions().items()}
+    works["GB/s copied (read and written)"] = memory_copy, gigabytes
+    seconds, _ = take_turns(works, args.rounds)
+    amounts = {name: 2 * side**3 / 1e9 if "FLOP" in name else gigabytes for name in works}
+    print_rows([[name, amounts[name] / statistics.median(times)] for name, times in seconds.items()])
 
 
 # ---- crops ----
 
 
 def photographs(data_path, folder, side=500):
-    """Paths of the JPEG files below `data_path`; for `sample`, of installed photographs, made into some in `folder`."""
+    """Paths of the JPEG files in `data_path`; for `sample`, of installed photographs, saved as JPEG in `folder`."""
     if data_path != "sample":
         paths = [str(p) for p in sorted(Path(data_path).rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
         if not paths:
-            raise UserError(f"--data_path {data_path} has no JPEG files in it. Name one that has, or `sample`")
+            raise UserError(f"--data_path {data_path} has no JPEG files. Name a folder that has, or `sample`")
         return paths
     paths = []
     for source in dino_data.find_photographs():
@@ -430,7 +433,7 @@ def photographs(data_path, folder, side=500):
 
 
 def image_folder(root, paths, number):
-    """A new folder of class folders below `root`, with so many links to the files, over and over again."""
+    """A new folder in `root` with one class folder that has `number` links to the files, repeated as needed."""
     folder = tempfile.mkdtemp(dir=root)
     os.mkdir(os.path.join(folder, "all"))
     for i in range(number):
@@ -438,15 +441,15 @@ def image_folder(root, paths, number):
     return folder
 
 
-def one_by_one(kind, paths):
-    """Make the crops of each file, from its bytes, with one thread."""
+def augment_files(kind, paths):
+    """The work of making the crops of each file from its bytes, on one thread."""
     torch.set_num_threads(1)
     utils.fix_random_seeds(0)
     augment, files = AUGMENTATIONS[kind](), [Path(path).read_bytes() for path in paths]
 
     def work():
         for file in files:
-            augment(Image.open(io.BytesIO(file)))
+            augment(Image.open(io.BytesIO(file), formats=["JPEG"]))
 
     return work
 
@@ -456,13 +459,13 @@ def our_augmentation(kind):
 
 
 def torchvision_v2():
-    """torchvision's newer transforms, on uint8 tensors."""
+    """torchvision's v2 transforms, on uint8 tensors."""
     from torchvision.transforms import v2
 
     def view(size, scale, *effects):
-        cut = v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        crop = v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-        return v2.Compose([cut, v2.RandomHorizontalFlip(), jitter, v2.RandomGrayscale(0.2), *effects])
+        return v2.Compose([crop, v2.RandomHorizontalFlip(), jitter, v2.RandomGrayscale(0.2), *effects])
 
     def blur(p):
         return v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], p=p)
@@ -479,13 +482,8 @@ def lightly_transform():
     return lambda image: augment(image.convert("RGB"))
 
 
-def plain_transform():
-    augment = PlainAugmentation()
-    return lambda image: augment(image.convert("RGB"))
-
-
 AUGMENTATIONS = {
-    "plain": plain_transform,
+    "plain": PlainAugmentation,
     "this, --augmentation pil": functools.partial(our_augmentation, "pil"),
     "this, --augmentation fast": functools.partial(our_augmentation, "fast"),
     "torchvision v2, uint8": torchvision_v2,
@@ -495,59 +493,63 @@ AUGMENTATIONS = {
 
 
 def crops(args, number=50):
-    """From the bytes of JPEG files to crops, and what of them goes from a loader to the trainer."""
+    """From the bytes of JPEG files to crops, and the bytes per image that a loader passes to the trainer."""
     paths = args.photographs[:: max(len(args.photographs) // number, 1)][:number]
     needed = {"this, --augmentation fast": ("cv2", "--augmentation fast"), "lightly": ("lightly", "lightly")}
     kinds = [kind for kind in AUGMENTATIONS if kind not in needed or installed(*needed[kind])]
-    pieces = {kind: Piece(len(paths), "decoding alone", one_by_one, (kind, paths)) for kind in kinds}
-    compare("crops: JPEG files to 2 crops of 224 and 8 of 96 pixels, on one core", "images", pieces, args.rounds)
+    rows = {kind: Row(len(paths), "decoding alone", augment_files, (kind, paths)) for kind in kinds}
+    compare("crops: JPEG files to 2 crops of 224 and 8 of 96 pixels, on one core", "images", rows, args.rounds)
     image = dino_images.load_image(paths[0])
     sizes = [sum(c.nbytes for c in AUGMENTATIONS[kind]()(image)) for kind in ("plain", "this, --augmentation pil")]
-    print("\nbytes of an image's crops")
+    print("\nbytes per image from loader to trainer")
     print_rows([["", "bytes", "/ plain"], ["plain", str(sizes[0]), 1.0], ["this", str(sizes[1]), sizes[1] / sizes[0]]])
 
 
 # ---- a training step ----
 
 
-def some_crops(batch_size, local_crops=8):
-    """Crops as a loader gives them, uint8 [B, 3, h, w]."""
+def random_crops(batch_size, local_crops=8):
+    """Crops as a loader returns them: uint8 [B, 3, h, w]."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(batch_size, 3, size, size) for size in CROP_SIZES[: 2 + local_crops]]
     return [torch.randint(256, shape, generator=generator, dtype=torch.uint8) for shape in shapes]
 
 
 def plain_step(arch, patch_size, batch_size, amp_dtype):
-    """A step on crops that are normalized already: a plain loader does that."""
+    """A plain step. Its crops are normalized already: a plain loader does that."""
     training = PlainTraining(arch, patch_size, amp_dtype)
-    return functools.partial(training.step, [utils.normalize(crop) for crop in some_crops(batch_size)])
+    return functools.partial(training.step, [utils.normalize(crop) for crop in random_crops(batch_size)])
 
 
 class OurTraining:
-    """What main_dino.py sets up and does, on crops that are there already, in epochs of one step."""
+    """main_dino.py's parts and steps on random crops, in epochs of one step."""
 
     def __init__(self, arch, patch_size, batch_size, amp_dtype, out_dim=OUT_DIM, local_crops=8, drop_path_rate=0.1):
-        flags = {"arch": arch, "patch_size": patch_size, "batch_size_per_gpu": batch_size, "out_dim": out_dim}
-        flags |= {"local_crops_number": local_crops, "freeze_last_layer": 0, "drop_path_rate": drop_path_rate}
-        words = [f"--{name}={value}" for name, value in flags.items()]
+        words = flags_of(arch=arch, patch_size=patch_size, batch_size_per_gpu=batch_size, out_dim=out_dim)
+        words += flags_of(local_crops_number=local_crops, drop_path_rate=drop_path_rate, freeze_last_layer=0)
         self.args = dino_cli.OneLineParser(parents=[main_dino.get_args_parser()]).parse_args(words)
-        device = utils.pick_device("cpu")
+        self.args.images_per_step = batch_size
+        device, epochs = torch.device("cpu"), self.args.epochs
         utils.fix_random_seeds(0)
-        self.student, self.teacher = main_dino.build_student_and_teacher(self.args, device, amp_dtype)
-        self.loss = main_dino.DINOLoss(out_dim, 2 + local_crops, 0.04, 0.04, 0, EPOCHS)
-        self.optimizer = utils.build_optimizer("adamw", utils.get_params_groups(self.student), device)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        student, teacher = main_dino.build_student_and_teacher(self.args, device, amp_dtype)
+        loss = main_dino.DINOLoss(out_dim, 2 + local_crops, 0.04, 0.04, 0, epochs)
+        optimizer = utils.build_optimizer("adamw", utils.get_params_groups(student), device)
+        self.parts = main_dino.Parts(student, teacher, loss, optimizer, torch.amp.GradScaler("cpu", enabled=False))
         constant = {"lr": 1e-5, "weight_decay": 0.04, "momentum": 0.996}
-        self.schedules = {name: [value] * EPOCHS for name, value in constant.items()}
-        self.batch = some_crops(batch_size, local_crops), torch.arange(batch_size)
-        self.amp_dtype, self.epochs = amp_dtype, itertools.count()
+        self.schedules = {name: [value] * epochs for name, value in constant.items()}
+        self.autocast = torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None)
+        self.loader, self.epochs = (
+            [(random_crops(batch_size, local_crops), torch.arange(batch_size))],
+            itertools.count(),
+        )
 
     def step(self):
+        """One step. Returns the means that main_dino.py logs."""
+        run = dino_run.Bare(self.args, len(self.loader))
         with contextlib.redirect_stdout(io.StringIO()):
             return main_dino.train_one_epoch(
-                self.student, self.teacher, self.loss, [self.batch], self.optimizer, self.schedules,
-                next(self.epochs), self.scaler, self.args, self.amp_dtype,
-            )  # fmt: skip
+                self.parts, self.loader, self.schedules, next(self.epochs), self.args, self.autocast, run
+            )
 
 
 def our_step(*args):
@@ -555,7 +557,7 @@ def our_step(*args):
 
 
 def lightly_step(arch, patch_size, batch_size, amp_dtype):
-    """lightly's loss, head and update of the teacher around timm's network, as in its example."""
+    """A step with lightly's loss, head and teacher update and timm's network, as in lightly's example."""
     import timm
     from lightly.loss import DINOLoss
     from lightly.models.modules import DINOProjectionHead
@@ -567,13 +569,13 @@ def lightly_step(arch, patch_size, batch_size, amp_dtype):
     for drop_path_rate in (0.1, 0.0):
         backbone = timm.create_model(name, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path_rate)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch calls the head's weight norm old
+            warnings.simplefilter("ignore")  # torch deprecates the head's weight norm
             networks.append(nn.Sequential(backbone, DINOProjectionHead(backbone.num_features, 2048, 256, OUT_DIM)))
     student, teacher = networks
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     criterion, optimizer = DINOLoss(OUT_DIM), torch.optim.AdamW(student.parameters(), lr=1e-5)
-    crops = [utils.normalize(crop) for crop in some_crops(batch_size)]
+    crops = [utils.normalize(crop) for crop in random_crops(batch_size)]
 
     def work():
         with torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None):
@@ -589,10 +591,19 @@ def lightly_step(arch, patch_size, batch_size, amp_dtype):
     return work
 
 
-def useful_flop(arch, patch_size, batch_size, out_dim=OUT_DIM):
-    """Operations of a step's matrix products and convolutions, counted on tensors without data.
+def has_lightly(arch, patch_size):
+    """Whether lightly is installed and timm has the network."""
+    if not installed("lightly", "lightly"):
+        return False
+    import timm
 
-    Of a ViT's last block CLS's alone, since nothing comes of the others: the plain step does them none the less.
+    return timm.is_model(f"{arch}_patch{patch_size}_224")
+
+
+def useful_flop(arch, patch_size, batch_size, out_dim=OUT_DIM):
+    """Operations of a step's matrix products and convolutions, counted without computing them.
+
+    In the last block of a ViT only CLS counts, because the loss needs no other token. The plain step computes them all.
     """
     with torch.device("meta"):
         student, teacher = (PlainTraining.network(arch, patch_size, out_dim) for _ in range(2))
@@ -606,69 +617,56 @@ def useful_flop(arch, patch_size, batch_size, out_dim=OUT_DIM):
     return counter.get_total_flops()
 
 
-def half(rounds):
-    return max(rounds // 2, 1)
-
-
 def step(args):
-    """Whole training steps, their memory, and what they reach of the rate of plain matrix products."""
+    """Training steps: speed, memory, and speed relative to plain matrix products of the same number of operations."""
     arch, smallest = args.arch or "vit_small", min(args.batch_size_per_gpu)
     for batch_size in args.batch_size_per_gpu:
-        shape, pieces = (arch, args.patch_size, batch_size), {}
-        flop = useful_flop(*shape)
+        shape, rows = (arch, args.patch_size, batch_size), {}
+        flop, lightly = useful_flop(*shape), batch_size == smallest and has_lightly(*shape[:2])
         for name, (amp_dtype, dtype) in precisions().items():
             limit = f"{name} matrix products"
-            pieces[f"plain {name}"] = Piece(batch_size, limit, plain_step, (*shape, amp_dtype))
-            pieces[f"this {name}"] = Piece(batch_size, limit, our_step, (*shape, amp_dtype))
-            if batch_size == smallest and has_lightly(*shape[:2]):
-                pieces[f"lightly {name}"] = Piece(batch_size, limit, lightly_step, (*shape, amp_dtype))
-            pieces[limit] = Piece(PRODUCT / flop * batch_size, limit, matrix_product, (dtype,))
+            rows[f"plain {name}"] = Row(batch_size, limit, plain_step, (*shape, amp_dtype))
+            rows[f"this {name}"] = Row(batch_size, limit, our_step, (*shape, amp_dtype))
+            if lightly:
+                rows[f"lightly {name}"] = Row(batch_size, limit, lightly_step, (*shape, amp_dtype))
+            rows[limit] = Row(PRODUCT / flop * batch_size, limit, matrix_product, (dtype,))
         title = f"step: {arch}/{args.patch_size}, {batch_size} images, K = {OUT_DIM}, {flop / 1e9:.0f} GFLOP"
         rounds = args.rounds if batch_size == smallest else half(args.rounds)
-        # Memory takes three steps to settle, and a step after a wait is slower than those of a run, which never waits.
-        compare(title, "images", pieces, rounds, warm_up=3, again=1, memory=True)
-
-
-def has_lightly(arch, patch_size):
-    if not installed("lightly", "lightly"):
-        return False
-    import timm
-
-    return timm.is_model(f"{arch}_patch{patch_size}_224")
+        # Memory settles after three steps. A step after a pause is slower than the steps of a run, so one is untimed.
+        compare(title, "images", rows, rounds, warm_up=3, again=1, memory=True)
 
 
 def epoch(args, number=100):
-    """main_dino.py as it is started, and a process that does the same plainly: from their start to their end."""
+    """One epoch as a whole process, from start to exit: main_dino.py and the baseline."""
     arch, batch_size = args.arch or "vit_small", args.batch_size_per_gpu[-1]
     with tempfile.TemporaryDirectory() as root:
         images = image_folder(root, args.photographs, number)
         plain = ("-c", "import sys, benchmark; benchmark.plain_epoch(*sys.argv[1:])", images, OUTPUT, arch)
         kind = "fast" if installed("cv2", "--augmentation fast") else "pil"
-        flags = {"augmentation": kind, "data_path": images, "output_dir": OUTPUT, "epochs": 1, "warmup_epochs": 0}
-        flags |= {"num_workers": 2, "device": "cpu"}
-        flags |= {"arch": arch, "patch_size": args.patch_size, "batch_size_per_gpu": batch_size}
-        ours = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        ours = flags_of(data_path=images, output_dir=OUTPUT, augmentation=kind, epochs=1, warmup_epochs=0)
+        ours += flags_of(arch=arch, patch_size=args.patch_size, batch_size_per_gpu=batch_size)
+        ours += flags_of(num_workers=2, device="cpu")
         used = number // batch_size * batch_size
-        pieces = {
-            "plain": Piece(used, None, whole_runs, (*plain, args.patch_size, batch_size)),
-            f"this, --augmentation {kind}": Piece(used, None, whole_runs, ("main_dino.py", *ours)),
+        rows = {
+            "plain": Row(used, None, whole_runs, (*plain, args.patch_size, batch_size)),
+            f"this, --augmentation {kind}": Row(used, None, whole_runs, ("main_dino.py", *ours)),
         }
         title = f"epoch: {arch}/{args.patch_size}, {number} images in batches of {batch_size}, from start to exit"
-        compare(title, "images", pieces, half(args.rounds), warm_up=0)
+        compare(title, "images", rows, half(args.rounds), warm_up=0)
 
 
 # ---- evaluations ----
 
 
-def solve(work, task, *shape):
-    """`work` on what `task(*shape)` gives; ours with the settings that its script makes."""
-    if work.__module__ != __name__:
-        utils.pick_device("cpu")
-    return functools.partial(work, *task(*shape))
+def solve(function, task, *shape):
+    """The work of calling a function with the arguments that `task(*shape)` returns."""
+    if function.__module__ != __name__:
+        dino_backbones.tune_cpu()  # as in the evaluations
+    return functools.partial(function, *task(*shape))
 
 
 def knn_task(train, test, width, classes, ks):
-    """Features around a point of their own for each class, and labels, as both classifiers take them."""
+    """Arguments of both classifiers: normalized features around one random point per class, and labels."""
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(classes, width, generator=generator)
     task = []
@@ -680,75 +678,69 @@ def knn_task(train, test, width, classes, ks):
 
 
 def knn(args, train=50_000, test=10_000, width=384, classes=1000, ks=(10, 20, 100, 200)):
+    """k-NN classification, given the features."""
     shape, limit = (knn_task, train, test, width, classes, list(ks)), "matrix products"
-    pieces = {
-        "plain": Piece(test, limit, solve, (plain_knn, *shape)),
-        "this": Piece(test, limit, solve, (eval_knn.knn_accuracies, *shape)),
-        limit: Piece(PRODUCT / (2 * train * width), limit, matrix_product, (torch.float32,)),
+    rows = {
+        "plain": Row(test, limit, solve, (plain_knn, *shape)),
+        "this": Row(test, limit, solve, (dino_features.knn_accuracies, *shape)),
+        limit: Row(PRODUCT / (2 * train * width), limit, matrix_product, (torch.float32,)),
     }
     title = f"knn: {test} images among {train}, {width} features, {classes} classes, k = {', '.join(map(str, ks))}"
-    compare(title, "images", pieces, half(args.rounds), warm_up=0, memory=True)
+    compare(title, "images", rows, half(args.rounds), warm_up=0, memory=True)
 
 
 def propagation_task(h, w, width, frames, window, topk):
-    """Features of a frame and of others, those's labels, window, top k: as our function takes them."""
+    """Arguments of our propagation: features of a frame and of earlier frames, their labels, window, top k."""
     generator = torch.Generator().manual_seed(0)
     features = F.normalize(torch.randn(frames + 1, h, w, width, generator=generator), dim=-1)
     return features[0], features[1:], torch.rand(frames, h, w, 4, generator=generator), window, topk
 
 
 def plain_propagation_task(h, w, width, frames, window, topk):
-    """The same as whole matrices, the window as a mask."""
+    """The same for the plain propagation: patches flattened, the window as a mask."""
     *tensors, window, topk = propagation_task(h, w, width, frames, window, topk)
     mask = eval_video_segmentation.restrict_neighborhood(h, w, window).float()
     return *(tensor.flatten(-3, -2) for tensor in tensors), mask, topk
 
 
 def propagation(args, h=60, w=107, width=384, frames=8, window=12, topk=5):
-    """Behind the features; the limit is the product of each patch with what lies in its window and nothing else."""
+    """Label propagation, given the features. The limit is the product of each patch with those in its window."""
     near = eval_video_segmentation.restrict_neighborhood(h, w, window).sum().item()
     shape, limit, ours = (h, w, width, frames, window, topk), "matrix products", eval_video_segmentation.propagate
-    pieces = {
-        "plain": Piece(1, limit, solve, (plain_propagation, plain_propagation_task, *shape)),
-        "this": Piece(1, limit, solve, (ours, propagation_task, *shape)),
-        limit: Piece(PRODUCT / (2 * near * frames * width), limit, matrix_product, (torch.float32,)),
+    rows = {
+        "plain": Row(1, limit, solve, (plain_propagation, plain_propagation_task, *shape)),
+        "this": Row(1, limit, solve, (ours, propagation_task, *shape)),
+        limit: Row(PRODUCT / (2 * near * frames * width), limit, matrix_product, (torch.float32,)),
     }
-    title = f"propagation: {h} x {w} patches, {width} features, {frames} frames before, window {window}, top {topk}"
-    compare(title, "frames", pieces, half(args.rounds), memory=True)
+    title = f"propagation: {h} x {w} patches, {width} features, {frames} earlier frames, window {window}, top {topk}"
+    compare(title, "frames", rows, half(args.rounds), memory=True)
 
 
 # ---- scaling ----
 
 
-def images_a_second(processes, images, arch, batch_size, args):
-    """Of a run of main_dino.py on `images`, without its first step, which also warms up. Raises UserError."""
+def images_per_second(processes, images, arch, batch_size, args):
+    """Speed of main_dino.py in its second epoch: the first one warms up. Raises UserError."""
     with tempfile.TemporaryDirectory() as output:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        flags = {
-            **{"arch": arch, "patch_size": args.patch_size, "batch_size_per_gpu": batch_size},
-            **{"data_path": images, "output_dir": output, "epochs": 1, "warmup_epochs": 0, "out_dim": 4096},
-            **{"num_workers": 0, "device": "cpu", "use_fp16": False, "saveckp_freq": 0},
-        }
-        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-        said = run_python(*launcher[: 5 * (processes > 1)], "main_dino.py", *words, threads=args.threads)
-        # Of each line of progress the mean seconds a step over the last 20, and how far the run was.
-        times = re.findall(r"\]  \[ *(\d+)/\d+\].* time: ([\d.]+)", said)
-        if len(times) < 2:
-            raise UserError(f"a run with {processes} processes says nothing of its progress")
-        first, (last, mean) = float(times[0][1]), times[-1]
-        return processes * batch_size * int(last) / (float(mean) * (int(last) + 1) - first)
+        words = flags_of(arch=arch, patch_size=args.patch_size, batch_size_per_gpu=batch_size, out_dim=4096)
+        words += flags_of(data_path=images, output_dir=output, epochs=2, warmup_epochs=0, saveckp_freq=0)
+        words += flags_of(num_workers=0, device="cpu", use_fp16=False)
+        run_python(*launcher[: 5 * (processes > 1)], "main_dino.py", *words, threads=args.threads)
+        *_, last = Path(output, "log.txt").read_text().splitlines()
+        return json.loads(last)["train_images_per_s"]
 
 
-def scaling(args, steps=8):
-    """Training with more processes: crops are made in the training processes, so nothing is hidden by loaders."""
+def scaling(args, steps=4):
+    """Training with more processes. They load their own images, so no loader process hides any work."""
     batch_size, rates = args.batch_size_per_gpu[0], {number: [] for number in dict.fromkeys(args.processes)}
     arch = args.arch or "vit_tiny"
-    print(f"\nscaling: {arch}, {batch_size} images and {args.threads} threads a process", flush=True)
+    print(f"\nscaling: {arch}, {batch_size} images and {args.threads} threads per process", flush=True)
     with tempfile.TemporaryDirectory() as root:
         folders = {n: image_folder(root, args.photographs, steps * n * batch_size) for n in rates}
         for _ in range(args.rounds):
             for number in rates:
-                rates[number].append(images_a_second(number, folders[number], arch, batch_size, args))
+                rates[number].append(images_per_second(number, folders[number], arch, batch_size, args))
     base = args.processes[0]
     rows = [["processes", "images/s", f"/ {base}", "efficiency"]]
     for number, found in rates.items():
@@ -760,20 +752,23 @@ def scaling(args, steps=8):
 
 # ---- growth ----
 
-# What is varied, its lowest, middle and highest value. All others are at their middle ones.
+# The lowest, middle and highest value of each setting. While one varies, the others have their middle value.
 SWEEPS = {"images": (2, 4, 6), "crops": (4, 7, 10), "K": (8192, 36864, 65536)}
 
 
 def growth(args, files=1_280_000):
-    """What a step takes against what there is more of; 1 is a straight line. And the index of as many images."""
+    """Whether time and memory of a step grow linearly: the middle over the mean of the ends is 1 on a straight line.
+
+    And time and memory of the file index of a large data set.
+    """
     arch = args.arch or "vit_tiny"
-    print(f"\ngrowth: steps of {arch}/{args.patch_size}; the middle against the mean of the ends", flush=True)
+    print(f"\ngrowth: steps of {arch}/{args.patch_size}; the middle over the mean of the ends", flush=True)
     middles = {name: values[1] for name, values in SWEEPS.items()}
     settings = {(n, value): tuple({**middles, n: value}.values()) for n, values in SWEEPS.items() for value in values}
-    contenders = {}
-    for images, crops, out_dim in settings.values():  # all middles are one
-        contenders[images, crops, out_dim] = (our_step, arch, args.patch_size, images, None, out_dim, crops - 2)
-    seconds, peaks = take_turns(contenders, args.rounds)
+    works = {}
+    for images, crops, out_dim in settings.values():  # the middle of all three sweeps is the same setting
+        works[images, crops, out_dim] = (our_step, arch, args.patch_size, images, None, out_dim, crops - 2)
+    seconds, peaks = take_turns(works, args.rounds)
     rows = [["", "", "seconds", "middle", "peak MB", "middle"]]
     for name, values in SWEEPS.items():
         low, middle, high = (seconds[settings[name, value]] for value in values)
@@ -784,7 +779,7 @@ def growth(args, files=1_280_000):
             " ".join(f"{mb:.0f}" for mb in memory), f"{2 * memory[1] / (memory[0] + memory[2]):.2f}",
         ])  # fmt: skip
     print_rows(rows)
-    print(f"\nindex of {files} images in 1000 folders (links to empty files, made for this)", flush=True)
+    print(f"\nindex of {files} images in 1000 folders (links to empty files)", flush=True)
     with tempfile.TemporaryDirectory() as root:
         empty_files(root, files)
         seconds, peaks = take_turns({"index": (index_of, root)}, 1, warm_up=0)
@@ -792,6 +787,7 @@ def growth(args, files=1_280_000):
 
 
 def empty_files(root, number, folders=1000):
+    """Create class folders with `number` empty image files in all."""
     for folder in range(folders):
         path = os.path.join(root, f"n{folder:08}")
         os.mkdir(path)
@@ -799,24 +795,28 @@ def empty_files(root, number, folders=1000):
         open(first, "w").close()
         for name in others:
             try:
-                os.link(first, name)  # four times as fast as a file of its own, and as good for a list of names
-            except OSError:  # there are file systems with few links, and with none
+                os.link(first, name)  # four times as fast as a new file
+            except OSError:  # a file system with few links or none
                 open(name, "w").close()
 
 
 def index_of(root):
-    kept = []
-    return lambda: kept.append(dino_data.MultiCropDataset(dino_data.find_images(root), None, 0))
+    kept = []  # so that the memory of the index is measured
+    return lambda: kept.append(dino_data.find_images(root))
 
 
 # ---- startup ----
 
 
 def startup(args):
-    imported = {"plain: import torch, torchvision": ("-c", "import torch, torchvision")}
-    ours = {"import main_dino": ("-c", "import main_dino"), "main_dino.py --help": ("main_dino.py", "--help")}
-    pieces = {name: Piece(1, None, whole_runs, words) for name, words in (imported | ours).items()}
-    compare("startup", "starts", pieces, args.rounds, warm_up=0)
+    """Whole processes that only import or print help."""
+    words = {
+        "plain: import torch, torchvision": ("-c", "import torch, torchvision"),
+        "import main_dino": ("-c", "import main_dino"),
+        "main_dino.py --help": ("main_dino.py", "--help"),
+    }
+    rows = {name: Row(1, None, whole_runs, each) for name, each in words.items()}
+    compare("startup", "starts", rows, args.rounds, warm_up=0)
 
 
 TABLES = {
@@ -826,9 +826,10 @@ TABLES = {
 
 
 def main(args):
+    """Print the tables that `args` name (see get_args_parser). Raises UserError."""
     check_args(args)
-    beside = os.path.dirname(os.path.abspath(__file__))  # the server is told nothing of where modules lie
-    os.environ["PYTHONPATH"] = os.pathsep.join([beside, *filter(None, [os.environ.get("PYTHONPATH")])])
+    here = os.path.dirname(os.path.abspath(__file__))  # the fork server does not know sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         args.photographs = photographs(args.data_path, folder)
         for name in args.what or TABLES:

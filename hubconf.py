@@ -1,10 +1,13 @@
-"""Published DINO backbones for torch.hub.
+"""torch.hub entry points: DINO backbones with the weights that the paper's authors published.
 
     import torch
-    model = torch.hub.load("<folder of this checkout>", "dino_vits16", source="local")      # [B, 3, H, W] -> [B, 384]
+    model = torch.hub.load("path/to/this/checkout", "dino_vits16", source="local")    # images [B, 3, H, W] -> [B, 384]
 
-Each entry point takes (pretrained=True, **kwargs); kwargs go to the network's constructor. `pretrained=False` needs no
-network connection. Imports torch, torchvision and vision_transformer only, and timm where an XCiT is asked for.
+Each entry point takes (pretrained=True, **kwargs). The weights are downloaded once and cached by torch.hub;
+pretrained=False needs no network connection. kwargs are passed to the model's constructor.
+
+This file imports torch, torchvision and vision_transformer only, and timm if an XCiT is asked for: torch.hub.load must
+not import a module called `utils` in place of a user's own.
 """
 
 import os
@@ -34,7 +37,8 @@ def _files(arch, patch_size, stem, **special):
     }
 
 
-# Paths below BASE_URL of what the paper's authors published, by entry point.
+# Entry point -> its network, and the published files as paths relative to BASE_URL. `attention` and `landmarks` are
+# backbones trained for one purpose: visualizing attention, and image retrieval.
 PUBLISHED = {
     "dino_vits16": _files("vit_small", 16, "dino_deitsmall16", landmarks="dino_vitsmall16_googlelandmark"),
     "dino_vits8": _files("vit_small", 8, "dino_deitsmall8", attention="dino_deitsmall8_300ep"),
@@ -48,22 +52,24 @@ PUBLISHED = {
 }
 
 
-# Helpers have a leading underscore, so that torch.hub.list shows the entry points alone.
+# Helpers start with an underscore: torch.hub.list shows all other functions as entry points.
 def _download(url):
-    """State dict at `url`, cached by torch.hub. weights_only: nothing in the file can run.
+    """State dict at `url`, on the CPU, downloaded once and cached by torch.hub.
 
-    Raises OSError without a connection, or if the cached file can't be read; the message names it.
+    weights_only=True, so no code in the file can run. Raises OSError without a connection, and if the cached file can't
+    be read; the message then names the file to delete.
     """
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as e:  # torch raises a dozen types on damaged files
+    except Exception as e:  # torch raises many types for a damaged file
         path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        if not os.path.exists(path):  # the download failed
+            raise
         raise OSError(f"{path} can't be read ({type(e).__name__}). Delete it and try again") from e
 
 
 def _with_weights(model, name, pretrained):
+    """The model, with the published weights of entry point `name` if `pretrained`. All tensors must match."""
     if pretrained:
         state = _download(BASE_URL + PUBLISHED[name]["backbone"])
         model.load_state_dict(_xcit_for_timm(state) if "xcit" in name else state, strict=True)
@@ -74,16 +80,15 @@ def _xcit(name, pretrained, **kwargs):
     try:
         import timm
     except ImportError as e:
-        raise ImportError(f"{name} is built by timm: pip install timm") from e
+        raise ImportError(f"{name} needs timm: pip install timm") from e
     model = timm.create_model(f"{PUBLISHED[name]['arch']}_224", num_classes=0, **kwargs)
     return _with_weights(model, name, pretrained)
 
 
 def _xcit_for_timm(state):
-    """An XCiT's state dict from the layout of its authors, which the published weights have, in timm's.
+    """Convert an XCiT's state dict from the layout of the published files to timm's. timm's own layout is unchanged.
 
-    The positional encoding has another name, and the queries, keys and values of class attention, one matrix there,
-    are three. What is in timm's layout stays as it is.
+    timm has another name for the positional encoding, and splits the qkv matrix of class attention into q, k and v.
     """
     renamed = {}
     for key, value in state.items():
@@ -120,14 +125,14 @@ def dino_vitb8(pretrained=True, **kwargs):
 
 
 def dino_resnet50(pretrained=True, **kwargs):
-    """ResNet-50 without its classifier, [B, 2048]: 67.5 % k-NN, 75.3 % linear on ImageNet."""
+    """ResNet-50 without the classifier, [B, 2048]: 67.5 % k-NN, 75.3 % linear on ImageNet."""
     model = models.resnet50(weights=None, **kwargs)
     model.fc = nn.Identity()
     return _with_weights(model, "dino_resnet50", pretrained)
 
 
 def dino_xcit_small_12_p16(pretrained=True, **kwargs):
-    """XCiT-S12/16, [B, 384]: 76.0 % k-NN, 77.8 % linear on ImageNet. The XCiTs are built by timm."""
+    """XCiT-S12/16, [B, 384]: 76.0 % k-NN, 77.8 % linear on ImageNet. The XCiTs need timm."""
     return _xcit("dino_xcit_small_12_p16", pretrained, **kwargs)
 
 

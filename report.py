@@ -1,11 +1,11 @@
-"""One page about a training run, or two side by side: report.html, which opens from disk and needs no network.
+"""Write one HTML page about a training run, or about two side by side. It opens without a network connection.
 
-    python report.py runs/vits16                      # writes runs/vits16/report.html
-    python report.py runs/demo --data_path photos     # pictures of your own, in class folders or just in a folder
+    python report.py runs/vits16                        # writes runs/vits16/report.html
+    python report.py runs/demo --data_path photos       # shows your own images, in class folders or in one folder
     python report.py runs/a runs/b --output a-and-b.html
 
-Reads what main_dino.py leaves in its --output_dir: run.json, log.txt and checkpoint.pth. What is not there, as in a run
-of the authors' release, is left out, and the page says so. It shows what was run, the warnings, the curves, the
+Reads run.json, log.txt and checkpoint.pth, which main_dino.py writes to its --output_dir. Parts that are missing, as in
+a run of the authors' code, are left out, and the page says so. It shows the settings, the warnings, the curves, the
 attention of the last block (figure 1 of the paper), patch features as colors, and nearest neighbors.
 """
 
@@ -38,51 +38,55 @@ import utils
 from dino_cli import at_least
 from utils import UserError
 
-# ---- arguments ----
+# ---- flags ----
 
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parser = argparse.ArgumentParser("Report of a run", add_help=False)
+    parser = argparse.ArgumentParser("Report", add_help=False)
     # fmt: off
     parser.add_argument("run_dir", nargs="+", metavar="RUN_DIR",
-        help="Folder of a run, its --output_dir. Two are set side by side.")
+        help="The --output_dir of a run. Two runs are shown side by side.")
     parser.add_argument("--output", default=None, metavar="FILE",
-        help="Where the page goes. Without this flag: report.html in the (first) run's folder.")
-    parser.add_argument("--data_path", default=None, metavar="DIR", help="""Images to look at, in class folders or
-        directly in this one; where it has a val/, those. Without this flag the run's own, else `sample`.""")
+        help="The page to write. Default: report.html in the folder of the (first) run.")
+    parser.add_argument("--data_path", default=None, metavar="DIR", help="""Images to show: a folder of images or of
+        class folders; if it has a val/, that one is used. Default: the run's own images if they are still there, else
+        `sample`.""")
     parser.add_argument("--images", default=500, type=at_least(2), metavar="N",
-        help="Images, spread evenly over the folder, among which neighbors are looked for. More take longer.")
+        help="Number of images, evenly spread over the data set, to search for nearest neighbors. More take longer.")
     parser.add_argument("--num_workers", default=2, type=at_least(0), metavar="N", help="Processes that load images.")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-        help="auto takes a GPU if there is one.")
+        help="auto uses a GPU if there is one.")
     # fmt: on
     return parser
 
 
 def check_args(args):
     if len(args.run_dir) > 2:
-        raise UserError(f"{len(args.run_dir)} runs don't fit beside one another: name one or two")
+        raise UserError(f"{len(args.run_dir)} runs are too many for one page. Name one or two")
 
 
-# ---- what a run has left ----
+# ---- reading a run ----
+
+
+FILES = ("log.txt", "run.json")
 
 
 class Run(NamedTuple):
     name: str  # A or B
     folder: Path
-    log: list  # a dict an epoch, in order
+    log: list  # one dict per epoch, in order
     info: dict  # run.json
-    args: dict  # those of the checkpoint, and those that differ from the defaults
+    args: dict  # from the checkpoint, and the changed ones from run.json
     teacher: dict | None  # tensors
-    source: str  # the checkpoint's file, or why there is no teacher
+    source: str  # file of the checkpoint, or the reason why there is no teacher
 
 
 def read_run(name, folder):
-    """A Run from its folder. Raises UserError if there is no such folder, or nothing of a run in it."""
-    folder = Path(folder) if Path(folder).name else Path(folder).resolve()  # `.` says nothing
+    """Read a Run from its folder. Raises UserError if there is no such folder, or nothing of a run in it."""
+    folder = Path(folder) if Path(folder).name else Path(folder).resolve()  # the page shows a name, not `.`
     if not folder.is_dir():
-        raise UserError(f"RUN_DIR {folder} is no folder. Name the --output_dir of a run")
+        raise UserError(f"RUN_DIR {folder} is not a folder. Name the --output_dir of a run")
     try:
         log, info = ((folder / f).read_text(errors="replace") if (folder / f).exists() else "" for f in FILES)
     except OSError as e:
@@ -97,18 +101,15 @@ def read_run(name, folder):
         teacher, source = dino_checkpoints.pick_state_dict(checkpoint, "teacher", source)
     except UserError as e:
         source = str(e)
-        utils.log(f"note: there will be no pictures: {source}")
+        utils.log(f"note: the page will have no pictures: {source}")
     if not (epochs or info or teacher):
-        raise UserError(f"RUN_DIR {folder} has nothing of a run in it that can be read (log.txt, checkpoint.pth)")
+        raise UserError(f"RUN_DIR {folder} has no readable log.txt, run.json or checkpoint.pth. Name another folder")
     args = utils.plain_args(as_dict(checkpoint).get("args")) | as_dict(info.get("changed"))
     return Run(name, folder, [epochs[epoch] for epoch in sorted(epochs)], info, args, teacher, source)
 
 
-FILES = ("log.txt", "run.json")
-
-
 def parse(text):
-    """The JSON object that a text is; {} for anything else."""
+    """The JSON object in a text; {} for anything else."""
     try:
         return as_dict(json.loads(text))
     except (ValueError, RecursionError):
@@ -120,7 +121,10 @@ def as_dict(value):
 
 
 def columns(log, *keys):
-    """{"epoch": [...], key: [...]} of the epochs with a finite number for the first key; NaN for others without one."""
+    """{"epoch": [...], key: [...]} for the epochs in which the first key has a finite number.
+
+    Other keys are NaN where they have none, and are left out if they have none in any epoch.
+    """
     log = [line for line in log if is_number(line.get(keys[0]))]
     kept = [key for key in keys if any(is_number(line.get(key)) for line in log)]
     values = {key: [float(line[key]) if is_number(line.get(key)) else math.nan for line in log] for key in kept}
@@ -131,26 +135,27 @@ def is_number(value):
     return isinstance(value, int | float) and abs(value) < 1e300
 
 
-# ---- in words and tables ----
+# ---- text and tables ----
 
 
 def summary(run):
-    """How far the run has come and how it stands, in a few sentences."""
+    """The state of the run in a few sentences."""
     if not run.log:
-        return "There is no log.txt with an epoch in it."
+        return "log.txt is missing or has no epochs."
     last, total = run.log[-1], run.args.get("epochs")
-    words = [f"{last['epoch'] + 1}{f' of {total}' * is_number(total)} epochs are done."]
+    epochs = f"{last['epoch'] + 1} of {total}" if is_number(total) else f"{last['epoch'] + 1}"
+    words = [f"{epochs} epochs are done."]
     loss, entropy, ln_k = (last.get(f"train_{key}") for key in ("loss", "entropy", "ln_k"))
-    words.append(f"The loss of the last one is {loss:.3f}." if is_number(loss) else "The last one has no finite loss.")
+    words.append(f"The last loss is {loss:.3f}." if is_number(loss) else "The last epoch has no finite loss.")
     if is_number(entropy) and is_number(ln_k) and ln_k > 0:
         words.append(
-            f"The teacher's entropy is {entropy:.3f}, {100 * entropy / ln_k:.0f} % of its highest, ln K = {ln_k:.3f}."
+            f"The teacher's entropy is {entropy:.3f}, {100 * entropy / ln_k:.0f} % of its maximum ln K = {ln_k:.3f}."
         )
     measured = columns(run.log, "knn_top1")
     if measured["epoch"]:
         best, at = max(zip(measured["knn_top1"], measured["epoch"], strict=True))
         words.append(
-            f"k-NN accuracy is {best:.1f} % at its best, in epoch {at}; {measured['knn_top1'][-1]:.1f} % at last."
+            f"The best k-NN accuracy is {best:.1f} % in epoch {at}, the last one {measured['knn_top1'][-1]:.1f} %."
         )
     number = sum(len(warnings_of(line)) for line in run.log)
     return " ".join([*words, f"Warnings: {number or 'none'}."])
@@ -161,7 +166,7 @@ def warnings_of(line):
 
 
 def describe(value):
-    """A value of run.json, or a nest of them, as text on one line."""
+    """A value of run.json, which may be nested, as text on one line."""
     if isinstance(value, dict):
         return ", ".join(f"{str(key).replace('_', ' ')} {describe(inner)}" for key, inner in value.items())
     if isinstance(value, list):
@@ -170,7 +175,7 @@ def describe(value):
 
 
 def table(title, header, rows, note="", kind="text"):
-    """An HTML table below its title. Cells are text; those of kind "tiles" HTML."""
+    """An HTML table with a title. Cells are text, or HTML in a table of kind "tiles"."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     rows = [[cell if kind == "tiles" else escape(cell) for cell in row] for row in rows]
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
@@ -181,24 +186,24 @@ def table(title, header, rows, note="", kind="text"):
 
 
 def facts(runs):
-    """Tables of what was run, where and with what: a column a run."""
+    """Tables of folder, machine, versions and settings, with one column per run."""
     names = [run.name for run in runs] if len(runs) > 1 else ["value"]
     rows = [["folder", *(str(run.folder) for run in runs)]]
     for key in ("started", "command", "machine", "processes", "versions", "git"):
         if any(key in run.info for run in runs):
             rows.append([key, *(describe(run.info.get(key)) for run in runs)])
-    changed, title = [as_dict(run.info.get("changed")) for run in runs], "Arguments that differ from the defaults"
-    if not all("changed" in run.info for run in runs):  # the checkpoint has them all, but not what is a default
-        changed, title = [run.args for run in runs], "Arguments, as the checkpoint has them (no run.json)"
+    changed, title = [as_dict(run.info.get("changed")) for run in runs], "Settings that differ from the defaults"
+    if not all("changed" in run.info for run in runs):  # a checkpoint does not say which settings are defaults
+        changed, title = [run.args for run in runs], "Settings from the checkpoint (no run.json)"
     arguments = [[f, *(describe(r.args.get(f, "default")) for r in runs)] for f in sorted(set().union(*changed))]
     if len(runs) > 1:
         arguments = [[f"≠ {f}" if a != b else f, a, b] for f, a, b in arguments]
-        arguments, title = sorted(arguments, key=lambda row: row[0][0] != "≠"), f"{title}; ≠: not the same in both"
+        arguments, title = sorted(arguments, key=lambda row: row[0][0] != "≠"), f"{title}; ≠: differs between the runs"
     return [table("Folder, machine, versions", ["", *names], rows), table(title, ["", *names], arguments)]
 
 
 def warnings_table(run):
-    """The same words in several epochs are one row."""
+    """A table of the warnings, at most 100; a warning of several epochs is one row. "" if there are none."""
     epochs = {}
     for line in run.log:
         for warning in warnings_of(line):
@@ -211,26 +216,26 @@ def warnings_table(run):
 # ---- charts ----
 
 LOSS = ("train_loss", "train_entropy", "train_kl")
-# Title, what to look for, keys in the log: the first is a line, a second one dotted.
+# (title, note, keys in the log); the first key is drawn as a solid line, a second one dotted.
 CHARTS = (
     ("Loss", "= entropy (dotted) + KL; dashed: ln K", LOSS),
-    ("k-NN accuracy", "top-1 in per cent", ("knn_top1",)),
+    ("k-NN accuracy", "top-1 in percent", ("knn_top1",)),
     ("Largest prototype", "share of images", ("train_top_prototype",)),
-    ("Spread of features", "dashed: 1 / √d, the ideal", ("train_feature_std",)),
+    ("Spread of features", "dashed: 1 / √d, the ideal value", ("train_feature_std",)),
     ("Norm of gradients", "median; dotted: largest", ("train_grad_norm", "train_grad_norm_max")),
     ("Norm of the center", "levels off", ("train_center_norm",)),
     ("Learning rate", "", ("train_lr",)),
     ("Weight decay", "", ("train_wd",)),
-    ("Teacher's momentum", "1: it stands still", ("train_momentum",)),
+    ("Teacher momentum", "1: the teacher is frozen", ("train_momentum",)),
     ("Throughput", "images per second", ("train_images_per_s",)),
-    ("Waiting for data", "share of the time", ("train_data_wait",)),
+    ("Waiting for data", "share of time", ("train_data_wait",)),
     ("Memory", "peak in MB", ("train_max_mem_mb",)),
 )
-BLUE, ORANGE, GREY = "#3a86c8", "#e08a2e", "#8a8a8a"  # legible on white and on black
+BLUE, ORANGE, GRAY = "#3a86c8", "#e08a2e", "#8a8a8a"  # legible on white and on black
 
 
 def draw_charts(runs):
-    """{HTML of a caption: Bokeh figure} of the curves that there are, and the titles of the others."""
+    """({HTML of a caption: Bokeh figure}, titles of the charts that the logs have no numbers for)."""
     drawn, missing = {}, []
     for title, note, keys in CHARTS:
         tables = [columns(run.log, *keys) for run in runs]
@@ -247,7 +252,7 @@ def short(number):
 
 
 def draw_chart(runs, tables, keys):
-    """A Bokeh figure of the same curves of each run, the first one's blue, the second's orange."""
+    """A Bokeh figure of the same curves for each run, the first in blue and the second in orange."""
     from bokeh.models import HoverTool
 
     positive = all(value > 0 for data in tables for key in data if key != "epoch" for value in data[key])
@@ -264,7 +269,7 @@ def draw_chart(runs, tables, keys):
         if len(data["epoch"]) <= 40:
             plot.scatter("epoch", keys[0], source=data, color=color, size=4)
         for level in level_of(run, keys[0]):
-            plot.line([run.log[0]["epoch"], run.log[-1]["epoch"]], level, color=GREY, line_dash="dashed")
+            plot.line([run.log[0]["epoch"], run.log[-1]["epoch"]], level, color=GRAY, line_dash="dashed")
         values = ", ".join(f"{name} <b>@{key}{{%.4g}}</b>" for key, name in names.items())
         tip = f'<div class="tip">{run.name * (len(runs) > 1)} epoch @epoch: {values}</div>'
         formatters = {f"@{key}": "printf" for key in names}
@@ -273,7 +278,7 @@ def draw_chart(runs, tables, keys):
 
 
 def level_of(run, key):
-    """The bound, or the ideal, of what is logged under a key: a list of one number, or of none."""
+    """The bound or ideal value of a logged number, drawn as a dashed line: a list with one number or none."""
     if key == "train_loss":
         return columns(run.log, "train_ln_k").get("train_ln_k", [])[-1:]
     widths = columns(run.log, "train_feature_dim").get("train_feature_dim", [])[-1:]
@@ -297,11 +302,11 @@ def empty_figure(runs, scale):
 
 # ---- pictures ----
 
-SHOWN, NEIGHBORS, TILE = 8, 6, 112  # rows of pictures, neighbors in a row, pixels
+SHOWN, NEIGHBORS, TILE = 8, 6, 112  # rows of pictures, neighbors per row, pixels
 
 
 class Sample(NamedTuple):
-    """One of a set of numbered images, of which networks see the `inputs`."""
+    """Image `number` of a set; `inputs` says how a network sees it."""
 
     images: object
     number: int
@@ -313,7 +318,7 @@ class Sample(NamedTuple):
 
     @property
     def label(self):
-        """The name of its class, or None."""
+        """The name of its class; None without classes."""
         targets = self.images.targets
         return None if targets is None else self.images.classes[targets[self.number]]
 
@@ -321,7 +326,7 @@ class Sample(NamedTuple):
         return dino_images.decode(self.images.open(self.number), self.inputs)
 
     def photo(self, size):
-        """What a person sees of it, uint8 [3, size, size]: of an array the first channel, or the first three."""
+        """The image for people, uint8 [3, size, size]: the first three channels, or the first of one or two."""
         image = self.load()
         if isinstance(image, torch.Tensor):
             shown = image[: 3 if len(image) > 2 else 1]
@@ -330,23 +335,23 @@ class Sample(NamedTuple):
 
 
 def images_of_runs(runs, number, inputs):
-    """At most `number` Samples of what a run was trained on, if it is to be had here; else of the embedded data set.
+    """At most `number` Samples of a run's training data if they are on this machine, else of `sample`.
 
-    Raises UserError if that has not the channels of the run's images.
+    Raises UserError if `sample` can't replace them, because they have another number of channels.
     """
     for run in runs:
         path = run.args.get("data_path")
-        if isinstance(path, str) and not path.startswith("torchvision:"):  # which would be downloaded
+        if isinstance(path, str) and not path.startswith("torchvision:"):  # no download
             with contextlib.suppress(UserError):
                 return choose_images(path, number, inputs)
     if inputs.in_chans not in (1, 3):
-        raise UserError("the images of the run are not to be found here. Name some by --data_path")
-    print("note: the images of the run are not to be found here; the page shows those of --data_path sample")
+        raise UserError("the images of the run are not on this machine. Name others with --data_path")
+    print("note: the images of the run are not on this machine; the page shows --data_path sample")
     return choose_images("sample", number, inputs)
 
 
 def choose_images(data_path, number, inputs=utils.RGB):
-    """At most `number` Samples, evenly spread over the images of data_path, or of val in it. Raises UserError."""
+    """At most `number` Samples, evenly spread over the images of data_path, or of its val part. Raises UserError."""
     path = dino_data.find_part(data_path, "val") or dino_data.find_data(data_path)
     images = dino_data.find_images(path, "val", in_chans=inputs.in_chans)
     return evenly([Sample(images, i, inputs) for i in range(len(images))], number)
@@ -357,24 +362,24 @@ def evenly(items, number):
 
 
 def pictures(run, samples, args, device):
-    """HTML sections of what the run's teacher makes of the images; of what can't be had, the reason."""
+    """HTML sections about the teacher: attention, patch features, neighbors; or the reason why there are none."""
     try:
         model, size = build_teacher(run, device)
     except UserError as e:
         return [f"<p>No pictures: {escape(str(e))}.</p>"]
     neighbors = neighbors_section(model, samples, size, args)
     if not dino_backbones.is_vit(model):
-        return ["<p>No attention and no patch features: the network is none of our ViTs.</p>", neighbors]
+        return ["<p>No attention and no patch features: the network is not one of our ViTs.</p>", neighbors]
     return [attention_section(model, evenly(samples, SHOWN), size, device), neighbors]
 
 
 def build_teacher(run, device):
-    """(the teacher, side of the images it was trained on). Raises UserError if there is none, or if it diverged."""
+    """(teacher, side of its training crops). Raises UserError if there is none, or if it has diverged."""
     if run.teacher is None:
         raise UserError(run.source)
     arch, patch_size, size = (run.args.get(key) for key in ("arch", "patch_size", "global_crops_size"))
     if not isinstance(arch, str):
-        raise UserError(f"{run.source} does not say which network it is")
+        raise UserError(f"{run.source} does not name its network (arch)")
     patch_size, size = patch_size or 16, size or 224
     model, _ = dino_backbones.build_backbone(arch, patch_size, size, in_chans=utils.inputs_of(run.args).in_chans)
     state = dino_checkpoints.backbone_state(run.teacher)
@@ -387,15 +392,15 @@ def build_teacher(run, device):
 
 
 def attention_section(model, samples, size, device):
-    """A row an image: itself, its patches' main components as colors, and what CLS looks at."""
+    """One row per image: the image, principal components of its patch tokens as colors, attention of CLS."""
     from matplotlib import colormaps
 
     patch_size = model.patch_embed.patch_size
-    size = max(2 * size // patch_size, 1) * patch_size  # finer maps than in training
+    size = max(2 * size // patch_size, 1) * patch_size  # twice the training size, for finer maps
     transform = dino_crops.eval_transform(size, samples[0].inputs)
     images = [transform(sample.load()) for sample in samples]
     maps, tokens = [], []
-    for image in images:  # one by one: large ones have many tokens
+    for image in images:  # one by one: large images have many tokens
         batch = utils.normalize(image[None].to(device))
         maps.append(dino_features.cls_attention(model, batch)[0].float().cpu())  # [heads, h, w]
         tokens.append(model.get_intermediate_layers(batch)[0][0, 1:].float().cpu())  # [h · w, D]
@@ -414,48 +419,50 @@ def attention_section(model, samples, size, device):
             ]
         )
     note = (
-        f"Images of {size} pixels, twice those of training. Patches: the first three principal components of the last "
-        "block's patch tokens, of all these images together, as red, green and blue: like colors are like features. "
-        "Mean, heads: how much CLS looks at each patch in the last block, each map from its least to its most."
+        f"Images of {size} pixels, twice the size in training. Patches: the first three principal components of the "
+        "last block's patch tokens, over all these images, as red, green and blue; similar colors are similar "
+        "features. Mean, heads: attention of CLS to each patch in the last block, each map scaled to its range."
     )
     return table("Attention and patch features", header, rows, note, "tiles")
 
 
 def main_components(tokens):
-    """Tokens [N, P, D] along their three main axes, each from its 2nd to its 98th percentile as 0..1: [N, P, 3]."""
+    """The first three principal components of tokens [N, P, D], scaled to 0..1: [N, P, 3].
+
+    0 and 1 are the 2nd and 98th percentile of each component.
+    """
     centered = tokens.flatten(0, 1).double()
     centered -= centered.mean(dim=0)
-    axes = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -3:].flip(1)  # [D, 3], the main one first
-    axes *= axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # else the sign is arbitrary
+    axes = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -3:].flip(1)  # [D, 3], the largest first
+    axes *= axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # eigenvectors have no sign: fix one
     found = centered @ axes
     low, high = found.quantile(torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
     return ((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, tokens.shape[:2])
 
 
 def neighbors_section(model, samples, size, args):
-    """A row a query: the images with the most similar features, the best first."""
+    """One row per query image: the images with the most similar features, best first."""
     inputs, chosen = samples[0].inputs, samples[0].images.take([sample.number for sample in samples])
     images = dino_data.EvalImages(chosen, dino_crops.eval_transform(size, inputs), inputs=inputs)
     loader = DataLoader(images, batch_size=64, num_workers=args.num_workers)
     features = F.normalize(dino_features.extract_features(model, loader, use_cuda=False), dim=1)
     dino_features.check_finite_features(features)
-    similarity = (features @ features.T).fill_diagonal_(-math.inf)  # an image is no neighbor of itself
+    similarity = (features @ features.T).fill_diagonal_(-math.inf)  # not its own neighbor
     best, nearest = (found.tolist() for found in similarity.topk(min(NEIGHBORS, len(samples) - 1), dim=1))
     rows = []
     for i in evenly(range(len(samples)), SHOWN):
         found = zip(nearest[i], best[i], strict=True)
         rows.append([tile(samples[i]), *(tile(samples[j], value, samples[i].label) for j, value in found)])
-    note = f"The nearest of {len(samples)} images to each on the left, with the cosine similarity of their features."
+    note = f"The nearest of {len(samples)} images to the image on the left, with the cosine similarity of features."
     if samples[0].label is not None:
         hits = sum(samples[i].label == samples[js[0]].label for i, js in enumerate(nearest))
-        note += (
-            f" For {100 * hits / len(samples):.0f} % of all of them the nearest is of the same class; ≠ is of another."
-        )
+        share = 100 * hits / len(samples)
+        note += f" For {share:.0f} % of all images the nearest one has the same class; ≠: another class."
     return table("Nearest neighbors", ["image", *map(str, range(1, len(rows[0])))], rows, note, "tiles")
 
 
 def tile(sample, similarity=None, wanted=None):
-    """A small image above its class or file, its similarity, and a mark if its class is not the wanted one."""
+    """A small image, its similarity, its class or file name, and a mark if it has another class than `wanted`."""
     image = sample.photo(TILE)
     name = escape(sample.label or Path(sample.name).name)
     if similarity is None:
@@ -471,7 +478,7 @@ def photo(image, alt):
 
 
 def embed(image, alt, kind):
-    """A PIL image as an <img> that holds its own file; the browser enlarges PNGs without blurring."""
+    """A PIL image as an <img> with the file in it; browsers enlarge PNGs without blur (see the style sheet)."""
     file = io.BytesIO()
     image.save(file, kind)
     data = base64.b64encode(file.getvalue()).decode()
@@ -480,7 +487,8 @@ def embed(image, alt, kind):
 
 # ---- the page ----
 
-# What it may not load, the browser refuses. Bokeh takes its colors from CSS variables.
+# The Content-Security-Policy lets a browser refuse anything that is not in the page. Bokeh reads colors from the --bk
+# variables.
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
@@ -527,18 +535,18 @@ $script
 
 
 def build_page(runs, sections):
-    """The whole page; `sections` are the pictures of each run."""
+    """The HTML of the page; `sections` are the pictures of each run."""
     from bokeh.embed import components
     from bokeh.resources import Resources
 
     two = len(runs) > 1
     title = " and ".join(escape(str(run.folder)) for run in runs)
     parts = [f"<h1>{title}</h1>", *(f"<p>{f'{run.name}: ' * two}{escape(summary(run))}</p>" for run in runs)]
-    parts += [f'<h2>What was run</h2><div class="grid pair">{"".join(facts(runs))}</div>', *map(warnings_table, runs)]
+    parts += [f'<h2>Settings</h2><div class="grid pair">{"".join(facts(runs))}</div>', *map(warnings_table, runs)]
     drawn, missing = draw_charts(runs)
     script, charts = components(list(drawn.values())) if drawn else ("", [])
     note = f" Blue is A ({runs[0].folder}), orange B ({runs[1].folder})." if two else ""
-    note = f"By epoch, from 0; to the right of a title the last value.{note}"
+    note = f"By epoch, from 0. Next to each title: the last value.{note}"
     note += f" Not in log.txt: {', '.join(missing)}." if missing else ""
     parts.append(f'<h2>Curves</h2><p>{escape(note)}</p><div class="grid">')
     figures = zip(drawn, charts, strict=True)
@@ -554,9 +562,10 @@ def build_page(runs, sections):
 
 
 def main(args):
+    """Write the page as `args` say (see get_args_parser). Raises UserError."""
     check_args(args)
     if importlib.util.find_spec("bokeh") is None:
-        raise UserError("the charts are drawn by Bokeh, which is not installed: pip install bokeh")
+        raise UserError("report.py needs Bokeh for its charts: pip install bokeh")
     runs = [read_run(name, folder) for name, folder in zip("AB", args.run_dir, strict=False)]
     output = Path(args.output or runs[0].folder / "report.html")
     dino_cli.check_output_dir(output.parent, "--output", [output.name])
@@ -566,7 +575,7 @@ def main(args):
         inputs = [utils.inputs_of(run.args) for run in runs]
         if inputs[0] != inputs[-1]:
             kinds = "; ".join(one.describe() for one in inputs)
-            raise UserError(f"the two runs are of different kinds of images ({kinds}). Make a page of each")
+            raise UserError(f"the two runs have different kinds of images ({kinds}). Write one page for each")
         named = args.data_path and choose_images(args.data_path, args.images, inputs[0])
         samples = named or images_of_runs(runs, args.images, inputs[0])
     page = build_page(runs, [pictures(run, samples, args, device) for run in runs])

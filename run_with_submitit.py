@@ -1,12 +1,12 @@
-"""Train on a Slurm cluster: main_dino.py as a job that goes back to the queue when its time is up, and then goes on.
+"""Train on a Slurm cluster: submit main_dino.py as a job that is requeued when its time is up, and resumes.
 
     python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --data_path imagenet/train --output_dir runs/vits16
     python run_with_submitit.py --nodes 1 --ngpus 0 --tasks_per_node 2 --cluster local --wait \\
-        --config recipes/demo.yaml --output_dir runs/demo                    # try it out, without Slurm or GPUs
+        --config recipes/demo.yaml --output_dir runs/demo                    # try it without Slurm or GPUs
 
-Takes all flags of main_dino.py and a few of its own. Writes what main_dino.py does into --output_dir, and the logs
-(<job>_<rank>_log.out) and what the job needs to start again into --shared_dir. ViT-S/16, 100 epochs on two nodes of
-eight GPUs: the 69.3 % k-NN and 74.0 % linear of main_dino.py.
+Accepts all flags of main_dino.py and a few more. --output_dir gets what main_dino.py writes; --shared_dir gets the logs
+(<job>_<rank>_log.out) and submitit's job files. ViT-S/16 after 100 epochs of ImageNet on two nodes of eight GPUs
+reaches 69.3 % k-NN and 74.0 % linear, as with main_dino.py.
 """
 
 import argparse
@@ -32,74 +32,77 @@ from utils import UserError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
-# ---- arguments ----
+# ---- flags ----
 
 
 def get_args_parser():
     """All flags, main_dino's among them, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser("DINO on Slurm", add_help=False, parents=[main_dino.get_args_parser()])
-    parser.set_defaults(output_dir="runs/%j")
+    parser.set_defaults(output_dir="runs/%j", num_workers=10)  # not the cores of the machine that submits
     # fmt: off
-    job = parser.add_argument_group("job", "%%j in --output_dir and --shared_dir stands for the number of the job.")
-    job.add_argument("--ngpus", default=8, type=at_least(0), metavar="N", help="""GPUs to ask for on each node, with a
-        process for each of them. 0: a cluster without; see --tasks_per_node.""")
-    job.add_argument("--nodes", default=2, type=at_least(1), metavar="N", help="Nodes to ask for.")
+    job = parser.add_argument_group("job", "%%j in --output_dir and --shared_dir is replaced by the job ID.")
+    job.add_argument("--ngpus", default=8, type=at_least(0), metavar="N", help="""GPUs per node; there is one process
+        per GPU. 0: train on CPUs; see --tasks_per_node.""")
+    job.add_argument("--nodes", default=2, type=at_least(1), metavar="N", help="Number of nodes.")
     job.add_argument("--tasks_per_node", default=None, type=at_least(1), metavar="N",
-        help="Processes on each node if --ngpus is 0; 1 unless given.")
+        help="Processes per node with --ngpus 0. Default: 1.")
     job.add_argument("--timeout", default=2800, type=at_least(1), metavar="MINUTES", help="""Time limit of the job.
-        Shorter ones often start sooner, and nothing is lost: the run goes on in the next turn, up to 30 times.""")
+        Shorter jobs often start sooner and lose nothing: the run is requeued and resumes, up to 30 times.""")
     job.add_argument("--signal_delay", default=120, type=at_least(0), metavar="SECONDS",
-        help="How long before the limit the run is told to save. More if a step and a checkpoint take minutes.")
+        help="Save this long before the time limit. Raise it if a step and a checkpoint take minutes.")
     job.add_argument("--cpus_per_task", default=10, type=at_least(1), metavar="N",
-        help="CPUs for each process; --num_workers of them prepare crops.")
+        help="CPUs per process. Use at least --num_workers.")
     job.add_argument("--mem_gb", default=None, type=positive, metavar="GB",
-        help="Main memory of each node; 40 for each process unless given.")
-    job.add_argument("--partition", default=None, metavar="NAME", help="Partition; the cluster's default unless given.")
-    job.add_argument("--use_volta32", action="store_true", help="Only nodes with the feature volta32gb.")
-    job.add_argument("--comment", default=None, metavar="TEXT", help="Note that Slurm keeps with the job.")
+        help="Memory per node. Default: 40 per process.")
+    job.add_argument("--partition", default=None, metavar="NAME", help="Default: the cluster's default partition.")
+    job.add_argument("--use_volta32", action="store_true", help="Use only nodes with the feature volta32gb.")
+    job.add_argument("--comment", default=None, metavar="TEXT", help="Comment that Slurm keeps with the job.")
     for name, text in (
-        ("account", "Account that pays."), ("qos", "Quality of service."), ("exclude", "Nodes to keep away from."),
-        ("nodelist", "Nodes to have."), ("constraint", "Features that the nodes must have."),
+        ("account", "Account to charge."), ("qos", "Quality of service."), ("exclude", "Nodes not to use."),
+        ("nodelist", "Nodes to use."), ("constraint", "Features that the nodes must have."),
     ):
         job.add_argument(f"--slurm_{name}", default=None, metavar=name.upper(), help=text)
     job.add_argument("--slurm_extra", default=[], nargs="+", metavar="OPTION=VALUE",
         help="Any other options of sbatch, such as reservation=dino licenses=nfs.")
     job.add_argument("--shared_dir", default=None, metavar="DIR",
-        help="Folder that all nodes see, for logs and job files; --output_dir unless given.")
-    job.add_argument("--cluster", default="slurm", choices=["slurm", "local", "debug"], help="""local: processes on this
-        machine, restarted as Slurm would; debug: one, within this one.""")
+        help="Folder for logs and job files, visible from all nodes. Default: --output_dir.")
+    job.add_argument("--cluster", default="slurm", choices=["slurm", "local", "debug"], help="""local: processes on
+        this machine, restarted as Slurm would do; debug: one process, within this script.""")
     job.add_argument("--wait", action="store_true",
-        help="Stay, show the log, and end with the exit code of the run.")
+        help="Wait for the job, print its log, and exit with the exit code of the run.")
     job.add_argument("--evaluate_after", default=None, choices=["knn"],
-        help="Evaluate the teacher when training has ended, as a second job, on one node.")
+        help="Evaluate the teacher after training, as a second job on one node.")
     job.add_argument("--evaluate_data", default=None, metavar="DIR",
-        help="Folder with train/ and val/ for that; the one that --data_path is in unless given.")
+        help="Folder with train and val for --evaluate_after. Default: the parent folder of --data_path.")
     # fmt: on
     return parser
 
 
 def check_args(args):
+    """Raise UserError for flags that contradict each other, before anything is submitted."""
     if args.tasks_per_node is not None and args.ngpus:
-        raise UserError(f"--ngpus {args.ngpus} means a process for each GPU. Leave --tasks_per_node out")
+        raise UserError(f"--ngpus {args.ngpus} starts one process per GPU. Remove --tasks_per_node")
     if args.ngpus == 0 and args.device not in ("auto", "cpu"):
-        raise UserError(f"--ngpus 0 leaves no GPU for --device {args.device}. Ask for GPUs, or use --device cpu")
+        raise UserError(f"--ngpus 0 leaves no GPU for --device {args.device}. Raise --ngpus, or use --device cpu")
     if args.signal_delay >= 60 * args.timeout:
-        raise UserError(f"--signal_delay {args.signal_delay} leaves no time to train in --timeout {args.timeout} min")
+        raise UserError(
+            f"--signal_delay {args.signal_delay} s leaves no time to train in --timeout {args.timeout} min. Lower it"
+        )
     if args.cluster != "slurm" and args.nodes > 1:
-        raise UserError(f"--cluster {args.cluster} has one node only. Add --nodes 1")
+        raise UserError(f"--cluster {args.cluster} has one node. Add --nodes 1")
     if args.cluster == "debug" and processes_per_node(args) > 1:
         raise UserError("--cluster debug runs one process. Add --ngpus 1, or --ngpus 0")
     if args.evaluate_data is not None and not args.evaluate_after:
-        raise UserError("--evaluate_data has no effect without --evaluate_after knn")
+        raise UserError(f"--evaluate_data {args.evaluate_data} has no effect without --evaluate_after knn")
     if args.evaluate_after and args.cluster == "local" and not args.wait:
-        raise UserError("--evaluate_after on --cluster local needs somebody to wait for the training. Add --wait")
+        raise UserError("--evaluate_after on --cluster local has to wait for the training. Add --wait")
     for option in args.slurm_extra:
         if not re.fullmatch(r"[a-z][a-z-]*=.+", option):
-            raise UserError(f"--slurm_extra {option} is not of the form option=value, such as reservation=dino")
+            raise UserError(f"--slurm_extra {option} must have the form option=value, such as reservation=dino")
     main_dino.check_args(args)
 
 
-# ---- what to ask for ----
+# ---- job parameters ----
 
 
 def processes_per_node(args):
@@ -107,7 +110,7 @@ def processes_per_node(args):
 
 
 def job_parameters(args, nodes, after=None):
-    """What submitit asks the cluster for, by its names for it. `after` is the job that has to succeed before."""
+    """Keywords for submitit's executor.update_parameters. `after`: start only if the job with this ID succeeds."""
     processes = processes_per_node(args)
     features = ["volta32gb"] * args.use_volta32 + [args.slurm_constraint] * bool(args.slurm_constraint)
     extra = dict(option.split("=", 1) for option in args.slurm_extra)
@@ -129,9 +132,9 @@ def job_parameters(args, nodes, after=None):
         "slurm_nodelist": args.slurm_nodelist,
         "slurm_constraint": "&".join(features) or None,
         "slurm_dependency": f"afterok:{after}" if after else None,
-        # The evaluation is to vanish if it can't start any more, and the training may come back when it is preempted.
+        # An evaluation that can never start is removed from the queue; a preempted job is requeued.
         "slurm_additional_parameters": {**({"kill-on-invalid-dep": "yes"} if after else {}), "requeue": True, **extra},
-        # Since 22.05 srun does not take over the number of CPUs; and one dead process is to end the others at once.
+        # Since Slurm 22.05 srun does not inherit the number of CPUs. If one process dies, end the others at once.
         "slurm_srun_args": [f"--cpus-per-task={args.cpus_per_task}", "--kill-on-bad-exit=1"],
         "slurm_setup": [f"export {name}={shlex.quote(value)}" for name, value in python_environment().items()],
     }
@@ -139,19 +142,19 @@ def job_parameters(args, nodes, after=None):
 
 
 def python_environment():
-    """What lets a process that starts anywhere find our modules, and not take those in its folder for them."""
+    """Environment variables with which a job finds our modules, and not modules of the same name where it starts."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH")))), "PYTHONSAFEPATH": "1"}
 
 
 def training_args(args):
-    """main_dino's part of the arguments."""
+    """The settings of main_dino.py alone; with --ngpus 0 on the CPU."""
     names = vars(main_dino.get_args_parser().parse_args([]))
     device = args.device if args.ngpus else "cpu"
     return argparse.Namespace(**{**{name: getattr(args, name) for name in names}, "device": device})
 
 
 def evaluation_args(args, job_id):
-    """Arguments of eval_knn.py for what the training job leaves behind."""
+    """Arguments of eval_knn.py for the checkpoint of the training job."""
     import eval_knn
 
     named = args.data_path == "sample" or args.data_path.startswith("torchvision:")
@@ -166,16 +169,15 @@ def evaluation_args(args, job_id):
     return eval_knn.get_args_parser().parse_args([f"--{name}={value}" for name, value in flags.items()])
 
 
-# ---- in the job ----
+# ---- inside the job ----
 
-MOST_PATIENCE = 600  # seconds
+WAIT_FOR_SLURM = 600  # seconds
 
 
 class Task:
-    """What every process of a job calls: `main(args)`, with the others of the job as the distributed run.
+    """The callable that submitit pickles and every process of a job runs: `main(args)` as one distributed run.
 
-    Its `checkpoint` is what submitit asks for when time is up or the job is preempted, once the run has saved: the same
-    again. Pickled on the way; it takes along nothing but the arguments.
+    When time is up or the job is preempted, the run saves; then submitit calls `checkpoint` and requeues its result.
     """
 
     def __init__(self, main, args):
@@ -190,9 +192,9 @@ class Task:
         import submitit
 
         job = submitit.JobEnvironment()
-        if job.cluster == "debug":  # the training before, in this process, has left it deaf to signals
+        if job.cluster == "debug":  # the training in this process has ended with SIGTERM ignored
             signal.signal(signal.SIGTERM, utils.terminate)
-        meet_others(job)
+        set_rank(job)
         values = {k: v.replace("%j", job.job_id) if isinstance(v, str) else v for k, v in vars(self.args).items()}
         try:
             self.main(argparse.Namespace(**values))
@@ -201,20 +203,19 @@ class Task:
             leave(job, e.exit_code)
         except SystemExit as stop:
             if job.cluster == "slurm":
-                await_verdict(job.global_rank, stop.code)
+                wait_for_slurm(job.global_rank, stop.code)
             leave(job, stop.code)
-        if job.cluster == "slurm":  # the run is done, and a process that is shutting down would die of it
+        if job.cluster == "slurm":  # the run is done: a signal would kill the process while it shuts down
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def meet_others(job):
-    """Tell utils.init_distributed_mode which process this is, and where rank 0 waits: at a port of the first node.
+def set_rank(job):
+    """Set the variables that utils.init_distributed_mode reads: ranks, and the address of rank 0 on the first node.
 
-    Not at a file in the shared folder: one that a killed run has left behind would stop the run that goes on from it,
-    and network file systems may not lock. Here nothing stays behind, and after a requeue to other nodes the first of
-    those is asked for.
+    The rendezvous is a port, not a file in the shared folder: a file that a killed run has left would stop the resumed
+    run, and network file systems may not support locks. After a requeue to other nodes, the address is a new one.
     """
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(job.global_rank), str(job.num_tasks)
     os.environ["LOCAL_RANK"] = str(job.local_rank)
@@ -222,22 +223,22 @@ def meet_others(job):
     os.environ["MASTER_PORT"] = str(20000 + int(re.sub(r"\D", "", job.job_id)) % 20000)
 
 
-def await_verdict(rank, code):
-    """After a signal, once the run has saved: stay until Slurm ends the process, for ten minutes at most.
+def wait_for_slurm(rank, code):
+    """After a signal and the save that it caused, wait for Slurm to end this process, for ten minutes at most.
 
-    SIGTERM alone may mean that the job is cancelled, requeued or preempted, and a job that ends in the time that it is
-    left before it is preempted counts as failed and does not come back. So it is for Slurm to end it; or for SIGUSR2,
-    which submitit answers with a requeue, by rank 0. The other ranks must not end before that is done.
+    SIGTERM alone can mean that the job is canceled, requeued or preempted. A job that ends by itself before it is
+    preempted counts as failed and is not requeued. So Slurm has to end it, or SIGUSR2, on which submitit requeues the
+    job from rank 0; the other ranks must not end before that.
     """
-    asked_to_end, warned = 128 + signal.SIGTERM, 128 + signal.SIGUSR2
-    if code == asked_to_end or (code == warned and rank > 0):
+    terminated, time_is_up = 128 + signal.SIGTERM, 128 + signal.SIGUSR2
+    if code == terminated or (code == time_is_up and rank > 0):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("saved; waiting for Slurm to end or requeue the job", flush=True)
-        time.sleep(MOST_PATIENCE)
+        time.sleep(WAIT_FOR_SLURM)
 
 
 def leave(job, code):
-    """End this process with the exit code, and note the code where --wait looks for it; a requeue is none (-1, 144)."""
+    """Exit with `code`, and save it for --wait. A requeue (-1, 144) is no exit code of the run and is not saved."""
     if 0 < code < 144:
         utils.write_whole(code_file(job, job.global_rank), lambda file: file.write(str(code).encode()))
     sys.exit(code)
@@ -251,18 +252,19 @@ def code_file(job, rank):
 
 
 def build_executor(folder, args):
+    """submitit's executor for --cluster. Raises UserError if submitit or Slurm's commands are missing."""
     try:
         import submitit
     except ImportError as e:
-        raise UserError("this needs submitit. Get it by: pip install submitit") from e
+        raise UserError("run_with_submitit.py needs submitit: pip install submitit") from e
     for command in ("sbatch", "srun") if args.cluster == "slurm" else ():
         if shutil.which(command) is None:
-            raise UserError(f"there is no {command} here. Go to a machine of the cluster, or try --cluster local")
+            raise UserError(f"there is no command {command}. Run on a machine of the cluster, or use --cluster local")
     return submitit.AutoExecutor(folder, cluster=args.cluster, slurm_max_num_timeout=30)
 
 
 def submit(executor, task, parameters):
-    """The submitted job. Raises UserError, and takes its files away again, if Slurm does not accept it."""
+    """Submit a task and return the job. If Slurm rejects it, remove its files and raise UserError."""
     import submitit
 
     folder = fixed_part(executor.folder)
@@ -275,13 +277,13 @@ def submit(executor, task, parameters):
         for path in set(folder.iterdir()) - before:
             if re.fullmatch(r"[0-9a-f]{32}\.pkl|\.submission_file_[0-9a-f]{32}\.sh", path.name):
                 path.unlink()
-        raise UserError(f"Slurm does not accept the job: {' '.join(str(e).split())}") from e
+        raise UserError(f"Slurm rejected the job: {' '.join(str(e).split())}") from e
     print(f"submitted job {job.job_id}; its log is {job.paths.stdout}", flush=True)
     return job
 
 
 def fixed_part(path):
-    """The folder `path` up to where the number of the job comes in, if it does."""
+    """The longest parent of a path (or the path itself) without %j: it can be created before the job has an ID."""
     parts = Path(path).parts
     variable = [i for i, part in enumerate(parts) if "%j" in part]
     return Path(*parts[: variable[0]]) if variable else Path(path)
@@ -291,13 +293,13 @@ def fixed_part(path):
 
 
 def follow(job, cluster, pause=2.0):
-    """Print what rank 0 of a job writes until the job ends, and return its exit code."""
+    """Print the log of rank 0 until the job ends. Returns its exit code."""
     if cluster == "debug":
-        job.results()  # this runs it
+        job.results()  # runs the job
         return 0
     shown, ended = 0, False
     while not ended:
-        ended = has_ended(job, cluster)  # asked before the log is read, so that its last lines are shown too
+        ended = has_ended(job, cluster)  # before the log is read, so that its last lines are printed too
         if job.paths.stdout.exists():
             with job.paths.stdout.open(errors="replace") as log:
                 log.seek(shown)
@@ -309,12 +311,12 @@ def follow(job, cluster, pause=2.0):
 
 
 def has_ended(job, cluster):
-    """Whether a job is neither running nor going to; a requeued one is."""
+    """Whether a job is neither running nor in the queue. A requeued job has not ended."""
     if cluster == "local":
         return job.done()
     if all(path.exists() for path in result_files(job)):
         return True
-    # Not by sacct, as submitit does it: there are clusters without accounting.
+    # squeue, not sacct as in submitit: some clusters have no accounting.
     asked = subprocess.run(["squeue", "--noheader", f"--jobs={job.job_id}"], capture_output=True, text=True)
     return "Invalid job id" in asked.stderr or (asked.returncode == 0 and not asked.stdout.strip())
 
@@ -324,9 +326,9 @@ def result_files(job):
 
 
 def exit_code(job):
-    """0 if all processes of a job that has ended are done, else what one of them has noted, else 1.
+    """Exit code of a job that has ended: 0 if all processes succeeded, else a saved code, else 1.
 
-    1 is what those note that have lost the connection to another: that one's code says more.
+    Processes that lost the connection to another one save 1. Any other code tells more and is preferred.
     """
     import submitit
 
@@ -341,10 +343,11 @@ def exit_code(job):
     return code
 
 
-# ---- training, and what comes after ----
+# ---- training and evaluation ----
 
 
 def main(args):
+    """Submit the training as `args` say (see get_args_parser), and the evaluation. Raises UserError."""
     check_args(args)
     args.output_dir = os.path.abspath(args.output_dir)
     folder = os.path.abspath(args.shared_dir or args.output_dir)
@@ -359,16 +362,16 @@ def main(args):
         import eval_knn
 
         if args.cluster != "slurm":
-            end_unless_done(jobs.pop(), args.cluster)
+            exit_if_failed(jobs.pop(), args.cluster)
         task = Task(eval_knn.main, evaluation_args(args, job.job_id))
-        executor = build_executor(folder.replace("%j", job.job_id), args)  # its log lies beside the training's
+        executor = build_executor(folder.replace("%j", job.job_id), args)  # its log is next to the training's
         jobs.append(submit(executor, task, job_parameters(args, 1, after=job.job_id)))
     for job in jobs if waits else ():
-        end_unless_done(job, args.cluster)
+        exit_if_failed(job, args.cluster)
 
 
-def end_unless_done(job, cluster):
-    """Follow a job; if it fails, end with its exit code."""
+def exit_if_failed(job, cluster):
+    """Follow a job. If it fails, exit with its exit code."""
     code = follow(job, cluster)
     if code:
         sys.exit(code)

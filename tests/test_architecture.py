@@ -33,8 +33,8 @@ ARROWS = {
     "main_dino": {
         *("dino_run", "dino_backbones", "dino_data", "dino_crops", "dino_cli", "vision_transformer", "utils"),
     },
-    "run_with_submitit": {"main_dino", *BELOW_FEATURES},
-    "benchmark": {"main_dino", "dino_run", *BELOW_FEATURES},
+    "run_with_submitit": {"main_dino", "eval_knn", *BELOW_FEATURES},
+    "benchmark": {"main_dino", "dino_run", "eval_video_segmentation", *BELOW_FEATURES},
 }
 SCRIPTS = {name for name in MODULES if name.startswith("eval_")}
 SCRIPTS |= {"visualize_attention", "video_generation", "export", "report"}

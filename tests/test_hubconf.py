@@ -1,18 +1,10 @@
-"""hubconf.py: the entry points build the right networks and load the right files, strictly."""
+"""hubconf.py: each entry point builds the right network, loads the right file, and works offline."""
 
-import hashlib
-import http.server
 import inspect
-import io
 import json
 import os
 import re
-import shutil
-import ssl
-import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import torch
@@ -22,7 +14,7 @@ import hubconf
 import vision_transformer as vits
 
 BASE = "https://dl.fbaipublicfiles.com/dino/"
-# name: (folder and stem of the backbone's file, width, patch size)
+# name: (stem of the published files, width, patch size)
 PUBLISHED = {
     "dino_vits16": ("dino_deitsmall16", 384, 16),
     "dino_vits8": ("dino_deitsmall8", 384, 8),
@@ -35,6 +27,7 @@ PUBLISHED = {
     "dino_xcit_medium_24_p8": ("dino_xcit_medium_24_p8", 512, 8),
 }
 VITS = [name for name in PUBLISHED if "_vit" in name]
+XCITS = [name for name in PUBLISHED if "_xcit" in name]
 
 
 def load(name, **kwargs):
@@ -43,46 +36,78 @@ def load(name, **kwargs):
 
 @pytest.fixture
 def published(monkeypatch):
-    """Stands in for the network: `published.state` is what every URL holds, `published.urls` what was asked for."""
+    """Replaces the network: `state` is the content of every URL, `urls` has the URLs that were asked for."""
 
     class Published:
         state, urls = None, []
 
+    published = Published()
+    published.urls = []
+
     def download(url):
-        Published.urls.append(url)
-        return Published.state
+        published.urls.append(url)
+        return published.state
 
-    Published.urls = []
     monkeypatch.setattr(hubconf, "_download", download)
-    return Published
+    return published
 
 
-@pytest.fixture(scope="module")
-def vits16():
-    return vits.vit_small(patch_size=16).eval()
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """torch.hub's folder of downloaded files, empty."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+# ---- networks ----
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_hub_builds_each_vit_without_the_network(name):
-    model = load(name, pretrained=False)
+def test_hub_builds_each_vit_and_passes_keywords_on(name):
+    with torch.device("meta"):
+        model = load(name, pretrained=False, drop_path_rate=0.2, img_size=[96])
     _, width, patch_size = PUBLISHED[name]
     assert (type(model).__name__, model.embed_dim, len(model.blocks)) == ("VisionTransformer", width, 12)
     assert model.patch_embed.patch_size == patch_size
     assert {block.attn.num_heads for block in model.blocks} == {width // 64}
     assert not [key for key in model.state_dict() if key.startswith("head")]
+    assert model.blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
+    assert model.pos_embed.shape[1] == 1 + (96 // patch_size) ** 2
 
 
-def test_hub_builds_resnet50_without_its_classifier():
-    model = load("dino_resnet50", pretrained=False).eval()
+def test_hub_builds_resnet50_without_its_classifier_and_passes_keywords_on():
+    model = load("dino_resnet50", pretrained=False, replace_stride_with_dilation=[False, False, True]).eval()
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2048)
     assert not [key for key in model.state_dict() if key.startswith("fc")]
+    assert (model.layer4[0].conv2.stride, model.layer4[1].conv2.dilation) == ((1, 1), (2, 2))
+
+
+@pytest.mark.parametrize("name", XCITS)
+def test_hub_builds_each_xcit_and_passes_keywords_on(name):
+    pytest.importorskip("timm")
+    model = load(name, pretrained=False, drop_path_rate=0.25).eval()
+    _, width, patch_size = PUBLISHED[name]
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 64, 32)).shape == (1, width)
+    assert model.patch_embed.patch_size == patch_size
+    assert len(model.blocks) == (24 if "24" in name else 12)
+    assert {m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"} == {0.25}
+
+
+def test_an_xcit_without_timm_is_an_error_that_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="pip install timm"):
+        hubconf.dino_xcit_small_12_p8(pretrained=False)
+    assert hubconf.dino_vits16(pretrained=False).embed_dim == 384
 
 
 def test_hub_works_offline_and_imports_neither_timm_nor_a_module_called_utils():
     code = f"""
 import json, socket, sys
 def refuse(*args, **kwargs):
-    raise AssertionError("the network was asked")
+    raise AssertionError("a network connection was opened")
 socket.socket.connect = socket.getaddrinfo = refuse
 del sys.path[0]  # the checkout, where python -c runs
 import torch
@@ -90,104 +115,83 @@ for name in ("dino_vits16", "dino_resnet50"):
     torch.hub.load({str(ROOT)!r}, name, source="local", pretrained=False)
 print(json.dumps(sorted(sys.modules)))
 """
-    modules = json.loads(run_script("-c", code).stdout.splitlines()[-1])
+    modules = set(json.loads(run_script("-c", code).stdout.splitlines()[-1]))
     assert "vision_transformer" in modules
-    assert not {"utils", "dino_data", "main_dino", "timm", "yaml"} & set(modules)
+    assert not {"utils", "timm", "yaml"} & modules
+    assert not {name for name in modules if name.startswith(("dino_", "main_dino"))}
 
 
-def test_pretrained_is_the_default_and_loads_what_was_published(published, vits16, tmp_path, monkeypatch):
-    published.state = vits16.state_dict()
-    hubconf.dino_vits16()
-    assert published.urls == [BASE + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"]
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # torch.hub imports a hubconf of its own
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(vits16.state_dict(), tmp_path / "hub" / "checkpoints" / "dino_deitsmall16_pretrain.pth")
-    model = load("dino_vits16").eval()
-    images = tensor("images", (2, 3, 48, 32))
-    with torch.no_grad():
-        assert torch.equal(model(images), vits16(images))
+# ---- the list of entry points ----
 
 
-def test_published_resnet_has_no_classifier_and_loads_strictly(published):
-    state = hubconf.dino_resnet50(pretrained=False).state_dict()
-    published.state = {key: torch.full_like(value, 2) for key, value in state.items()}
-    model = hubconf.dino_resnet50()
-    assert published.urls == [BASE + "dino_resnet50_pretrain/dino_resnet50_pretrain.pth"]
-    assert all((value == 2).all() for value in model.state_dict().values())
+def test_all_public_functions_are_documented_entry_points():
+    public = [name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")]
+    assert sorted(public) == sorted(hubconf.PUBLISHED) == sorted(PUBLISHED)
+    assert set(hubconf.dependencies) == {"torch", "torchvision"}
+    for name in public:
+        pretrained, keywords = inspect.signature(getattr(hubconf, name)).parameters.values()
+        assert (pretrained.name, pretrained.default) == ("pretrained", True)
+        assert keywords.kind is inspect.Parameter.VAR_KEYWORD
+        assert "ImageNet" in getattr(hubconf, name).__doc__
 
 
-@pytest.mark.parametrize("change", ["lacks", "adds"])
-def test_a_file_with_one_tensor_more_or_less_is_refused(published, vits16, change):
-    published.state = dict(vits16.state_dict())
-    if change == "lacks":
-        del published.state["blocks.11.norm2.weight"]
-    else:
-        published.state["head.weight"] = torch.zeros(1000, 384)
-    with pytest.raises(RuntimeError, match=r"blocks\.11\.norm2\.weight|head\.weight"):
-        hubconf.dino_vits16()
+def test_the_table_names_the_published_files():
+    assert hubconf.BASE_URL == BASE
+    for name, files in hubconf.PUBLISHED.items():
+        stem, _, patch_size = PUBLISHED[name]
+        start = f"{stem}_pretrain/{stem}"
+        assert files["backbone"] == f"{start}_pretrain.pth"
+        assert files["linear"] == f"{start}_linearweights.pth"
+        assert files["full_checkpoint"] == f"{start}_pretrain_full_checkpoint.pth"
+        assert files["patch_size"] == (None if "xcit" in name else patch_size)  # an XCiT's is part of `arch`
+    attention, landmarks = "dino_deitsmall8_300ep_pretrain", "dino_vitsmall16_googlelandmark_pretrain"
+    assert hubconf.PUBLISHED["dino_vits8"]["attention"] == f"{attention}/{attention}.pth"
+    assert hubconf.PUBLISHED["dino_vits16"]["landmarks"] == f"{landmarks}/{landmarks}.pth"
 
 
-def test_without_pretraining_nothing_is_downloaded(published):
-    hubconf.dino_vits16(pretrained=False)
-    assert published.urls == []
+# ---- weights ----
 
 
-def test_every_entry_point_asks_for_its_own_file(monkeypatch):
-    """Builds on the meta device; a ValueError stands for the download."""
+def test_each_entry_point_asks_for_its_own_file(monkeypatch):
+    """The models are built on the meta device, and a ValueError ends each call at the download."""
 
     def download(url):
         raise ValueError(url)
 
     monkeypatch.setattr(hubconf, "_download", download)
-    for name in hubconf.PUBLISHED:
-        stem = PUBLISHED[name][0]
+    for name, (stem, _, _) in PUBLISHED.items():
         with torch.device("meta"), pytest.raises(ValueError, match="https") as asked:
             getattr(hubconf, name)()
         assert str(asked.value) == f"{BASE}{stem}_pretrain/{stem}_pretrain.pth"
 
 
-def test_the_table_has_the_published_backbones():
-    assert set(hubconf.PUBLISHED) == set(PUBLISHED)
+def test_without_pretrained_nothing_is_downloaded(published):
+    hubconf.dino_vits16(pretrained=False)
+    assert published.urls == []
 
 
-def test_the_table_names_the_networks_that_were_published_for_one_purpose():
-    files = hubconf.PUBLISHED
-    attention, landmarks = "dino_deitsmall8_300ep_pretrain", "dino_vitsmall16_googlelandmark_pretrain"
-    assert files["dino_vits8"]["attention"] == f"{attention}/{attention}.pth"
-    assert files["dino_vits16"]["landmarks"] == f"{landmarks}/{landmarks}.pth"
+def test_a_cached_file_is_loaded_without_a_network(cache, monkeypatch):
+    vit = vits.vit_small(patch_size=16).eval()
+    torch.save(vit.state_dict(), cache / "dino_deitsmall16_pretrain.pth")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
+    images = tensor("images", (2, 3, 48, 32))
+    with torch.no_grad():
+        assert torch.equal(load("dino_vits16").eval()(images), vit(images))
 
 
-def test_the_table_names_the_three_published_files_of_each_backbone():
-    assert hubconf.BASE_URL == BASE
-    for name, files in hubconf.PUBLISHED.items():
-        stem, _, patch_size = PUBLISHED[name]
-        folder = f"{stem}_pretrain/{stem}"
-        assert files["backbone"] == f"{folder}_pretrain.pth"
-        assert files["linear"] == f"{folder}_linearweights.pth"
-        assert files["full_checkpoint"] == f"{folder}_pretrain_full_checkpoint.pth"
-        assert files["patch_size"] == (None if "xcit" in name else patch_size)  # there it is part of `arch`
+def test_the_published_resnet_loads_strictly(published):
+    state = hubconf.dino_resnet50(pretrained=False).state_dict()
+    published.state = {key: torch.full_like(value, 2) for key, value in state.items()}
+    assert all((value == 2).all() for value in hubconf.dino_resnet50().state_dict().values())
 
 
-@pytest.mark.parametrize("name", VITS)
-def test_keywords_reach_the_vit(name):
-    with torch.device("meta"):
-        model = load(name, pretrained=False, drop_path_rate=0.2, img_size=[96])
-    assert model.blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
-    assert model.pos_embed.shape[1] == 1 + (96 // PUBLISHED[name][2]) ** 2
-
-
-def test_torch_hub_lists_the_entry_points_alone():
-    public = [name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")]
-    assert sorted(public) == sorted(hubconf.PUBLISHED)
-
-
-def test_keywords_reach_the_resnet():
-    dilated = load("dino_resnet50", pretrained=False, replace_stride_with_dilation=[False, False, True])
-    assert dilated.layer4[0].conv2.stride == (1, 1)
-    assert dilated.layer4[1].conv2.dilation == (2, 2)
-
-
-# ---- XCiT ----
+@pytest.mark.parametrize("key", ["blocks.11.norm2.weight", "head.weight"])
+def test_a_file_with_one_tensor_more_or_less_is_refused(published, key):
+    published.state = vits.vit_small(patch_size=16).state_dict()
+    if published.state.pop(key, None) is None:
+        published.state[key] = torch.zeros(1000, 384)
+    with pytest.raises(RuntimeError, match=re.escape(key)):
+        hubconf.dino_vits16()
 
 
 def published_layout(model):
@@ -205,202 +209,51 @@ def published_layout(model):
     return state
 
 
-def test_published_xcit_weights_become_what_timm_makes_of_them(published):
-    from timm.models import xcit
-
+def test_published_xcit_weights_are_converted_as_timm_converts_them(published):
+    xcit = pytest.importorskip("timm.models.xcit")
     model = hubconf.dino_xcit_small_12_p16(pretrained=False)
     published.state = published_layout(model)
     assert not set(published.state) >= set(model.state_dict())
-    loaded = hubconf.dino_xcit_small_12_p16().eval()
-    stem = PUBLISHED["dino_xcit_small_12_p16"][0]
-    assert published.urls == [f"{BASE}{stem}_pretrain/{stem}_pretrain.pth"]
+    loaded = hubconf.dino_xcit_small_12_p16().state_dict()
     wanted = xcit.checkpoint_filter_fn(dict(published.state), model)
-    assert loaded.state_dict().keys() == wanted.keys()
-    assert all(torch.equal(tensor, wanted[key]) for key, tensor in loaded.state_dict().items())
-
-
-def test_an_xcit_file_that_lacks_a_tensor_is_refused(published):
-    published.state = published_layout(hubconf.dino_xcit_small_12_p16(pretrained=False))
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in loaded.items())
     del published.state["cls_attn_blocks.1.attn.qkv.bias"]
     with pytest.raises(RuntimeError, match=r"cls_attn_blocks\.1\.attn\.[qkv]\.bias"):
         hubconf.dino_xcit_small_12_p16()
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if "xcit" in name])
-def test_hub_builds_each_xcit_and_passes_keywords_on(name):
-    model = load(name, pretrained=False, drop_path_rate=0.25).eval()
-    _, width, patch_size = PUBLISHED[name]
-    with torch.no_grad():
-        assert model(torch.zeros(1, 3, 64, 32)).shape == (1, width)
-    assert model.patch_embed.patch_size == patch_size
-    assert len(model.blocks) == (24 if "24" in name else 12)
-    assert {m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"} == {0.25}
+# ---- downloads; a file:// URL stands for the server ----
 
 
-def test_without_timm_an_xcit_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match="pip install timm"):
-        hubconf.dino_xcit_small_12_p8(pretrained=False)
-    assert hubconf.dino_vits16(pretrained=False).embed_dim == 384
-
-
-# ---- downloads ----
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """Key and certificate of 127.0.0.1 in one file."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl makes the server's certificate")
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(path) + ".key"]
-    name = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-out", str(path)]
-    subprocess.run(["openssl", "req", "-x509", *key, *name], check=True, capture_output=True)
-    path.write_bytes(path.read_bytes() + path.with_name(path.name + ".key").read_bytes())
-    return path
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch, certificate):
-    """A web server whose one file may be cut short: server(content, sent) -> its URL. The cache is a fresh folder.
-
-    With `moved_to` it says that the file is there; with `pause` it stops for so long before the last byte.
-    """
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    running = []
-
-    def serve(content, sent=None, scheme="https", name="weights.pth", moved_to=None, pause=0):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            asked = 0
-
-            def do_GET(self):
-                Handler.asked += 1
-                self.send_response(302 if moved_to else 200)
-                self.send_header(*(("Location", moved_to) if moved_to else ("Content-Length", str(len(content)))))
-                self.end_headers()
-                self.wfile.write(content[: sent or -1])
-                time.sleep(pause)
-                self.wfile.write(content[-1:] if sent is None else b"")
-
-            def log_message(self, *_):
-                pass
-
-        running.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        running[-1].handle_error = lambda *_: None  # of clients that go away
-        if scheme == "https":
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate)
-            running[-1].socket = context.wrap_socket(running[-1].socket, server_side=True)
-        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
-        return f"{scheme}://127.0.0.1:{running[-1].server_port}/{name}", Handler
-
-    yield serve
-    for one in running:
-        one.shutdown()
-        one.server_close()
-
-
-def saved(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def test_a_download_is_kept_and_asked_for_once(server):
-    url, handler = server(saved({"a": torch.arange(5000)}))
+def test_a_file_is_downloaded_once(cache, tmp_path):
+    torch.save({"a": torch.arange(5)}, tmp_path / "weights.pth")
     for _ in range(2):
-        assert torch.equal(hubconf._download(url)["a"], torch.arange(5000))
-    assert handler.asked == 1
+        assert torch.equal(hubconf._download(f"file://{tmp_path}/weights.pth")["a"], torch.arange(5))
+        (tmp_path / "weights.pth").unlink(missing_ok=True)
+    assert [path.name for path in cache.iterdir()] == ["weights.pth"]
 
 
-def files_in(folder):
-    return [path for path in folder.rglob("*") if path.is_file()]
+def test_a_failed_download_is_an_oserror_and_leaves_no_file(cache, tmp_path):
+    with pytest.raises(OSError, match=r"missing\.pth"):
+        hubconf._download(f"file://{tmp_path}/missing.pth")
+    assert not list(cache.iterdir())
 
 
-@pytest.mark.parametrize("share", [0.5, 0.999])
-def test_a_download_that_was_cut_short_is_an_error_and_does_not_stay(server, tmp_path, share):
-    content = saved({"a": torch.arange(5000)})
-    url, _ = server(content, sent=int(share * len(content)))
-    with pytest.raises(OSError, match=rf"did not arrive whole \({int(share * len(content))} of {len(content)} bytes"):
-        hubconf._download(url)
-    assert not files_in(tmp_path / "cache")
+class Malicious:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
-def test_nothing_is_asked_for_over_http(server, tmp_path):
-    url, handler = server(saved({}), scheme="http")
-    with pytest.raises(OSError, match=f"{url} is not https"):
-        hubconf._download(url)
-    assert handler.asked == 0
-    assert not files_in(tmp_path / "cache")
-
-
-def test_a_redirection_to_http_is_not_followed_and_one_to_https_is(server, tmp_path):
-    content = saved({"a": torch.arange(3)})
-    open_url, open_handler = server(content, scheme="http")
-    url, _ = server(b"", moved_to=open_url)
-    with pytest.raises(OSError, match=f"{open_url} is not https"):
-        hubconf._download(url)
-    assert open_handler.asked == 0
-    assert not files_in(tmp_path / "cache")
-    url, _ = server(b"", moved_to=server(content)[0])
-    assert torch.equal(hubconf._download(url)["a"], torch.arange(3))
-
-
-def test_a_server_that_nobody_vouches_for_is_not_believed(server, tmp_path, monkeypatch):
-    url, handler = server(saved({}))
-    monkeypatch.delenv("SSL_CERT_FILE")
-    with pytest.raises(OSError, match="certificate"):
-        hubconf._download(url)
-    assert handler.asked == 0
-
-
-def test_a_name_that_carries_a_hash_is_held_against_what_arrives(server, tmp_path):
-    content = saved({"a": torch.arange(3)})
-    digest = hashlib.sha256(content).hexdigest()
-    url, _ = server(content, name=f"weights-{digest[:8]}.pth")
-    assert torch.equal(hubconf._download(url)["a"], torch.arange(3))
-    url, _ = server(content, name="weights-0123abcd.pth")
-    with pytest.raises(OSError, match=f"SHA-256 of what arrived is {digest}"):
-        hubconf._download(url)
-    assert [path.name for path in files_in(tmp_path / "cache")] == [f"weights-{digest[:8]}.pth"]
-
-
-def test_a_download_that_is_killed_leaves_nothing_that_is_taken_for_the_file(server, tmp_path):
-    content = saved({"a": torch.arange(5000)})
-    url, handler = server(content, pause=3)
-    code = f"import hubconf; hubconf._download({url!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
-    process.stderr.readline()  # what it says before the first byte
-    process.kill()
-    process.wait()
-    process.stderr.close()
-    assert "weights.pth" not in [path.name for path in files_in(tmp_path / "cache")]
-    url, handler = server(content)
-    assert torch.equal(hubconf._download(url)["a"], torch.arange(5000))
-    assert handler.asked == 1
-
-
-def test_a_download_that_would_run_code_does_not_and_does_not_stay(server, tmp_path):
-    class Malicious:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "canary"),)
-
-    url, _ = server(saved({"a": Malicious()}))
-    with pytest.raises(OSError, match="was removed"):
-        hubconf._download(url)
+@pytest.mark.parametrize("damage", ["cut short", "code"])
+def test_an_unreadable_file_is_named_with_the_advice_to_delete_it_and_runs_no_code(cache, tmp_path, damage):
+    path = cache / "weights.pth"
+    torch.save({"a": Malicious(tmp_path / "canary") if damage == "code" else torch.arange(5000)}, path)
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(OSError, match=f"{path} can't be read .*Delete it and try again"):
+        hubconf._download("https://localhost:9/weights.pth")
     assert not (tmp_path / "canary").exists()
-    assert not files_in(tmp_path / "cache")
-
-
-def test_every_entry_point_of_the_table_is_a_documented_function_with_pretrained_first():
-    for name in hubconf.PUBLISHED:
-        entry = getattr(hubconf, name)
-        pretrained, keywords = inspect.signature(entry).parameters.values()
-        assert (pretrained.name, pretrained.default) == ("pretrained", True)
-        assert keywords.kind is inspect.Parameter.VAR_KEYWORD
-        assert "ImageNet" in entry.__doc__
-
-
-def test_dependencies_are_what_hub_has_to_find():
-    assert {"torch", "torchvision"} == set(hubconf.dependencies)

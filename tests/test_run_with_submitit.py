@@ -1,6 +1,6 @@
-"""run_with_submitit.py without Slurm: real jobs on this machine, and what Slurm would be asked for.
+"""run_with_submitit.py without Slurm: real jobs on this machine, and the parameters that Slurm would get.
 
-Jobs on a real cluster are in tests/slurm.
+Tests with a real Slurm are in tests/slurm.
 """
 
 import os
@@ -14,9 +14,8 @@ from types import SimpleNamespace
 import pytest
 import submitit
 import torch
-from conftest import ROOT, SMALL_RUN, assert_near, log_without_times, run_script
+from conftest import ROOT, SMALL_RUN, arguments_of, assert_near, log_without_times, run_script
 
-import dino_cli
 import dino_run
 import eval_knn
 import main_dino
@@ -31,15 +30,11 @@ LOCAL = ["run_with_submitit.py", *TWO_PROCESSES, "--cluster", "local"]
 
 
 def parsed(*flags):
-    return dino_cli.parse_args(
-        dino_cli.OneLineParser(parents=[run_with_submitit.get_args_parser()]), list(map(str, flags))
-    )
+    return arguments_of(run_with_submitit, *flags)
 
 
-def checked(*flags):
-    args = parsed(*flags)
-    run_with_submitit.check_args(args)
-    return args
+def submit(*flags):
+    run_with_submitit.main(parsed(*flags))
 
 
 # ---- jobs on this machine ----
@@ -47,11 +42,11 @@ def checked(*flags):
 
 @pytest.fixture(scope="module")
 def whole(tiny_root, tmp_path_factory):
-    """The folder of a local job of two processes, started in another folder than ours, and what was said."""
+    """(folder of a local job of two processes, its output). It is started in a folder with another utils.py."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "train").symlink_to(tiny_root / "train")
-    if sys.version_info >= (3, 11):  # before, what is in the folder where a job starts comes first
-        (folder / "utils.py").write_text("raise RuntimeError('somebody else's')")
+    if sys.version_info >= (3, 11):  # Python 3.10 imports from the current folder first
+        (folder / "utils.py").write_text("raise RuntimeError('not ours')")
     flags = [ROOT / LOCAL[0], *LOCAL[1:], "--wait", "--data_path", "train", "--output_dir", "out/%j"]
     command = [sys.executable, *map(str, flags)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
@@ -64,18 +59,18 @@ def losses(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_of_a_job_have_the_losses_of_one_with_the_same_global_batch(whole, tiny_root, tmp_path):
+def test_a_job_of_two_processes_has_the_losses_of_one_process_with_the_same_global_batch(whole, tiny_root, tmp_path):
     alone = ["--data_path", tiny_root / "train", "--output_dir", tmp_path]
     run_script("main_dino.py", *SMALL_RUN, *SAME, *alone, small_heads=False)
-    folder, said = whole
+    folder, output = whole
     assert len(losses(tmp_path)) == 2
     assert_near(losses(folder), losses(tmp_path), 1e-5)
-    assert "vit_nano on 2 × cpu" in said
-    assert f"its log is {folder}/{folder.name}_0_log.out" in said
+    assert "vit_nano/16 on 2 x CPU" in output
+    assert f"its log is {folder}/{folder.name}_0_log.out" in output
 
 
 @pytest.mark.slow
-def test_a_local_job_that_gets_submitits_signal_starts_again_and_ends_bit_identically(whole, tiny_root, tmp_path):
+def test_a_local_job_that_gets_submitits_signal_resumes_bit_identically(whole, tiny_root, tmp_path):
     slow = tmp_path / "slow"
     slow.mkdir()
     (slow / "sitecustomize.py").write_text(
@@ -95,7 +90,7 @@ def test_a_local_job_that_gets_submitits_signal_starts_again_and_ends_bit_identi
         os.kill(int(process), signal.SIGUSR2)
     assert waiting.wait(60) == 0, log.read_text()
     assert re.search(r"stopped in epoch 1 after step \d", log.read_text())
-    assert re.search(r"going on in epoch 1 behind step \d", log.read_text())
+    assert re.search(r"resuming from \S+: epoch 1, \d steps done", log.read_text())
     one, other = (torch.load(f / "checkpoint.pth", weights_only=True) for f in (tmp_path / "out", whole[0]))
     for key in ("student", "teacher", "dino_loss"):
         assert one[key].keys() == other[key].keys()
@@ -110,7 +105,7 @@ def wait_for_text(log, text, seconds=60):
         time.sleep(0.2)
 
 
-def test_wait_ends_with_the_exit_code_of_the_run(tmp_path):
+def test_wait_exits_with_the_exit_code_of_the_run(tmp_path):
     flags = [*TWO_PROCESSES, "--cluster", "local", "--wait", "--tasks_per_node", 1, "--data_path", tmp_path / "none"]
     done = run_script("run_with_submitit.py", *flags, "--output_dir", tmp_path, check=False)
     assert done.returncode == 2
@@ -121,29 +116,26 @@ def test_wait_ends_with_the_exit_code_of_the_run(tmp_path):
 
 def test_debug_trains_and_evaluates_in_this_process(tiny_root, tmp_path, capsys, monkeypatch):
     flags = [*SMALL_RUN, "--epochs", 1, "--ngpus", 0, "--nodes", 1, "--cluster", "debug", "--evaluate_after", "knn"]
-    before, handlers, accuracies = dict(os.environ), [], eval_knn.knn_accuracies
-
-    def knn_accuracies(*args):
-        handlers.append(signal.getsignal(signal.SIGTERM))
-        return accuracies(*args)
-
-    monkeypatch.setattr(eval_knn, "knn_accuracies", knn_accuracies)
+    before, handlers, evaluate = dict(os.environ), [], eval_knn.main
+    monkeypatch.setattr(
+        eval_knn, "main", lambda args: handlers.append(signal.getsignal(signal.SIGTERM)) or evaluate(args)
+    )
     signal.signal(signal.SIGTERM, utils.terminate)  # as a script does
     try:
-        run_with_submitit.main(parsed(*flags, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "%j"))
+        submit(*flags, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "%j")
     finally:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_DFL)
-    said = capsys.readouterr().out
-    job = re.search(r"submitted job (DEBUG_\d+)", said).group(1)
-    assert f"tensors from {tmp_path}/{job}/checkpoint.pth [teacher]" in said
-    assert "20-NN classifier result" in said
+    output = capsys.readouterr().out
+    job = re.search(r"submitted job (DEBUG_\d+)", output).group(1)
+    assert f"tensors from {tmp_path}/{job}/checkpoint.pth [teacher]" in output
+    assert "20-NN classifier result" in output
     assert torch.load(tmp_path / job / "checkpoint.pth", weights_only=True)["args"]["world_size"] == 1
     assert dict(os.environ) == before
-    assert handlers == [utils.terminate]  # though the training before has left the process deaf
+    assert handlers == [utils.terminate]  # the training has ended with SIGTERM ignored
 
 
-# ---- what Slurm is asked for ----
+# ---- parameters for Slurm ----
 
 SBATCH = """#!/bin/sh
 echo "$1" >> "$FAKE/called"
@@ -154,7 +146,7 @@ echo "Submitted batch job $((41 + $(wc -l < "$FAKE/called")))"
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A folder of a Slurm that takes every job and runs none: its jobs' files are 1.sh, 2.sh, ..."""
+    """The folder of a fake Slurm that accepts all jobs and runs none: their batch scripts are 1.sh, 2.sh, ..."""
     folder = tmp_path / "fake"
     folder.mkdir()
     install(folder, "sbatch", SBATCH)
@@ -178,7 +170,7 @@ def options(script):
 
 
 def test_the_defaults_ask_for_two_nodes_of_eight_gpus(fake, tmp_path):
-    run_with_submitit.main(parsed("--output_dir", tmp_path / "out"))
+    submit("--output_dir", tmp_path / "out")
     assert options(fake / "1.sh") == {
         "job-name": "dino", "nodes": "2", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "10",
         "mem": "320GB", "time": "2800", "signal": "USR2@120", "requeue": "", "open-mode": "append",
@@ -192,6 +184,7 @@ def test_the_defaults_ask_for_two_nodes_of_eight_gpus(fake, tmp_path):
     assert saved.function.main is main_dino.train_dino
     assert vars(saved.function.args).keys() == vars(main_dino.get_args_parser().parse_args([])).keys()
     assert saved.function.args.output_dir == str(tmp_path / "out")
+    assert saved.function.args.num_workers == 10  # for 10 CPUs per task, not for the machine that submits
 
 
 def test_flags_are_passed_on_to_sbatch(fake, tmp_path):
@@ -199,7 +192,7 @@ def test_flags_are_passed_on_to_sbatch(fake, tmp_path):
     flags += ["--cpus_per_task", 6, "--mem_gb", 12.5, "--signal_delay", 300, "--slurm_account", "acc"]
     flags += ["--slurm_qos", "q", "--slurm_exclude", "n[1-2]", "--slurm_nodelist", "n9", "--slurm_constraint", "ib"]
     flags += ["--slurm_extra", "reservation=r", "mail-user=a=b"]
-    run_with_submitit.main(parsed(*flags, "--output_dir", tmp_path / "out", "--shared_dir", tmp_path / "jobs" / "%j"))
+    submit(*flags, "--output_dir", tmp_path / "out", "--shared_dir", tmp_path / "jobs" / "%j")
     found = options(fake / "1.sh")
     expected = {
         "nodes": "3", "ntasks-per-node": "4", "gpus-per-node": "4", "time": "60", "partition": "p", "comment": "a b",
@@ -212,18 +205,18 @@ def test_flags_are_passed_on_to_sbatch(fake, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_without_gpus_none_are_asked_for_and_the_run_is_told(fake, tmp_path):
-    run_with_submitit.main(parsed("--ngpus", 0, "--tasks_per_node", 3, "--output_dir", tmp_path))
+def test_a_job_without_gpus_runs_on_the_cpu(fake, tmp_path):
+    submit("--ngpus", 0, "--tasks_per_node", 3, "--output_dir", tmp_path)
     found = options(fake / "1.sh")
     assert (found["ntasks-per-node"], found["mem"], "gpus-per-node" in found) == ("3", "120GB", False)
     saved = submitit.core.utils.DelayedSubmission.load(tmp_path / "42_submitted.pkl")
     assert saved.function.args.device == "cpu"
 
 
-def test_the_evaluation_waits_for_the_training_to_succeed(fake, tmp_path):
+def test_the_evaluation_starts_after_the_training_has_succeeded(fake, tmp_path):
     flags = ["--evaluate_after", "knn", "--data_path", tmp_path / "imagenet" / "train", "--output_dir", tmp_path / "%j"]
     flags += ["--arch", "vit_base", "--patch_size", 8, "--global_crops_size", 192, "--num_workers", 3]
-    run_with_submitit.main(parsed(*flags))
+    submit(*flags)
     found = options(fake / "2.sh")
     assert (found["dependency"], found["kill-on-invalid-dep"], found["nodes"]) == ("afterok:42", "yes", "1")
     assert found["job-name"] == "dino_knn"
@@ -238,79 +231,76 @@ def test_the_evaluation_waits_for_the_training_to_succeed(fake, tmp_path):
     assert {name: getattr(task.args, name) for name in expected} == expected
 
 
-def test_the_evaluations_data_can_be_named_or_are_the_samples():
-    assert run_with_submitit.evaluation_args(checked("--evaluate_after", "knn"), "1").data_path == "sample"
-    args = checked("--evaluate_after", "knn", "--evaluate_data", "other")
-    assert run_with_submitit.evaluation_args(args, "1").data_path == "other"
+@pytest.mark.parametrize(("flags", "data"), [([], "sample"), (["--evaluate_data", "other"], "other")])
+def test_the_evaluation_uses_the_named_data_or_the_sample(flags, data):
+    args = parsed("--evaluate_after", "knn", *flags)
+    assert run_with_submitit.evaluation_args(args, "1").data_path == data
 
 
-def test_a_job_that_slurm_refuses_is_a_user_error_and_leaves_nothing(fake, tmp_path, capfd):
+def test_a_job_that_slurm_rejects_is_a_user_error_and_leaves_no_files(fake, tmp_path, capfd):
     install(fake, "sbatch", "#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "log.txt").write_text("earlier")
-    with pytest.raises(UserError, match=r"Slurm does not accept the job: .*invalid partition"):
-        run_with_submitit.main(parsed("--output_dir", tmp_path / "out"))
+    with pytest.raises(UserError, match=r"Slurm rejected the job: .*invalid partition"):
+        submit("--output_dir", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["log.txt"]
     assert capfd.readouterr().err == ""
 
 
-def test_a_missing_sbatch_is_a_user_error_before_anything_is_made(monkeypatch, tmp_path):
+def test_a_missing_sbatch_or_submitit_is_named_before_anything_is_created(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="there is no sbatch here"):
-        run_with_submitit.main(parsed("--output_dir", tmp_path / "out"))
+    with pytest.raises(UserError, match=r"no command sbatch.*--cluster local"):
+        submit("--output_dir", tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match="pip install submitit"):
+        submit("--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_submitit_is_a_user_error(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(UserError, match="pip install submitit"):
-        run_with_submitit.main(parsed("--output_dir", tmp_path))
-
-
-# ---- bad flags ----
+# ---- wrong flags ----
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--nodes", 0], "--nodes 0 must be at least 1"),
-        (["--ngpus", -1], "--ngpus -1 must be at least 0"),
-        (["--timeout", 0], "--timeout 0 must be at least 1"),
-        (["--cpus_per_task", 0], "--cpus_per_task 0 must be at least 1"),
-        (["--signal_delay", -1], "--signal_delay -1 must be at least 0"),
+        (["--nodes", 0], "--nodes: 0 must be at least 1"),
+        (["--ngpus", -1], "--ngpus: -1 must be at least 0"),
+        (["--mem_gb", "nan"], "--mem_gb: nan must be above 0"),
         (["--signal_delay", 120, "--timeout", 2], "leaves no time to train in --timeout 2 min"),
-        (["--mem_gb", 0], "--mem_gb 0.0 must be above 0"),
-        (["--mem_gb", "nan"], "--mem_gb nan must be above 0"),
-        (["--tasks_per_node", 0, "--ngpus", 0], "--tasks_per_node 0 must be at least 1"),
-        (["--tasks_per_node", 2], "--ngpus 8 means a process for each GPU"),
+        (["--tasks_per_node", 2], "--ngpus 8 starts one process per GPU"),
         (["--ngpus", 0, "--device", "cuda"], "--ngpus 0 leaves no GPU for --device cuda"),
-        (["--cluster", "local"], "--cluster local has one node only. Add --nodes 1"),
+        (["--cluster", "local"], "--cluster local has one node. Add --nodes 1"),
         (["--cluster", "debug", "--nodes", 1], "--cluster debug runs one process"),
-        (["--evaluate_data", "x"], "no effect without --evaluate_after"),
+        (["--evaluate_data", "x"], "--evaluate_data x has no effect without --evaluate_after"),
         (["--cluster", "local", "--nodes", 1, "--evaluate_after", "knn"], "Add --wait"),
-        (["--slurm_extra", "reservation"], "--slurm_extra reservation is not of the form"),
-        (["--slurm_extra", "--reservation=x"], "expected at least one argument"),
+        (["--slurm_extra", "reservation"], "--slurm_extra reservation must have the form"),
         (["--warmup_epochs", 200], "--warmup_epochs 200 is longer than the run"),
     ],
 )
-def test_bad_flags_are_named(flags, message, capsys):
+def test_a_wrong_flag_is_named(flags, message, capsys):
     with pytest.raises((UserError, SystemExit)) as raised:
-        checked(*flags)
+        submit(*flags)
     assert message in str(raised.value) + capsys.readouterr().err
 
 
-def test_what_is_just_possible_is_accepted():
-    checked("--signal_delay", 119, "--timeout", 2)
-    checked("--cluster", "debug", "--nodes", 1, "--ngpus", 1)
-    checked("--cluster", "local", "--nodes", 1, "--evaluate_after", "knn", "--wait")
-    checked("--ngpus", 0, "--device", "cpu", "--tasks_per_node", 1)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--signal_delay", 119, "--timeout", 2],
+        ["--cluster", "debug", "--nodes", 1, "--ngpus", 1],
+        ["--cluster", "local", "--nodes", 1, "--evaluate_after", "knn", "--wait"],
+        ["--ngpus", 0, "--device", "cpu", "--tasks_per_node", 1],
+    ],
+)
+def test_settings_at_the_limits_are_accepted(flags):
+    run_with_submitit.check_args(parsed(*flags))
 
 
-# ---- in the job ----
+# ---- inside the job ----
 
 
 def environment(tmp_path=None, **changed):
-    """What a process of a job learns about it, as submitit.JobEnvironment tells it."""
+    """A stand-in for submitit.JobEnvironment."""
     values = {
         "job_id": "55326964", "global_rank": 5, "local_rank": 1, "num_tasks": 8, "num_nodes": 2,
         "hostnames": ["n3", "n4"], "cluster": "slurm", "paths": SimpleNamespace(folder=tmp_path),
@@ -321,18 +311,18 @@ def environment(tmp_path=None, **changed):
 @pytest.fixture
 def clean_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "what the user's shell has left")
+        monkeypatch.setenv(name, "from the shell")
     before = signal.getsignal(signal.SIGUSR2)
     yield
     signal.signal(signal.SIGUSR2, before)
 
 
 @pytest.mark.usefixtures("clean_environment")
-def test_processes_meet_at_the_jobs_first_node():
-    run_with_submitit.meet_others(environment())
+def test_rank_0_is_on_the_first_node():
+    run_with_submitit.set_rank(environment())
     assert utils.rank_from_environment("env://") == (5, 8, 1)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("n3", str(20000 + 55326964 % 20000))
-    run_with_submitit.meet_others(environment(num_nodes=1, job_id="123_7"))
+    run_with_submitit.set_rank(environment(num_nodes=1, job_id="123_7"))
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", "21237")
 
 
@@ -340,12 +330,12 @@ def test_processes_meet_at_the_jobs_first_node():
     ("rank", "code", "waits"),
     [(0, 143, True), (1, 143, True), (1, 140, True), (0, 140, False), (0, -1, False), (1, 138, False), (1, 130, False)],
 )
-def test_a_process_that_slurm_is_to_end_does_not_end_by_itself(monkeypatch, rank, code, waits):
+def test_a_process_that_slurm_has_to_end_waits_for_it(monkeypatch, rank, code, waits):
     slept, before = [], signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(run_with_submitit.time, "sleep", slept.append)
     signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        run_with_submitit.await_verdict(rank, code)
+        run_with_submitit.wait_for_slurm(rank, code)
         assert slept == [600] * waits
         assert (signal.getsignal(signal.SIGTERM) is signal.SIG_DFL) == waits
     finally:
@@ -353,7 +343,7 @@ def test_a_process_that_slurm_is_to_end_does_not_end_by_itself(monkeypatch, rank
 
 
 def ended_task(monkeypatch, tmp_path, main, **changed):
-    """Exit code of a task that runs `main`, and what it noted."""
+    """(exit code of a task that runs `main`, the code that it saved)."""
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: environment(tmp_path, **changed))
     with pytest.raises(SystemExit) as ended:
         Task(main, SimpleNamespace(output_dir="x"))()
@@ -362,7 +352,7 @@ def ended_task(monkeypatch, tmp_path, main, **changed):
 
 
 @pytest.mark.usefixtures("clean_environment")
-def test_an_error_of_the_users_is_one_line_and_its_code_is_noted(monkeypatch, tmp_path, capsys):
+def test_a_user_error_is_one_line_and_its_exit_code_is_saved(monkeypatch, tmp_path, capsys):
     def main(args):
         raise UserError("the loss is nan", exit_code=3)
 
@@ -371,17 +361,17 @@ def test_an_error_of_the_users_is_one_line_and_its_code_is_noted(monkeypatch, tm
 
 
 @pytest.mark.usefixtures("clean_environment")
-@pytest.mark.parametrize(("code", "noted"), [(143, "143"), (-1, None), (144, None), (0, None)])
+@pytest.mark.parametrize(("code", "saved"), [(143, "143"), (-1, None), (144, None), (0, None)])
 @pytest.mark.parametrize("cluster", ["slurm", "local"])
-def test_a_requeue_is_no_failure(monkeypatch, tmp_path, code, noted, cluster):
-    verdicts = []
-    monkeypatch.setattr(run_with_submitit, "await_verdict", lambda *seen: verdicts.append(seen))
-    assert ended_task(monkeypatch, tmp_path, lambda _: sys.exit(code), cluster=cluster) == (code, noted)
-    assert verdicts == [(5, code)] * (cluster == "slurm")
+def test_the_exit_code_is_saved_except_for_a_requeue(monkeypatch, tmp_path, code, saved, cluster):
+    waits = []
+    monkeypatch.setattr(run_with_submitit, "wait_for_slurm", lambda *seen: waits.append(seen))
+    assert ended_task(monkeypatch, tmp_path, lambda _: sys.exit(code), cluster=cluster) == (code, saved)
+    assert waits == [(5, code)] * (cluster == "slurm")
 
 
 @pytest.mark.usefixtures("clean_environment")
-def test_a_tasks_checkpoint_is_the_same_again_whatever_the_run_did_to_its_arguments(monkeypatch, tmp_path):
+def test_a_requeued_task_has_its_original_arguments(monkeypatch, tmp_path):
     seen = []
 
     def main(args):
@@ -394,20 +384,20 @@ def test_a_tasks_checkpoint_is_the_same_again_whatever_the_run_did_to_its_argume
     again = task.checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission)
     again.result()
-    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN  # else it kills a process that is shutting down
+    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN  # a signal would kill the process while it shuts down
     assert seen == ["runs/55326964"] * 2
     assert vars(again.function.args) == {"output_dir": "runs/%j", "epochs": 3}
 
 
-def test_a_second_signal_is_handed_over_too_when_the_first_was_sigterm():
+def test_slurms_sigterm_does_not_hide_submitits_sigusr2():
+    """Slurm may send SIGTERM first; submitit requeues the job in its handler of SIGUSR2."""
     came, before = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
     try:
         for number in before:
             signal.signal(number, lambda number, _: came.append(number))
         with dino_run.StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGUSR2)
-            assert stop.signal == signal.SIGTERM
+            for number in before:
+                os.kill(os.getpid(), number)
         with pytest.raises(SystemExit) as ended:
             stop.leave(stop.signal)
         assert ended.value.code == 128 + signal.SIGTERM
@@ -422,7 +412,7 @@ def test_a_second_signal_is_handed_over_too_when_the_first_was_sigterm():
 
 @pytest.fixture
 def job(tmp_path):
-    """A job of two processes that no cluster knows."""
+    """A job of two processes that is not in any queue."""
     return submitit.SlurmJob(tmp_path, "77", tasks=[0, 1])
 
 
@@ -432,31 +422,25 @@ def finish(job, *outcomes):
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "noted", "code"),
+    ("outcomes", "saved", "code"),
     [
-        (("success", "success"), None, 0),
-        (("success", "success"), "3", 0),  # the note is of an earlier turn
-        (("success",), None, 1),
-        ((), None, 1),
-        ((), "3", 3),
-        (("error", "success"), None, 1),
-        (("success", "error"), "5", 5),
+        (("success", "success"), [], 0),
+        (("success", "success"), [3], 0),  # saved before a requeue
+        (("success",), [], 1),
+        ((), [], 1),
+        ((), [3], 3),
+        ((), [1, 3], 3),  # rank 0 has only lost the connection to rank 1
+        (("error", "success"), [], 1),
+        (("success", "error"), [5], 5),
     ],
 )
-def test_the_exit_code_of_a_job(job, outcomes, noted, code, capsys):
+def test_the_exit_code_of_a_job_is_one_that_a_process_saved(job, outcomes, saved, code, capsys):
     finish(job, *outcomes)
-    if noted:
-        (job.paths.folder / "77_0_exit").write_text(noted)
+    for rank, value in enumerate(saved):
+        (job.paths.folder / f"77_{rank}_exit").write_text(str(value))
     assert run_with_submitit.exit_code(job) == code
     said = capsys.readouterr().err
     assert said == (f"error: job 77 ended with {code}; its logs: {job.paths.folder}/77_*_log.out\n" if code else "")
-
-
-def test_the_code_of_a_process_that_only_lost_the_others_counts_for_less(job):
-    finish(job)
-    for rank, code in enumerate((1, 3)):
-        (job.paths.folder / f"77_{rank}_exit").write_text(str(code))
-    assert run_with_submitit.exit_code(job) == 3
 
 
 @pytest.mark.parametrize(
@@ -468,14 +452,14 @@ def test_the_code_of_a_process_that_only_lost_the_others_counts_for_less(job):
         ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", False),
     ],
 )
-def test_a_job_has_ended_when_it_is_not_in_the_queue_any_more(fake, job, squeue, ended):
+def test_a_job_has_ended_if_it_is_no_longer_in_the_queue(fake, job, squeue, ended):
     install(fake, "squeue", f"#!/bin/sh\n[ \"$*\" = '--noheader --jobs=77' ] || exit 3\n{squeue}\n")
     assert run_with_submitit.has_ended(job, "slurm") == ended
     finish(job, "success", "success")
     assert run_with_submitit.has_ended(job, "slurm")
 
 
-def test_following_shows_each_line_once_up_to_the_last(monkeypatch, job, capsys):
+def test_each_line_of_the_log_is_printed_once_including_the_last(monkeypatch, job, capsys):
     lines = iter(["first\n", "second\n", "last\n"])
 
     def has_ended(job, cluster):
@@ -491,13 +475,13 @@ def test_following_shows_each_line_once_up_to_the_last(monkeypatch, job, capsys)
     assert capsys.readouterr().out == "first\nsecond\nlast\n"
 
 
-def test_a_failed_job_is_not_followed_by_another(monkeypatch, fake, tmp_path):
+def test_wait_exits_with_the_code_of_a_failed_job(monkeypatch, fake, tmp_path):
     monkeypatch.setattr(run_with_submitit, "follow", lambda job, cluster: 3)
     with pytest.raises(SystemExit) as ended:
-        run_with_submitit.main(parsed("--wait", "--output_dir", tmp_path))
+        submit("--wait", "--output_dir", tmp_path)
     assert ended.value.code == 3
 
 
-def test_the_fixed_part_of_a_folder_ends_before_the_number_of_the_job(tmp_path):
+def test_the_fixed_part_of_a_folder_ends_before_the_job_id(tmp_path):
     assert run_with_submitit.fixed_part(f"{tmp_path}/a/x%j/b") == tmp_path / "a"
     assert run_with_submitit.fixed_part(f"{tmp_path}/a") == tmp_path / "a"

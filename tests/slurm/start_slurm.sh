@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# A real Slurm cluster on one Debian machine: NODES nodes n1..nN, each in a network namespace of its own.
+# A real Slurm cluster on one Debian machine: NODES nodes n1..nN, each in its own network namespace.
 #
-#   start_slurm.sh install   get what is missing, by apt-get
-#   start_slurm.sh start     start the daemons, and wait until all nodes are idle
-#   start_slurm.sh clean     end the daemons (by their pids), undo the namespaces, delete SLURM_DIR
+#   start_slurm.sh install   install missing packages with apt-get
+#   start_slurm.sh start     start the daemons and wait until all nodes are idle
+#   start_slurm.sh clean     end the daemons (by process ID), remove the namespaces, delete SLURM_DIR
 #
-# Run as root. What talks to the cluster runs as "SLURM_DIR/enter COMMAND...". From the environment:
-#   SLURM_DIR   where everything lives: configuration, key, state, logs, pids
-#   NODES GPUS  2, and 2 pretended GPUs on each (clones of /dev/null)
-#   OWNER       pid of a process; when it has gone, the cluster goes too
+# Run as root. "SLURM_DIR/enter COMMAND..." runs a command on the cluster. Environment variables:
+#   SLURM_DIR   folder for everything: configuration, key, state, logs, process IDs
+#   NODES GPUS  number of nodes (2) and of simulated GPUs per node (2; clones of /dev/null)
+#   OWNER       process ID; when this process ends, the cluster ends too
 set -euo pipefail
 
 D=${SLURM_DIR:?} NODES=${NODES:-2} GPUS=${GPUS:-2}
-TAG=slurm$(printf %s "$D" | cksum | cut -c1-6)      # several clusters can be on one machine
+TAG=slurm$(printf %s "$D" | cksum | cut -c1-6)      # one machine can have several clusters
 NET=10.99.7                                         # only within the namespaces
 export SLURM_CONF=$D/slurm.conf
 
@@ -22,7 +22,7 @@ at() {                                              # run a command on "ctl" or 
   local where=$1; shift
   ip netns exec "$TAG-$where" unshare --uts sh -c 'hostname "$0"; exec "$@"' "$where" "$@"
 }
-alive() {                                           # is the process of pid file $1 there, and program $2?
+alive() {                                           # does the process in pid file $1 exist, and is it program $2?
   local pid; pid=$(cat "$1" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$2" ] &&
     ! grep -q '^State:.Z' "/proc/$pid/status"
 }
@@ -47,7 +47,7 @@ write_config() {
   local k
   for k in $(seq 0 $((GPUS - 1))); do mknod -m 666 "$D/dev/nvidia$k" c 1 3; done
   printf '%s\n' "AutoDetect=off" "NodeName=n[1-$NODES] Name=gpu File=$D/dev/nvidia[0-$((GPUS - 1))]" >"$D/gres.conf"
-  echo 'CgroupPlugin=cgroup/v1' >"$D/cgroup.conf"   # else slurmd looks at /sys/fs/cgroup, and may refuse to start
+  echo 'CgroupPlugin=cgroup/v1' >"$D/cgroup.conf"   # else slurmd reads /sys/fs/cgroup and may refuse to start
   {
     cat <<E
 ClusterName=onehost
@@ -72,19 +72,19 @@ SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
-# schedule by what the nodes claim, not by what the machine has
+# schedule by the resources that the nodes claim, not by those of the machine
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU=100
 SlurmdParameters=config_overrides
-# quick turns for tests (defaults: every 60 s, 30 s, 30 s)
+# short intervals for tests (defaults: 60 s, 30 s, 30 s)
 SchedulerParameters=sched_interval=5,bf_interval=5
 KillWait=5
 # a job in "high" makes one in "main" get its --signal, and go back to the queue
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-# no number of a job a second time: submitit would find an older job's result files
+# new job IDs: with an old one, submitit would find the result files of an older job
 FirstJobId=$(( $(date +%s) % 60000000 + 1 ))
 GresTypes=gpu
 E

@@ -1,7 +1,7 @@
-"""run_with_submitit.py, and main_dino.py by srun, on a real Slurm cluster of two nodes that this machine plays.
+"""run_with_submitit.py, and main_dino.py with srun, on a real Slurm cluster of two nodes simulated on this machine.
 
-Each node has its own network, name and daemon (start_slurm.sh). Jobs are made slow where something has to happen to
-them; in what they compute they are the one run of the fixture `whole`.
+Each node has its own network, name and daemon (start_slurm.sh). Jobs that are interrupted are slowed down; all of them
+compute the same run as the fixture `whole`.
 """
 
 import os
@@ -29,20 +29,20 @@ TWO_NODES = ["--ngpus", 0, "--nodes", 2, "--cpus_per_task", 2, "--mem_gb", 1, "-
 
 def why_not():
     if not (sys.platform == "linux" and Path("/etc/debian_version").exists() and shutil.which("apt-get")):
-        return "this is no Debian"
+        return "it is not Debian"
     if os.geteuid() != 0:
-        return "only root can make the nodes' networks"
+        return "only root can create the nodes' networks"
     if subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True).returncode:
-        return "no namespaces allowed here"
+        return "namespaces are not allowed"
     return None
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Runs a command where the cluster can be reached, and returns what it prints."""
+    """A function that runs a command on the cluster and returns its output."""
     if why_not():
-        pytest.skip(f"a Slurm cluster on this machine: {why_not()}")
-    folder = Path("/tmp") / f"slurm-test-{os.getpid()}"  # not deep down: sockets have short paths
+        pytest.skip(f"no Slurm cluster on this machine: {why_not()}")
+    folder = Path("/tmp") / f"slurm-test-{os.getpid()}"  # short: the paths of sockets are limited
     env = {**os.environ, "SLURM_DIR": str(folder), "OWNER": str(os.getpid())}
     installed = subprocess.run([START, "install"], env=env, capture_output=True, text=True, timeout=300)
     if installed.returncode:
@@ -69,7 +69,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    """An environment in which each image takes so many seconds to open, in jobs too."""
+    """slow(seconds): an environment in which each image takes that long to open, also in jobs."""
     folder = tmp_path_factory.mktemp("slow")
     (folder / "sitecustomize.py").write_text(
         "import os, time\nimport PIL.Image\nopened = PIL.Image.open\n"
@@ -83,7 +83,7 @@ def slow(tmp_path_factory):
 
 
 def submit(cluster, tiny_root, output, *flags, **env):
-    """The number of a training job, and the file of its log."""
+    """(ID of a training job, its log file)."""
     flags = [*RUN, *TWO_NODES, "--data_path", tiny_root / "train", "--output_dir", output, *flags]
     said = cluster(sys.executable, "run_with_submitit.py", *flags, **env)
     job, log = re.findall(r"submitted job (\d+); its log is (\S+)", said)[0]
@@ -102,7 +102,7 @@ def wait_for_text(log, text, seconds=60):
 
 
 def wait_for_end(cluster, job, log, seconds):
-    """Wait for a job's result files; prints its log if they don't come."""
+    """Wait until a job has completed; if it does not, print its log."""
     try:
         wait_until(lambda: not cluster("squeue", "-h", "-j", job), seconds, f"end of job {job}")
         assert "JobState=COMPLETED" in cluster("scontrol", "show", "job", job)
@@ -136,7 +136,7 @@ def result(folder):
 
 @pytest.fixture(scope="module")
 def whole(cluster, tiny_root, tmp_path_factory):
-    """The folder of a two-node run that nothing happens to, with an evaluation behind it."""
+    """(folder of an undisturbed two-node run with an evaluation, its output, its description)."""
     folder = tmp_path_factory.mktemp("whole")
     flags = ["--evaluate_after", "knn", "--wait", "--ngpus", 1, "--use_volta32", "--slurm_extra", "nice=1"]
     flags = [*RUN, *TWO_NODES, *flags, "--data_path", tiny_root / "train", "--output_dir", folder / "%j"]
@@ -147,12 +147,12 @@ def whole(cluster, tiny_root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def timed_out(cluster, tiny_root, slow, tmp_path_factory):
-    """A job whose time limit is too short for it: it takes some minutes, in which other tests run."""
+    """A job that exceeds its time limit; other tests run in the meantime."""
     folder = tmp_path_factory.mktemp("timed_out")
     return folder, *submit(cluster, tiny_root, folder, "--timeout", 1, "--signal_delay", 15, **slow(0.65))
 
 
-# As in the README.
+# As in docs/cluster.md.
 BATCH = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --mem=1G --time=60 --requeue --signal=USR2@120 --open-mode=append
 srun --kill-on-bad-exit=1 {command} && exit
@@ -174,7 +174,7 @@ def submit_batch(cluster, tiny_root, folder, **env):
 
 @pytest.fixture(scope="module")
 def interrupted(cluster, timed_out, tiny_root, slow, tmp_path_factory):
-    """Jobs, by what they were started and interrupted with, and their logs and folders."""
+    """{how a job was started and interrupted: (job, log, folder)}."""
     ways = {
         "submitit, scontrol requeue": submit,
         "sbatch, SIGUSR2": submit_batch,
@@ -190,7 +190,7 @@ def interrupted(cluster, timed_out, tiny_root, slow, tmp_path_factory):
     return jobs
 
 
-# ---- what has to hold ----
+# ---- tests ----
 
 
 def test_a_job_on_two_nodes_trains_as_one_process_does(whole, tiny_root, tmp_path):
@@ -215,7 +215,7 @@ def test_the_evaluation_follows_in_the_same_folder(whole):
     assert len(list(folder.glob("*_submission.sh"))) == 2
 
 
-def test_a_preempted_job_comes_back_and_ends_bit_identically(cluster, whole, tiny_root, slow, tmp_path):
+def test_a_preempted_job_resumes_bit_identically(cluster, whole, tiny_root, slow, tmp_path):
     flags = ["--timeout", 60, "--ngpus", 1]
     job, log = submit(cluster, tiny_root, tmp_path, *flags, **slow(0.15))
     wait_for_text(log, "Epoch: [1/4]  [0/5]")
@@ -224,24 +224,24 @@ def test_a_preempted_job_comes_back_and_ends_bit_identically(cluster, whole, tin
     said = log.read_text()
     assert "stopped in epoch 1 after step" in said
     assert "Requeued job" in said
-    assert "going on in epoch 1 behind step" in said
+    assert re.search(r"resuming from \S+: epoch 1, \d+ steps done", said)
     assert restarts(cluster, job) == 1
     assert_same(result(tmp_path), result(whole[0]))
 
 
 @pytest.mark.parametrize("way", ["submitit, scontrol requeue", "sbatch, SIGUSR2", "sbatch, scontrol requeue"])
-def test_an_interrupted_job_comes_back_and_ends_bit_identically(cluster, interrupted, whole, way):
+def test_an_interrupted_job_resumes_bit_identically(cluster, interrupted, whole, way):
     job, log, folder = interrupted[way]
     wait_for_end(cluster, job, log, 90)
     said = log.read_text()
     assert "stopped in epoch" in said
-    assert "behind step" in said
+    assert re.search(r"resuming from \S+: epoch \d, \d+ steps done", said)
     assert ("saved; waiting for Slurm to end or requeue the job" in said) == way.startswith("submitit")
     assert restarts(cluster, job) == 1
     assert_same(result(folder), result(whole[0]))
 
 
-def test_an_error_ends_the_job_with_its_exit_code_and_nothing_comes_after(cluster, timed_out, tmp_path):
+def test_an_error_ends_the_job_with_its_exit_code_and_cancels_the_evaluation(cluster, timed_out, tmp_path):
     flags = [*RUN, *TWO_NODES, "--data_path", tmp_path / "none", "--output_dir", tmp_path, "--wait"]
     done = cluster(sys.executable, "run_with_submitit.py", *flags, "--evaluate_after", "knn", check=False)
     job, after = re.findall(r"submitted job (\d+)", done.stdout)
@@ -251,15 +251,15 @@ def test_an_error_ends_the_job_with_its_exit_code_and_nothing_comes_after(cluste
     wait_until(lambda: not cluster("squeue", "-h", "-j", after), 30, "end of the evaluation")
 
 
-def test_what_slurm_refuses_is_one_line_and_leaves_no_files(cluster, tiny_root, tmp_path):
+def test_a_job_that_slurm_rejects_is_one_line_and_leaves_no_files(cluster, tiny_root, tmp_path):
     flags = [*RUN, *TWO_NODES, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "out"]
     done = cluster(sys.executable, "run_with_submitit.py", *flags, "--partition", "nowhere", check=False)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: Slurm does not accept the job: .*partition.*\n", done.stderr)
+    assert re.fullmatch(r"error: Slurm rejected the job: .*partition.*\n", done.stderr)
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_job_whose_time_is_up_comes_back_and_ends_bit_identically(cluster, timed_out, whole):
+def test_a_job_whose_time_is_up_resumes_bit_identically(cluster, timed_out, whole):
     folder, job, log = timed_out
     wait_for_end(cluster, job, log, 180)
     said = log.read_text()
