@@ -377,12 +377,12 @@ def train_dino(args):
 
     # ---- loss, optimizer, schedules ----
     dino_loss = DINOLoss(
-        args.out_dim,
-        2 + args.local_crops_number,
-        args.warmup_teacher_temp,
-        args.teacher_temp,
-        args.warmup_teacher_temp_epochs,
-        args.epochs,
+        out_dim=args.out_dim,
+        ncrops=2 + args.local_crops_number,
+        warmup_teacher_temp=args.warmup_teacher_temp,
+        teacher_temp=args.teacher_temp,
+        warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs,
+        nepochs=args.epochs,
     ).to(device)
     optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(student), device)
     fp16_scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
