@@ -1,4 +1,4 @@
-"""One view of an image (section 3.1): drawn first, then rendered with PIL, with OpenCV, or for N channels.
+"""One view of an image (BYOL's augmentations, section 3.2): drawn first, then rendered by PIL, OpenCV, or torch.
 
 Drawing consumes random numbers exactly as the release's transforms do. Rendering has no randomness, so that the same
 views can be rendered exactly (`pil`) or faster (`fast`).
@@ -37,7 +37,7 @@ class View(NamedTuple):
 
 
 class RandomView:
-    """PIL image -> a crop of it, resized to `size` and augmented, as uint8 [3, size, size] (section 3.1).
+    """PIL image -> a crop of it, resized to `size` and augmented, as uint8 [3, size, size].
 
     `draw` consumes torch's random numbers as torchvision's transforms do, in their order, and Python's as blur and
     solarization do.

@@ -96,8 +96,8 @@ def cls_attention(model, images):
 def largest_mass(attention, threshold):
     """Mask of the fewest patches that have a share `threshold` of each map's mass: bool like attention [..., h, w]."""
     mass, order = attention.flatten(-2).sort(dim=-1)
-    cumulated = mass.cumsum(dim=-1) / mass.sum(dim=-1, keepdim=True)
-    kept = cumulated > 1 - threshold
+    cumulative = mass.cumsum(dim=-1) / mass.sum(dim=-1, keepdim=True)
+    kept = cumulative > 1 - threshold
     return torch.zeros_like(kept).scatter(-1, order, kept).view(attention.shape)
 
 

@@ -1,14 +1,15 @@
 """Train a network by self-distillation with no labels: DINO (Caron et al., ICCV 2021, arXiv 2104.14294).
 
     python main_dino.py --config recipes/demo.yaml --output_dir runs/demo                          # CPU, no data, 6 min
-    python main_dino.py --data_path imagenet/train --output_dir runs/vits16                        # one GPU
+    python main_dino.py --config recipes/own_photos.yaml --data_path photos --output_dir runs/own  # one GPU
     torchrun --nproc_per_node 8 main_dino.py --data_path imagenet/train --output_dir runs/vits16   # eight GPUs
 
-Writes checkpoint.pth and log.txt into --output_dir; the same command again resumes from them. ViT-S/16 after 100 epochs
-of ImageNet reaches 69.3 % k-NN and 74.0 % linear (8 GPUs, 1.75 days).
+Writes checkpoint.pth and log.txt into --output_dir; the same command again resumes from them. The authors report 69.3 %
+k-NN and 74.0 % linear for ViT-S/16 after 100 epochs of ImageNet (8 GPUs, 1.75 days).
 
-The file reads in the order of the paper: flags, crops (section 3.1), loss (equations 1-4), one epoch (Algorithm 1), the
-run. Everything that keeps a long run alive (resuming, saving, signals, logs) is in dino_run.py and changes no number.
+After the flags, the file follows the paper: crops (sections 3.1, 3.2), loss (equations 1-4), one epoch (Algorithm 1),
+the run. The head and the ViT are in vision_transformer.py; multi-crop, schedules and clipping are in utils.py.
+dino_run.py keeps a long run alive (resuming, saving, signals, logs).
 """
 
 import argparse
@@ -34,7 +35,7 @@ from vision_transformer import DINOHead
 
 
 def get_args_parser():
-    """The recipe's flags, as a parser for `parents=[...]`; dino_data and dino_run add the flags of data and run."""
+    """All flags, as a parser for `parents=[...]`: of the method here, of data and run in dino_data and dino_run."""
     parents = [dino_data.training_flags(), dino_run.flags()]
     parser = argparse.ArgumentParser("DINO", add_help=False, parents=parents)
     # fmt: off
@@ -51,10 +52,10 @@ def get_args_parser():
         ones: a checkpoint or state dict; `published` for the authors' weights; `timm` for timm's. To resume a run,
         start it again with the same --output_dir instead.""")
     model.add_argument("--out_dim", default=65536, type=at_least(1), metavar="K", help="""Number of prototypes (width of
-        the head's output). Large datasets like it large; a few thousand images need 1024 to 4096.""")
+        the head's output). Large data sets benefit from a larger K; a few thousand images need 1024 to 4096.""")
     model.add_argument("--norm_last_layer", default=True, type=bool_flag, metavar="BOOL", help="""Keep the gain of the
         head's last layer at 1. false is a little better where training is stable (long ViT-S runs), true is safer and
-        what ViT-B wants.""")
+        recommended for ViT-B.""")
     model.add_argument("--use_bn_in_head", default=False, type=bool_flag, metavar="BOOL",
         help="Batch norm in the head's MLP. The paper's ViTs do without it; it helps short runs get started.")
     model.add_argument("--drop_path_rate", default=0.1, type=between(0, 0.999, float), metavar="P",
@@ -65,8 +66,9 @@ def get_args_parser():
         teacher, rising to 1 over the run along a cosine. Use a higher value for small batches: 0.9995 for 256.""")
     teacher.add_argument("--warmup_teacher_temp", default=0.04, type=at_least(1e-6, float), metavar="T",
         help="Teacher temperature at the start. Lower it if the loss does not come down.")
-    teacher.add_argument("--teacher_temp", default=0.04, type=at_least(1e-6, float), metavar="T",
-        help="Teacher temperature after the warm-up. Up to 0.07 can pay off in long runs; above that is unstable.")
+    teacher.add_argument("--teacher_temp", default=0.04, type=at_least(1e-6, float), metavar="T", help="""Teacher
+        temperature after the warm-up. The paper's long runs go from 0.04 to 0.07 in 30 epochs; above 0.07 training is
+        unstable.""")
     teacher.add_argument("--warmup_teacher_temp_epochs", default=0, type=at_least(0), metavar="EPOCHS",
         help="Length of the temperature warm-up. 30 goes well with --teacher_temp 0.07.")
 
@@ -84,7 +86,7 @@ def get_args_parser():
         help="adamw for ViTs; sgd (momentum 0.9) or, for large batches, lars for convnets.")
     optim.add_argument("--weight_decay", default=0.04, type=at_least(0, float), metavar="WD", help="Initial decay.")
     optim.add_argument("--weight_decay_end", default=0.4, type=at_least(0, float), metavar="WD",
-        help="Final decay, reached along a cosine: a low one early and a high one late suits ViTs.")
+        help="Final decay, reached along a cosine: a low one early and a high one late suit ViTs.")
     optim.add_argument("--clip_grad", default=3.0, type=at_least(0, float), metavar="NORM", help="""Largest L2 norm of
         any single parameter's gradient; 0 turns clipping off. 0.3 to 1 steadies large ViTs.""")
     optim.add_argument("--freeze_last_layer", default=1, type=at_least(0), metavar="EPOCHS",
@@ -98,12 +100,14 @@ def get_args_parser():
     crops.add_argument("--global_crops_scale", default=(0.4, 1.0), type=between(1e-6, 1, float), nargs=2,
         metavar=("MIN", "MAX"), help="""Area of a global crop relative to the image. Without local crops use a wider
         range: 0.14 1.""")
-    crops.add_argument("--global_crops_size", default=224, type=at_least(1), metavar="PIXELS", help="Its side.")
+    crops.add_argument("--global_crops_size", default=224, type=at_least(1), metavar="PIXELS",
+        help="Side of a global crop.")
     crops.add_argument("--local_crops_number", default=8, type=at_least(0), metavar="N",
         help="Local crops per image, for the student only; 0 turns multi-crop off.")
     crops.add_argument("--local_crops_scale", default=(0.05, 0.4), type=between(1e-6, 1, float), nargs=2,
-        metavar=("MIN", "MAX"), help="Area of a local crop; MAX is best the MIN of the global crops.")
-    crops.add_argument("--local_crops_size", default=96, type=at_least(1), metavar="PIXELS", help="Its side.")
+        metavar=("MIN", "MAX"), help="Area of a local crop. Best set MAX to the MIN of --global_crops_scale.")
+    crops.add_argument("--local_crops_size", default=96, type=at_least(1), metavar="PIXELS",
+        help="Side of a local crop.")
     crops.add_argument("--blur_radius", default=(0.1, 2.0), type=between(0, 1e4, float), nargs=2,
         metavar=("MIN", "MAX"), help="""Gaussian blur in pixels of the crop. 2 is for crops of 224; for crops up
         to 64 use 0.1 0.5.""")
@@ -140,15 +144,15 @@ def check_args(args):
                 raise UserError(f"--{flag} {size} is not a multiple of --patch_size {patch}. Use {near}")
 
 
-# ---- crops (section 3.1) ----
+# ---- crops (multi-crop of section 3.1, BYOL's augmentations of section 3.2) ----
 
 
 class DataAugmentationDINO:
     """PIL image -> 2 global and `local_crops_number` local crops, each augmented independently.
 
-    Returns tensors [3, size, size]: normalized floats or, `as_uint8`, integers: a quarter of the bytes for the loader
-    to move, which utils.normalize turns into the same floats on the device. With `inputs` (a utils.Inputs) of other
-    than 3 channels, crops are int16.
+    Returns tensors [3, size, size]: normalized floats or, `as_uint8`, integers. These are a quarter of the bytes for
+    the loader to move, and utils.normalize converts them to the same floats on the device. With `inputs` (a
+    utils.Inputs) of other than 3 channels, crops are int16.
     """
 
     def __init__(
@@ -166,21 +170,21 @@ class DataAugmentationDINO:
     ):
         kind = augmentation if inputs.in_chans == 3 else "planes"
 
-        def view(size, scale, blur_p, solarization=None):
+        def transform(size, scale, blur_p, solarization=None):
             blur = dino_crops.GaussianBlur(blur_p, *blur_radius)
             return dino_crops.RandomView(size, scale, blur, solarization, kind)
 
-        # The two global crops differ: the first is always blurred, the second rarely, but it may be solarized.
-        self.global_transfo1 = view(global_crops_size, global_crops_scale, 1.0)
-        self.global_transfo2 = view(global_crops_size, global_crops_scale, 0.1, dino_crops.Solarization(0.2))
-        self.local_transfo = view(local_crops_size, local_crops_scale, 0.5)
+        # As in BYOL, the global crops differ: the first is always blurred, the second rarely, but it may be solarized.
+        self.global_transfo1 = transform(global_crops_size, global_crops_scale, 1.0)
+        self.global_transfo2 = transform(global_crops_size, global_crops_scale, 0.1, dino_crops.Solarization(0.2))
+        self.local_transfo = transform(local_crops_size, local_crops_scale, 0.5)
         self.local_crops_number, self.as_uint8, self.inputs = local_crops_number, as_uint8, inputs
         self.render = dino_crops.RENDERERS[kind]
 
     def __call__(self, image):
-        views = [self.global_transfo1, self.global_transfo2] + [self.local_transfo] * self.local_crops_number
+        transforms = [self.global_transfo1, self.global_transfo2] + [self.local_transfo] * self.local_crops_number
         image = dino_crops.prepare(image, self.inputs)
-        crops = self.render(image, [view.draw(image) for view in views])  # all randomness is drawn before rendering
+        crops = self.render(image, [t.draw(image) for t in transforms])  # all randomness is drawn before rendering
         return crops if self.as_uint8 else [self.inputs.normalize(crop) for crop in crops]
 
 
@@ -217,15 +221,19 @@ class DINOLoss(nn.Module):
     def forward(self, student_output, teacher_output, epoch, update_center=True):
         """Student [ncrops * B, K] and teacher [2 * B, K] logits, crop by crop -> scalar loss."""
         with torch.autocast(student_output.device.type, enabled=False):
+            # The student's P_s is the softmax of these logits (eq. 1).
             logits = student_output.float().unflatten(0, (self.ncrops, -1)) / self.student_temp  # [ncrops, B, K]
+            # The teacher's P_t is centered and sharpened. Minus, as in Algorithm 1; the text of section 3.1 has a plus.
             centered = teacher_output.detach().float() - self.center
             sharpened = centered / float(self.teacher_temp_schedule[epoch])  # [2 * B, K]
             probs = sharpened.softmax(dim=-1).unflatten(0, (2, -1))  # [2, B, K]
 
-            # -sum p log softmax(z) = logsumexp(z) - sum p z: no K-wide log-softmax has to be kept for each pair.
+            # H(P_t, P_s) of each pair (eq. 2). Since p sums to 1, -sum p log softmax(z) = logsumexp(z) - sum p z, which
+            # avoids a K-wide log-softmax for each pair.
+            batch = logits.shape[1]
             log_norm = logits.logsumexp(dim=-1).mean(dim=-1)  # [ncrops]
-            cross_entropy = log_norm - probs.flatten(1) @ logits.flatten(1).T / logits.shape[1]  # [2, ncrops]
-            pairs = torch.ones_like(cross_entropy).fill_diagonal_(0)  # a view does not teach itself
+            cross_entropy = log_norm - probs.flatten(1) @ logits.flatten(1).T / batch  # [2, ncrops]
+            pairs = torch.ones_like(cross_entropy).fill_diagonal_(0)  # a view does not teach itself (eq. 3)
             loss = (cross_entropy * pairs).sum() / (2 * self.ncrops - 2)
 
             self.entropy = (sharpened.logsumexp(dim=-1) - torch.linalg.vecdot(probs.flatten(0, 1), sharpened)).mean()
@@ -236,7 +244,10 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_output):
-        """center <- 0.9 center + 0.1 (mean of the teacher's logits [n, K] over all processes)."""
+        """center <- m center + (1 - m) mean (eq. 4).
+
+        The mean is over the rows [n, K] of all processes: logits of the teacher, or their means over equal batches.
+        """
         total = teacher_output.float().sum(dim=0, keepdim=True)
         if utils.get_world_size() > 1:
             dist.all_reduce(total)
@@ -268,11 +279,14 @@ def train_one_epoch(parts, data_loader, schedules, epoch, args, autocast=None, r
 
     `schedules` has lr, weight_decay and momentum, one value per step of the run. `run` (a dino_run.Run) counts steps,
     logs, saves, and raises utils.Stopped on a signal; without one the epoch runs bare, as in tests.
+
+    Not in Algorithm 1 but in the authors' code: clipping, the frozen last layer, drop path, no weight decay for biases
+    and norms, mixed precision. Ours: accumulation over passes, and skipped steps.
     """
     student, teacher, dino_loss, optimizer, scaler = parts
     autocast, run = autocast or nullcontext(), run or dino_run.Bare(args, len(data_loader))
     device, passes, inputs = dino_loss.center.device, args.grad_accum_steps, utils.inputs_of(args)
-    for step, crops in run.steps(data_loader, epoch):
+    for step, crops in run.steps(data_loader, epoch):  # crops from the loader: a list of [B, 3, h, w]
         # Learning rate and weight decay of this step; biases and norms (group 1) are never decayed.
         for group in optimizer.param_groups:
             group["lr"] = float(schedules["lr"][step])
@@ -281,7 +295,7 @@ def train_one_epoch(parts, data_loader, schedules, epoch, args, autocast=None, r
         # Forward and backward: the teacher sees the 2 global crops, the student all of them.
         optimizer.zero_grad(set_to_none=True)
         losses, entropies, teacher_means = [], [], []
-        for i, views in enumerate(zip(*(crop.chunk(passes) for crop in crops), strict=True)):
+        for i, views in enumerate(zip(*(crop.chunk(passes) for crop in crops), strict=True)):  # part i of each crop
             views = [inputs.normalize(view.to(device, non_blocking=True)) for view in views]  # uint8 -> float
             utils.seed_step(args.seed, step * passes + i)  # drop path: a function of seed, step and rank
             student.require_backward_grad_sync = i == passes - 1  # DDP: one all-reduce per step, in the last pass
@@ -311,6 +325,7 @@ def train_one_epoch(parts, data_loader, schedules, epoch, args, autocast=None, r
         dino_loss.update_center(torch.stack(teacher_means))
 
         run.end_step(step, parts, torch.stack(losses).mean(), torch.stack(entropies).mean(), norms)
+    # Not `step`: a run that resumes after the last step of an epoch has none left.
     last_step = (epoch + 1) * len(schedules["momentum"]) // args.epochs - 1
     return {**run.means(), "momentum": float(schedules["momentum"][last_step])}
 
@@ -325,7 +340,7 @@ def build_student_and_teacher(args, device, amp_dtype):
         backbone, width = dino_backbones.build_backbone(
             args.arch, args.patch_size, args.global_crops_size, drop_path_rate, args.in_chans
         )
-        # The gain of the teacher's last layer gets no gradient in any case: it follows the student's.
+        # Both get norm_last_layer: the teacher has no gradients, so its gain (weight_g) follows the student's.
         head = DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
         networks.append(utils.MultiCropWrapper(backbone, head))
     student, teacher = networks
@@ -337,7 +352,7 @@ def build_student_and_teacher(args, device, amp_dtype):
 
 
 def build_schedules(args, steps_per_epoch):
-    """lr, weight decay and teacher momentum: one value per step of the run."""
+    """lr, weight decay and teacher momentum per step. (The teacher temperature, per epoch, is in DINOLoss.)"""
     peak_lr = args.lr * args.images_per_step / 256  # linear scaling rule
     return {
         "lr": utils.cosine_scheduler(peak_lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs),
@@ -347,7 +362,7 @@ def build_schedules(args, steps_per_epoch):
 
 
 def train_dino(args):
-    """Train as `args` say (see get_args_parser), or resume the run in --output_dir. Raises UserError."""
+    """Train as specified by `args` (see get_args_parser), or resume the run in --output_dir. Raises UserError."""
     check_args(args)
     dino_run.prepare(args)
     device = utils.init_distributed_mode(args)  # sets args.rank, world_size and gpu

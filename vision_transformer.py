@@ -228,7 +228,7 @@ class VisionTransformer(nn.Module):
             block.attn.fused = fused
 
     def interpolate_pos_encoding(self, x, w, h):
-        """The positional encoding [1, N+1, D] for tokens x [B, N+1, D] of an image of w x h pixels.
+        """The positional encoding [1, N+1, D] for tokens x [B, N+1, D] of w x h pixels, bicubic (section 3.2).
 
         `w` is the size of dimension 2 of the batch and `h` of dimension 3: the order in which public code calls and
         replaces this method.
