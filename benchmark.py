@@ -532,7 +532,14 @@ class OurTraining:
         device, epochs = torch.device("cpu"), self.args.epochs
         utils.fix_random_seeds(0)
         student, teacher = main_dino.build_student_and_teacher(self.args, device, amp_dtype)
-        loss = main_dino.DINOLoss(out_dim, 2 + local_crops, 0.04, 0.04, 0, epochs)
+        loss = main_dino.DINOLoss(
+            out_dim,
+            ncrops=2 + local_crops,
+            warmup_teacher_temp=0.04,
+            teacher_temp=0.04,
+            warmup_teacher_temp_epochs=0,
+            nepochs=epochs,
+        )
         optimizer = utils.build_optimizer("adamw", utils.get_params_groups(student), device)
         self.parts = main_dino.Parts(student, teacher, loss, optimizer, torch.amp.GradScaler("cpu", enabled=False))
         constant = {"lr": 1e-5, "weight_decay": 0.04, "momentum": 0.996}
