@@ -510,8 +510,10 @@ def test_a_run_resumes_with_moved_images_but_not_with_renamed_ones(tmp_path, cap
     root = make_images(tmp_path / "data", bad=0)
     student_of(root, tmp_path / "run", "--epochs", 1)
     moved = root.rename(tmp_path / "moved")
-    student_of(moved, tmp_path / "run", "--epochs", 1)
-    assert "nothing to do" in capsys.readouterr().out
+    student_of(moved, tmp_path / "run", "--epochs", 1, "--init_from", "no.pth")
+    output = capsys.readouterr().out
+    assert "nothing to do" in output
+    assert "note: --init_from no.pth is not used" in output
     (moved / "a" / "000.png").rename(moved / "a" / "new.png")
     with pytest.raises(UserError, match=r"was made with names of the training images \w+; this run has"):
         student_of(moved, tmp_path / "run", "--epochs", 1)
