@@ -495,7 +495,7 @@ def test_a_resumed_epoch_is_the_rest_of_the_whole_one_for_any_number_of_ranks(im
     whole = list(images.order(5, epoch=1))
     for done in range(NUMBER + 1):
         assert list(images.order(5, 1, done)) == whole[done:]
-    for done, world_size, batch_size in itertools.product((0, 12, 36, 84, 96), (1, 2, 4), (3, 6)):
+    for done, world_size, batch_size in itertools.product((0, 12, 36, 84, 96), (1, 2, 4), (3, 5)):
         ranks = indices_of_ranks(images, world_size, batch_size, 1, done)
         step = world_size * batch_size
         left = whole[done : NUMBER // step * step]
