@@ -253,6 +253,7 @@ SMALL_RUN = [
 
 
 def tiny_vit(seed=0, **changes):
+    """A ViT of one block with random weights, except for `changes`."""
     import vision_transformer
 
     torch.manual_seed(seed)
@@ -261,5 +262,6 @@ def tiny_vit(seed=0, **changes):
 
 
 def same_state(one, other):
+    """Whether two modules or state dicts have the same tensors under the same names, in the same order."""
     one, other = (m.state_dict() if isinstance(m, torch.nn.Module) else m for m in (one, other))
     return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)

@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, arguments_of, ending, run_script
+from conftest import SMALL_RUN, arguments_of, ending
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import functional as TF
@@ -381,17 +381,6 @@ def test_a_damaged_jpeg_is_an_error_also_if_it_is_reduced(tmp_path, large):
 
 
 # ---- runs ----
-
-
-@pytest.mark.slow
-def test_fast_runs_give_the_same_weights_with_and_without_workers(tiny_root, tmp_path):
-    runs = []
-    for workers in (0, 2):
-        flags = [*SMALL_RUN, "--epochs", 1, "--data_path", tiny_root / "train", "--augmentation", "fast"]
-        run_script("main_dino.py", *flags, "--num_workers", workers, "--output_dir", tmp_path / str(workers))
-        runs.append(torch.load(tmp_path / str(workers) / "checkpoint.pth", weights_only=True))
-        assert runs[-1]["args"]["augmentation"] == "fast"
-    assert all(torch.equal(weight, runs[1]["student"][name]) for name, weight in runs[0]["student"].items())
 
 
 def test_loaders_pass_undecoded_files_to_fast_crops(tiny_root):
