@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, arguments_of, ending, run_script, tensor
+from conftest import SMALL_RUN, arguments_of, ending, run_script, same_state, tensor
 from PIL import Image
 
 import dino_backbones
@@ -494,17 +494,12 @@ def weights(folder):
     return {key: value for name in ("student", "teacher") for key, value in checkpoint[name].items()}
 
 
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
-
-
 def test_weights_do_not_depend_on_workers_or_on_whether_mean_and_std_are_measured_or_flags(run, bands, tmp_path):
     args = torch.load(run / "checkpoint.pth", weights_only=True)["args"]
     measured = ["--mean", *args["mean"], "--std", *args["std"]]
     workers = ["--num_workers", 2]
     run_script("main_dino.py", *ON_BANDS, *measured, *workers, "--data_path", bands / "train", "--output_dir", tmp_path)
-    assert_same(weights(run), weights(tmp_path))
+    assert same_state(weights(run), weights(tmp_path))
 
 
 @pytest.fixture
@@ -545,7 +540,7 @@ def test_a_resumed_run_uses_mean_and_std_of_its_checkpoint(run, bands, tmp_path)
     done = run_script("main_dino.py", *ON_BANDS, *flags)
     assert "continuing in epoch 1" in done.stdout
     assert "measured" not in done.stdout
-    assert_same(weights(run), weights(tmp_path))
+    assert same_state(weights(run), weights(tmp_path))
 
 
 def test_another_value_range_is_measured_again(run, tmp_path):
