@@ -399,14 +399,14 @@ class EpochSampler(Sampler):
 
     def set_epoch(self, epoch, images_done=0):
         """Which epoch comes next, and how many of its images are done already, over all ranks."""
-        self.epoch, self.first = epoch, images_done
+        self.epoch, self.first, self.left = epoch, images_done, max(self.used - images_done, 0)
 
     def __len__(self):
-        return max(self.used - self.first, 0) // self.world_size
+        return self.left // self.world_size
 
     def __iter__(self):
         order = self.images.order(self.seed, self.epoch, self.first)
-        for index in itertools.islice(order, self.rank, self.used - self.first, self.world_size):
+        for index in itertools.islice(order, self.rank, self.left, self.world_size):
             yield self.epoch, index
 
 

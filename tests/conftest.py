@@ -1,4 +1,4 @@
-"""What the tests share: reference numbers and their inputs, small real data, real runs."""
+"""Shared by all tests: reference numbers and their inputs, small data sets, real runs."""
 
 import fcntl
 import functools
@@ -16,17 +16,18 @@ import time
 import zlib
 from pathlib import Path
 
-import dino_cli
-
-os.environ["OMP_NUM_THREADS"] = "1"  # the tests themselves run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run in parallel
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `pytest` alone does not add it
 import numpy as np
 import pytest
 import torch
 
+import dino_cli
+import dino_data
+
 ROOT = Path(__file__).resolve().parent.parent
-# A folder beside the checkout with goldens/ and data/; what needs it is skipped where there is none.
+# A folder beside the checkout with goldens/ and data/. Tests that need it are skipped if there is none.
 SHARED = Path(os.environ.get("DINO_TEST_DATA", ROOT.parent / "shared"))
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 
@@ -34,7 +35,7 @@ torch.set_num_threads(1)
 
 
 def shared(part):
-    """The path of a file or folder of reference data; skips the test if it is not on this machine."""
+    """The path of reference data. Skips the test if this machine does not have it."""
     path = SHARED / part
     if not path.exists():
         pytest.skip(f"no {part} in {SHARED} (set DINO_TEST_DATA)")
@@ -42,7 +43,7 @@ def shared(part):
 
 
 def array(name, shape, scale=1.0):
-    """The reference input of this name: float32 normal numbers that follow from the name alone."""
+    """The reference input of this name: normal float32 numbers, seeded by the name."""
     state = np.random.RandomState(zlib.crc32(name.encode()))
     return (state.standard_normal(shape) * scale).astype(np.float32)
 
@@ -52,7 +53,7 @@ def tensor(name, shape, scale=1.0):
 
 
 def fill(module, tag):
-    """Give a module the reference weights of this tag."""
+    """Set a module's weights to the reference weights of this tag."""
     state = module.state_dict()
     for key, value in state.items():
         if value.is_floating_point():
@@ -69,7 +70,7 @@ def fill(module, tag):
 
 
 def assert_near(got, want, tolerance, what=""):
-    """Relative error in the L2 norm at most `tolerance`, shapes equal."""
+    """Assert equal shapes, and a relative error of at most `tolerance` in the L2 norm."""
     got, want = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x, dtype=np.float64) for x in (got, want))
     assert got.shape == want.shape, f"{what}: {got.shape} for {want.shape}"
     error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-12)
@@ -77,7 +78,8 @@ def assert_near(got, want, tolerance, what=""):
 
 
 @pytest.fixture(autouse=True)
-def same_random_numbers_whatever_ran_before():
+def fixed_seeds():
+    """The same random numbers in each test, whichever tests ran before."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -88,20 +90,18 @@ def same_random_numbers_whatever_ran_before():
 
 @pytest.fixture(scope="session")
 def sample_root(tmp_path_factory):
-    """The embedded data set, built once for all test processes."""
+    """The sample data set, built once for all test processes."""
     base = tmp_path_factory.getbasetemp()
     cache = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "dino-cache"
     os.environ["DINO_CACHE"] = str(cache)
-    import dino_data
-
     with open(base.parent / "dino-cache.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # else all of them would build it at once
+        fcntl.flock(lock, fcntl.LOCK_EX)  # otherwise each process would build it
         return Path(dino_data.sample_dataset())
 
 
 @pytest.fixture(scope="session")
 def tiny_root(sample_root, tmp_path_factory):
-    """A small part of the embedded data: 4 classes with 10 training and 5 validation images each."""
+    """A subset of the sample data: 4 classes with 10 training and 5 validation images each."""
     root = tmp_path_factory.mktemp("tiny")
     for part, number in (("train", 10), ("val", 5)):
         for name in ("astronaut", "brick", "coffee", "text"):
@@ -115,21 +115,19 @@ def tiny_root(sample_root, tmp_path_factory):
 
 
 def arguments_of(script, *flags):
-    """The arguments that a script (its module) makes of these flags."""
-
-    return dino_cli.parse_args(
-        dino_cli.OneLineParser(parents=[script.get_args_parser()]), [str(flag) for flag in flags]
-    )
+    """The parsed arguments of a script (a module) for these flags."""
+    parser = dino_cli.OneLineParser(parents=[script.get_args_parser()])
+    return dino_cli.parse_args(parser, [str(flag) for flag in flags])
 
 
 def ending(monkeypatch, capsys, script, *flags):
-    """(exit code, error line) of a script's run in this process that ends with an error."""
-
+    """Run a script (a module) in this process; it must end with an error line. Returns (exit code, that line)."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+    main = getattr(script, "main", None) or script.train_dino
     with pytest.raises(SystemExit) as ended:
-        dino_cli.run(script.main, script.get_args_parser(), "")
+        dino_cli.run(main, script.get_args_parser(), "")
     line = capsys.readouterr().err.strip()
-    line = line[max(line.find("error: "), 0) :]  # a bar of progress may stand in front
+    line = line[max(line.find("error: "), 0) :]  # a progress bar may precede it
     assert "\n" not in line
     assert line.startswith("error: ") or ended.value.code == 130  # Ctrl-C
     return ended.value.code, line
@@ -140,7 +138,7 @@ FORKS = multiprocessing.get_context("forkserver")
 
 @functools.cache
 def start_forks():
-    """Have the process ready that those of FORKS are forked from: it has imported all that takes seconds."""
+    """Start the server process that FORKS forks from. It has imported everything that takes seconds to import."""
     before = dict(os.environ)
     folders = (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
@@ -151,7 +149,7 @@ def start_forks():
 
 
 def use_small_heads():
-    """Projection heads of 64 instead of 2,048 hidden units: nine tenths of what a small run computes and saves."""
+    """Projection heads with 64 hidden units instead of 2,048, which are 90 % of a small run's compute and files."""
     import vision_transformer
 
     init = vision_transformer.DINOHead.__init__
@@ -164,7 +162,7 @@ def free_port():
 
 
 def become(words, environment, screens, small_heads):
-    """Go on, in a forked process, as a `python <words>` does that has just started; output goes to two files."""
+    """Turn a forked process into a fresh `python <words>`, with stdout and stderr in the two files `screens`."""
     for number, screen in enumerate(screens, start=1):
         with open(screen, "wb") as file:
             os.dup2(file.fileno(), number)
@@ -172,7 +170,7 @@ def become(words, environment, screens, small_heads):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    # The platform's way for the loader's processes too: a forked process has that of its own start, and new imports.
+    # Loader processes start as on this platform by default. A forked process inherits its server's start method.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     folders = (ROOT, ROOT / "tests")
     for name, module in list(sys.modules.items()):
@@ -192,11 +190,11 @@ def become(words, environment, screens, small_heads):
 
 
 def run_script(*words, processes=1, timeout=300, env=None, check=True, small_heads=True):
-    """Run `python <words>` in the checkout; returns the finished process, its output as text.
+    """Run `python <words>` in the checkout. Returns the completed process, with its output as text.
 
-    What is no `python -c` or the like is forked from a process that is warm, and main_dino.py trains small heads in it.
-    Several `processes` find each other as those that torchrun starts do; their outputs follow each other, and the exit
-    code is that of the first one to fail.
+    Scripts and modules are forked from a warm process, and main_dino.py trains small heads there. With several
+    `processes`, each has the environment that torchrun would set. Their outputs are joined in the order of ranks, and
+    the exit code is the first one that is not 0.
     """
     words = [str(word) for word in words]
     environment = {**os.environ, **(env or {})}
@@ -235,12 +233,12 @@ def run_forked(words, environment, number, timeout, small_heads):
 
 
 def log_without_times(folder):
-    """The lines of a run's log.txt, without what differs from run to run: times and memory."""
+    """The lines of a run's log.txt, without times and memory, which differ from run to run."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.endswith(("_per_s", "_wait", "_mb"))} for line in lines]
 
 
-# A training run of seconds: 2 + 2 crops of a few patches, batches of 8, K = 64.
+# A training run that takes seconds: 2 + 2 crops of a few patches, batches of 8, K = 64.
 # fmt: off
 SMALL_RUN = [
     "--arch", "vit_nano", "--patch_size", "16", "--out_dim", "64", "--global_crops_size", "32",
@@ -255,6 +253,7 @@ SMALL_RUN = [
 
 
 def tiny_vit(seed=0, **changes):
+    """A ViT of one block with random weights, except for `changes`."""
     import vision_transformer
 
     torch.manual_seed(seed)
@@ -263,5 +262,6 @@ def tiny_vit(seed=0, **changes):
 
 
 def same_state(one, other):
+    """Whether two modules or state dicts have the same tensors under the same names, in the same order."""
     one, other = (m.state_dict() if isinstance(m, torch.nn.Module) else m for m in (one, other))
     return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
