@@ -224,6 +224,14 @@ def prepare_for_training(student, teacher, args, device, amp_dtype):
         compile_in_place(teacher)
 
 
+def prepare_for_evaluation(model, device):
+    """The network on the device in evaluation mode, without gradients, switched to what is fastest there."""
+    if device.type == "cpu":
+        tune_cpu()
+    use_fused_attention(model, device)
+    return model.to(device).eval().requires_grad_(False)
+
+
 def warn_of_size(model, args, amp_dtype):
     """Say before the first step that a ViT is too large for a CPU, and what it will need."""
     if not is_vit(model) or len(model.blocks) * model.embed_dim < 12 * 192:  # vit_tiny and larger
@@ -458,10 +466,7 @@ def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
             )
     model, width = build_backbone(args.arch, args.patch_size, image_size, in_chans=inputs.in_chans)
     load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, part)
-    if device.type == "cpu":
-        tune_cpu()
-    use_fused_attention(model, device)
-    return model.to(device).eval().requires_grad_(False), width
+    return prepare_for_evaluation(model, device), width
 
 
 # ---- weights to start from ----

@@ -70,8 +70,8 @@ def build_model(args, device, weights, in_chans=3):
     """(frozen network with these weights, its name in the table)."""
     model, _ = dino_backbones.build_backbone(args.arch, args.patch_size, args.image_size, in_chans=in_chans)
     matched, _ = dino_backbones.load_weights(model, weights, args.checkpoint_key, args.arch, args.patch_size)
-    dino_backbones.use_fused_attention(model, device)
-    return model.to(device).eval(), f"trained {args.checkpoint_key}" if matched else "untrained network"
+    name = f"trained {args.checkpoint_key}" if matched else "untrained network"
+    return dino_backbones.prepare_for_evaluation(model, device), name
 
 
 def raw_pixels():

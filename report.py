@@ -387,8 +387,7 @@ def build_teacher(run, device):
         raise UserError(f"{run.source} has weights that are not finite: the run has diverged")
     dino_backbones.resize_model_grid(model, state)
     dino_backbones.load_backbone_state(model, state, run.source, arch, size)
-    dino_backbones.use_fused_attention(model, device)
-    return model.to(device).eval().requires_grad_(False), size
+    return dino_backbones.prepare_for_evaluation(model, device), size
 
 
 def attention_section(model, samples, size, device):

@@ -71,7 +71,7 @@ TRAINING = {
     "recipe and knn": (1, "--config @/recipe.yaml --knn_every 1 --knn_data @/images"),
     "shards": (1, f"{VIT} {FP32} --data_path @/shards"),
 }
-# Runs that are interrupted and resumed. Their digests must be those of the run of the same name above.
+# Runs that are interrupted and resumed. Their digests must be from the run of the same name above.
 RESUMED = {
     "vit fp16 accumulate": signal.SIGKILL,
     "vit fast bf16 2 processes": signal.SIGTERM,
