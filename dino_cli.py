@@ -152,7 +152,7 @@ def model_flags(arch="vit_small", patch_size=16):
     return parser
 
 
-def labelled_flags():
+def labeled_flags():
     """The flags that name labeled images, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--data_path", default="sample", metavar="PATH", help="""Folder with train and val: class

@@ -199,7 +199,7 @@ def holds_both_parts(data_path, images):
     return images.classes == ["train", "val"]
 
 
-def labelled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
+def labeled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
     """The numbered images of train or val in --data_path. Raises UserError if they or their labels are missing."""
     path = find_part(data_path, part)
     if path is None:
@@ -208,7 +208,7 @@ def labelled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
             f"{flag} {data_path} {what}. It needs class folders {part}/<class>/*, a list {part}.csv, or shards "
             f"{part}-*.tar"
         )
-    images = find_images(path, part, labelled_format(path), exif, flag, in_chans)
+    images = find_images(path, part, labeled_format(path), exif, flag, in_chans)
     if images.targets is None:
         raise UserError(
             f"{flag} {path} has no labels. Sort the images into one folder per class, or write a list with labels; in "
@@ -217,12 +217,12 @@ def labelled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
     return images
 
 
-def labelled_images(data_path, transform, exif=False, flag="--data_path", inputs=utils.RGB):
+def labeled_images(data_path, transform, exif=False, flag="--data_path", inputs=utils.RGB):
     """(train, val, labels of train, labels of val) of data_path: EvalImages, and class indices [N].
 
     The classes are those in train. Raises UserError if val has another one.
     """
-    train, val = (labelled_part(data_path, part, exif, flag, inputs.in_chans) for part in ("train", "val"))
+    train, val = (labeled_part(data_path, part, exif, flag, inputs.in_chans) for part in ("train", "val"))
     both = isinstance(train, dino_shards.TarShards) and set(train.paths) & set(getattr(val, "paths", ()))
     if both:
         raise UserError(f"{flag} {data_path}: {utils.summarize(sorted(both))} match train and val. Rename them")
@@ -236,20 +236,20 @@ def labelled_images(data_path, transform, exif=False, flag="--data_path", inputs
     return *sets, train.targets, renumbered[val.targets]
 
 
-def find_labelled(path, transform, exif, flag, inputs=utils.RGB):
+def find_labeled(path, transform, exif, flag, inputs=utils.RGB):
     """(train, val, labels of train, labels of val) of train and val in a folder, or of its images, split."""
     parts = [find_part(path, part) for part in ("train", "val")]
     if all(parts):
-        return labelled_images(path, transform, exif, flag, inputs)
+        return labeled_images(path, transform, exif, flag, inputs)
     if any(parts) and not dino_shards.are_shards(os.fspath(path)):
         raise UserError(
             f"{flag} {path} has only one of train and val. Name a folder with both, or one of class folders"
         )
-    images = find_images(path, "", labelled_format(path), exif, flag, inputs.in_chans)
+    images = find_images(path, "", labeled_format(path), exif, flag, inputs.in_chans)
     return split_every_tenth(images, transform, f"{flag} {path}", inputs)
 
 
-def labelled_format(path):
+def labeled_format(path):
     """data_format of a path with labels: the sub-folders of a folder are classes."""
     return "folder" if os.path.isdir(path) and not dino_shards.are_shards(os.fspath(path)) else "auto"
 

@@ -104,7 +104,7 @@ def largest_mass(attention, threshold):
 # ---- nearest neighbors ----
 
 
-def labelled_features(model, sets, batch_size, num_workers, device, use_cuda=True, stop=None):
+def labeled_features(model, sets, batch_size, num_workers, device, use_cuda=True, stop=None):
     """(train features, train labels, test features, test labels), features L2-normalized; None on other ranks than 0.
 
     `sets` are two data sets of (image, index), and the labels [N] of each. All ranks have to call it. Raises

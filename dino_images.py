@@ -554,12 +554,12 @@ def split_lines(lines, root):
     if any("\t" in line for line in lines):
         return [line.split("\t")[:2] for line in lines]
     parts = lines[0].rsplit(None, 1) if lines else []
-    labelled = (
+    labeled = (
         len(parts) == 2
         and is_image(parts[0], (*EXTENSIONS, ".npy"))
         and not os.path.exists(os.path.join(root, lines[0]))
     )
-    return [line.rsplit(None, 1) if labelled else [line] for line in lines]
+    return [line.rsplit(None, 1) if labeled else [line] for line in lines]
 
 
 # ---- torchvision's data sets ----

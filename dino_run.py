@@ -485,7 +485,7 @@ class OnlineKnn:
         if args.knn_data is None:
             self.sets = dino_data.split_every_tenth(images, transform, f"--data_path {args.data_path}", inputs)
         else:
-            self.sets = dino_data.find_labelled(args.knn_data, transform, args.exif, "--knn_data", inputs)
+            self.sets = dino_data.find_labeled(args.knn_data, transform, args.exif, "--knn_data", inputs)
         for dataset in self.sets[:2]:
             dataset.lenient = True  # an unreadable image does not end a run of a week
 
@@ -501,7 +501,7 @@ class OnlineKnn:
         began, training = time.time(), backbone.training
         backbone.eval()
         how = (self.args.batch_size_per_gpu, self.args.num_workers, self.device)
-        features = dino_features.labelled_features(backbone, self.sets, *how, stop=stop)
+        features = dino_features.labeled_features(backbone, self.sets, *how, stop=stop)
         backbone.train(training)
         found = None
         if features:

@@ -21,7 +21,7 @@ import dino_crops
 import dino_data
 import utils
 from dino_cli import at_least, positive
-from dino_features import extract_features, knn_accuracies, knn_classifier, labelled_features  # noqa: F401 - public
+from dino_features import extract_features, knn_accuracies, knn_classifier, labeled_features  # noqa: F401 - public
 from utils import UserError, bool_flag
 
 # ---- arguments ----
@@ -29,7 +29,7 @@ from utils import UserError, bool_flag
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parents = [dino_cli.model_flags(), dino_cli.labelled_flags(), dino_cli.process_flags()]
+    parents = [dino_cli.model_flags(), dino_cli.labeled_flags(), dino_cli.process_flags()]
     parser = argparse.ArgumentParser("k-NN evaluation", add_help=False, parents=parents)
     # fmt: off
     parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=at_least(1), metavar="K",
@@ -79,7 +79,7 @@ def raw_pixels():
     return nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten())
 
 
-# In the order in which `labelled_features` returns the tensors.
+# In the order in which `labeled_features` returns the tensors.
 FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
 
@@ -124,7 +124,7 @@ def main(args):
         return
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     transform = dino_crops.eval_transform(args.image_size, inputs)
-    sets = dino_data.labelled_images(args.data_path, transform, args.exif, inputs=inputs)
+    sets = dino_data.labeled_images(args.data_path, transform, args.exif, inputs=inputs)
     utils.log(f"{len(sets[0])} training and {len(sets[1])} validation images in {len(sets[0].images.classes)} classes")
     utils.fix_random_seeds(0)  # an untrained network has the same weights in every run
     model, name = build_model(args, device, args.pretrained_weights, inputs.in_chans)
@@ -133,7 +133,7 @@ def main(args):
         untrained, _ = build_model(args, device, "random", inputs.in_chans)
         rows = {"raw pixels": raw_pixels(), "untrained network": untrained, **rows}
     features = {
-        row: labelled_features(network, sets, args.batch_size_per_gpu, args.num_workers, device, args.use_cuda)
+        row: labeled_features(network, sets, args.batch_size_per_gpu, args.num_workers, device, args.use_cuda)
         for row, network in rows.items()
     }
     if not utils.is_main_process():
@@ -147,7 +147,7 @@ def main(args):
 
 
 def print_accuracies(features, args):
-    """Print one line per k on rank 0. `features` are the four tensors of `labelled_features`."""
+    """Print one line per k on rank 0. `features` are the four tensors of `labeled_features`."""
     if not utils.is_main_process():
         return
     if max(args.nb_knn) > len(features[0]):

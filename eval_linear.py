@@ -38,7 +38,7 @@ from utils import UserError, bool_flag
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parents = [dino_cli.model_flags(), dino_cli.labelled_flags(), dino_cli.process_flags()]
+    parents = [dino_cli.model_flags(), dino_cli.labeled_flags(), dino_cli.process_flags()]
     parser = argparse.ArgumentParser("Linear evaluation", add_help=False, parents=parents)
     # fmt: off
     parser.add_argument("--n_last_blocks", default=4, type=at_least(1), metavar="N", help="""Concatenate the CLS
@@ -94,9 +94,9 @@ def load_data(args):
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     transform = dino_crops.eval_transform(args.image_size, inputs)
     if args.evaluate and dino_data.find_part(args.data_path, "train") is None:
-        val = dino_data.labelled_part(args.data_path, "val", args.exif, in_chans=inputs.in_chans)
+        val = dino_data.labeled_part(args.data_path, "val", args.exif, in_chans=inputs.in_chans)
         return None, dino_data.EvalImages(val, transform, inputs=inputs), None, val.targets, val.classes
-    sets = dino_data.labelled_images(args.data_path, transform, args.exif, inputs=inputs)
+    sets = dino_data.labeled_images(args.data_path, transform, args.exif, inputs=inputs)
     train, val, train_labels, val_labels = sets
     # MultiCropDataset, because random crops depend on the epoch as well as on the index.
     crop, flip = transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip()

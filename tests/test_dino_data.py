@@ -29,16 +29,16 @@ def test_a_missing_folder_is_named():
         dino_data.find_images("/no/where")
 
 
-def labelled(tmp_path, train, val):
+def labeled(tmp_path, train, val):
     for part, classes in (("train", train), ("val", val)):
         for name in classes:
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / part / name / "0.png")
-    return dino_data.labelled_images(tmp_path, transforms.PILToTensor())
+    return dino_data.labeled_images(tmp_path, transforms.PILToTensor())
 
 
 def test_labels_of_val_follow_the_class_names_of_train(tmp_path):
-    _, _, train_labels, val_labels = labelled(tmp_path, ["a", "b", "c"], ["a", "c"])
+    _, _, train_labels, val_labels = labeled(tmp_path, ["a", "b", "c"], ["a", "c"])
     assert train_labels.tolist() == [0, 1, 2]
     assert val_labels.tolist() == [0, 2]
 
@@ -48,7 +48,7 @@ def test_labels_of_val_follow_the_class_names_of_train(tmp_path):
 )
 def test_a_val_that_does_not_fit_train_is_an_error(tmp_path, val, message):
     with pytest.raises(UserError, match=message):
-        labelled(tmp_path, ["a", "b"], val)
+        labeled(tmp_path, ["a", "b"], val)
 
 
 def test_images_in_one_folder_are_sorted_by_number_without_hidden_files(tmp_path):

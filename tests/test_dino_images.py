@@ -190,12 +190,12 @@ def test_train_and_val_can_be_lists(tmp_path):
             draw(tmp_path / "files" / f"{part}{name}.png")
         rows = (f"files/{part}{name}.png,{name}\n" for name in classes)
         (tmp_path / f"{part}.csv").write_text("".join(rows))
-    _, val, train_labels, val_labels = dino_data.labelled_images(tmp_path, dino_crops.eval_transform(8))
+    _, val, train_labels, val_labels = dino_data.labeled_images(tmp_path, dino_crops.eval_transform(8))
     assert (train_labels.tolist(), val_labels.tolist()) == ([0, 1], [1])
     assert val[0][0].shape == (3, 8, 8)
     (tmp_path / "train.csv").write_text("files/traina.png\n")
     with pytest.raises(UserError, match=r"train\.csv has no labels"):
-        dino_data.labelled_images(tmp_path, None)
+        dino_data.labeled_images(tmp_path, None)
 
 
 # ---- torchvision's data sets ----
@@ -494,7 +494,7 @@ def test_knn_replaces_unreadable_images_by_black_ones_and_evaluations_end(tmp_pa
     student_of(root, tmp_path / "run", "--knn_every", 1)
     assert all("knn_top1" in line for line in log_without_times(tmp_path / "run"))
     assert capsys.readouterr().out.count("A black image replaces it") == 2 * 4
-    for dataset in dino_data.find_labelled(str(root), dino_crops.eval_transform(8), False, "--knn_data")[:2]:
+    for dataset in dino_data.find_labeled(str(root), dino_crops.eval_transform(8), False, "--knn_data")[:2]:
         with pytest.raises(BadImage):
             list(dataset)
 

@@ -187,7 +187,7 @@ def test_hidden_files_and_other_parts_of_a_sample_are_not_images(tmp_path):
     assert [images.name(i) for i in range(len(images))] == [f"{tmp_path}/x.tar/a/1.png", f"{tmp_path}/x.tar/2.JPG"]
 
 
-def labelled(path, *labels):
+def labeled(path, *labels):
     """A shard of images with these labels; None is no label."""
     members = {f"{i}.png": png(1) for i in range(len(labels))}
     members |= {f"{i}.cls": label for i, label in enumerate(labels) if label is not None}
@@ -195,19 +195,19 @@ def labelled(path, *labels):
 
 
 def test_labels_are_numbers_or_names(tmp_path):
-    numbers = labelled(tmp_path / "a.tar", b"10", b"9\n", b"10")
+    numbers = labeled(tmp_path / "a.tar", b"10", b"9\n", b"10")
     assert (numbers.classes, numbers.targets.tolist()) == (["9", "10"], [1, 0, 1])
-    texts = labelled(tmp_path / "b.tar", b"bee", "äpe".encode(), b"bee")
+    texts = labeled(tmp_path / "b.tar", b"bee", "äpe".encode(), b"bee")
     assert (texts.classes, texts.targets.tolist()) == (["bee", "äpe"], [0, 1, 0])
-    assert labelled(tmp_path / "c.tar", None, None).targets is None
+    assert labeled(tmp_path / "c.tar", None, None).targets is None
 
 
 def test_missing_or_odd_labels_are_an_error(tmp_path):
     with pytest.raises(UserError, match="labels for 1 of 2 images"):
-        labelled(tmp_path / "a.tar", None, b"1").targets  # noqa: B018
+        labeled(tmp_path / "a.tar", None, b"1").targets  # noqa: B018
     for k, odd in enumerate((b"\xff", b"", b"1" * 2000)):
         with pytest.raises(UserError, match=r"\.tar has no label in 0.cls"):
-            labelled(tmp_path / f"{k}.tar", odd)
+            labeled(tmp_path / f"{k}.tar", odd)
 
 
 def test_a_subset_keeps_names_labels_and_images(tmp_path):
@@ -568,7 +568,7 @@ def test_shards_sorted_by_class_give_a_warning(tmp_path, capsys, labels, are_sor
 # ---- train and val ----
 
 
-def test_labelled_shards_give_the_same_accuracy_as_the_folders_they_were_made_of(tmp_path):
+def test_labeled_shards_give_the_same_accuracy_as_the_folders_they_were_made_of(tmp_path):
     folder = tmp_path / "folder"
     for part, count in (("train", 12), ("val", 6)):
         with webdataset.TarWriter(str(tmp_path / f"set-{part}-0000.tar")) as shard:
@@ -584,7 +584,7 @@ def test_labelled_shards_give_the_same_accuracy_as_the_folders_they_were_made_of
     assert accuracies[0] == accuracies[1] != []
 
 
-def test_knn_during_training_uses_labelled_shards(tmp_path):
+def test_knn_during_training_uses_labeled_shards(tmp_path):
     root = write_shards(tmp_path / "s", [20, 20])
     run_script("main_dino.py", *SMALL_RUN, "--data_path", root, "--output_dir", tmp_path / "run", "--knn_every", 1)
     assert "knn_top1" in (tmp_path / "run" / "log.txt").read_text()
@@ -595,7 +595,7 @@ def test_shards_whose_names_contain_train_and_val_are_refused(tmp_path):
     os.rename(tmp_path / "0000.tar", tmp_path / "train-val.tar")
     os.rename(tmp_path / "0001.tar", tmp_path / "trainval.tar")
     with pytest.raises(UserError, match=r"train-val.tar match train and val"):
-        dino_data.labelled_images(tmp_path, None)
+        dino_data.labeled_images(tmp_path, None)
 
 
 @pytest.mark.parametrize("name", ["val", "x_val", "val.1", "x.val-2", "interval-strain", "trainval"])

@@ -56,7 +56,7 @@ def test_every_tenth_image_of_a_class_is_held_out_for_validation(tmp_path):
 
 def test_knn_data_is_a_folder_with_train_and_val_or_with_classes(tiny_root):
     def sizes(path):
-        return [len(part) for part in dino_data.find_labelled(str(path), lambda image: image, False, "--knn_data")]
+        return [len(part) for part in dino_data.find_labeled(str(path), lambda image: image, False, "--knn_data")]
 
     assert sizes(tiny_root) == [40, 20, 40, 20]
     assert sizes(tiny_root / "train") == [36, 4, 36, 4]
@@ -87,9 +87,9 @@ def test_unusable_images_are_an_error_before_training_starts(tmp_path, monkeypat
 
 
 @pytest.fixture(scope="module")
-def labelled(sample_root, tmp_path_factory):
+def labeled(sample_root, tmp_path_factory):
     """18 classes with 20 training and 5 validation images each."""
-    root = tmp_path_factory.mktemp("labelled")
+    root = tmp_path_factory.mktemp("labeled")
     for part, number in (("train", 20), ("val", 5)):
         for folder in sorted((sample_root / part).iterdir()):
             (root / part / folder.name).mkdir(parents=True)
@@ -105,22 +105,22 @@ def accuracies_printed(root, weights):
     return [float(number) for number in re.search(r"Top1: (\S+), Top5: (\S+)", out).groups()]
 
 
-def test_logged_accuracies_match_eval_knn_and_the_best_checkpoint_is_saved(tiny_root, labelled, tmp_path):
-    folder = train(tiny_root, tmp_path, "--knn_every", 1, "--epochs", 4, "--knn_data", labelled)
+def test_logged_accuracies_match_eval_knn_and_the_best_checkpoint_is_saved(tiny_root, labeled, tmp_path):
+    folder = train(tiny_root, tmp_path, "--knn_every", 1, "--epochs", 4, "--knn_data", labeled)
     logged = [[line["knn_top1"], line["knn_top5"]] for line in log_without_times(folder)]
     assert len(logged) == 4
-    assert accuracies_printed(labelled, folder / "checkpoint.pth") == pytest.approx(logged[-1])
+    assert accuracies_printed(labeled, folder / "checkpoint.pth") == pytest.approx(logged[-1])
     best = max(range(4), key=lambda epoch: logged[epoch][0])
     assert logged[best][0] > min(top1 for top1, _ in logged)
     assert checkpoint(folder, "checkpoint_best.pth")["epoch"] == best + 1
-    assert accuracies_printed(labelled, folder / "checkpoint_best.pth") == pytest.approx(logged[best])
+    assert accuracies_printed(labeled, folder / "checkpoint_best.pth") == pytest.approx(logged[best])
 
 
-def test_two_processes_log_what_eval_knn_prints(tiny_root, labelled, tmp_path):
-    flags = [*RUN, "--data_path", tiny_root / "train", "--knn_data", labelled, "--batch_size_per_gpu", 3, "--epochs", 1]
+def test_two_processes_log_what_eval_knn_prints(tiny_root, labeled, tmp_path):
+    flags = [*RUN, "--data_path", tiny_root / "train", "--knn_data", labeled, "--batch_size_per_gpu", 3, "--epochs", 1]
     run_script("main_dino.py", *flags, "--knn_every", 1, "--output_dir", tmp_path, processes=2)
     (line,) = log_without_times(tmp_path)
-    printed = accuracies_printed(labelled, tmp_path / "checkpoint.pth")
+    printed = accuracies_printed(labeled, tmp_path / "checkpoint.pth")
     assert printed == pytest.approx([line["knn_top1"], line["knn_top5"]])
 
 
@@ -129,13 +129,13 @@ def test_knn_runs_every_n_epochs_and_after_the_last(tiny_root, tmp_path):
     assert [line["epoch"] for line in log_without_times(folder) if "knn_top1" in line] == [1, 3, 4]
 
 
-def test_the_best_accuracy_on_other_images_does_not_count(tiny_root, labelled, tmp_path):
+def test_the_best_accuracy_on_other_images_does_not_count(tiny_root, labeled, tmp_path):
     flags = ("--knn_every", 1, "--warmup_epochs", 0, "--allow_changed_args", "true")
     train(tiny_root, tmp_path, *flags, "--epochs", 1, "--knn_data", tiny_root)
     saved = checkpoint(tmp_path)
     saved["health"]["best_knn"] = 100.0
     torch.save(saved, tmp_path / "checkpoint.pth")
-    train(tiny_root, tmp_path, *flags, "--epochs", 2, "--knn_data", labelled)
+    train(tiny_root, tmp_path, *flags, "--epochs", 2, "--knn_data", labeled)
     assert checkpoint(tmp_path, "checkpoint_best.pth")["epoch"] == 2
     assert checkpoint(tmp_path)["health"]["best_knn"] < 100
 
@@ -189,7 +189,7 @@ def start(words, **how):
 
 
 def test_a_run_killed_during_knn_resumes_there(tiny_root, tmp_path):
-    data = tmp_path / "labelled"
+    data = tmp_path / "labeled"
     for name in ("astronaut", "brick"):
         (data / name).mkdir(parents=True)
         for path in sorted((tiny_root / "train" / name).iterdir()):

@@ -31,6 +31,7 @@ BRITISH = {
     "normalis": "normaliz",
     "solaris": "solariz",
     "initialis": "initializ",
+    "labelled": "labeled",
     "recognis": "recogniz",
     "synchronis": "synchroniz",
     "visualis": "visualiz",
