@@ -392,11 +392,11 @@ def load_published(arch, patch_size, part="backbone", flag="--pretrained_weights
     if not found:
         return None, None
     url = hubconf.BASE_URL + found[0].get(part, found[0]["backbone"])
-    utils.log(f"no {flag}: using the published file {url}")
+    utils.log(f"using the published file {url}")
     try:
         return url, hubconf._download(url)
     except OSError as e:
-        otherwise = ", or use `random` for an untrained network" if part != "linear" else ""
+        otherwise = ", or use `random` for an untrained network" if flag == "--pretrained_weights" else ""
         raise UserError(f"can't download {url}: {e}. Give a file with {flag}{otherwise}") from e
 
 
@@ -497,7 +497,7 @@ def initial_weights(init_from, arch, patch_size):
     if init_from == "timm":
         return timm_weights(arch, patch_size)
     if init_from == "published":
-        source, file = load_published(arch, patch_size, flag="--init_from file")
+        source, file = load_published(arch, patch_size, flag="--init_from")
         if file is None:
             raise UserError(f"no weights were published for --arch {arch} --patch_size {patch_size}. Give a file")
     else:

@@ -62,6 +62,8 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("unrecognized arguments: ") and message.endswith(".tar"):
             message = "--data_path takes one pattern. Quote it: 'shards/{0000..0999}.tar'"
+        elif message.startswith("unrecognized arguments: --"):
+            message += utils.did_you_mean(message.split()[2].partition("=")[0], self._option_string_actions)
         self.exit(2, f"error: {self.source}{message} (--help lists the flags)\n")
 
 
@@ -70,6 +72,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action):
         text, range_ = super()._get_help_string(action), getattr(action.type, "range", None)
+        if action.default is None:  # the text says what the default is
+            text = text.replace(" (default: %(default)s)", "")
+            return f"{text} ({range_})" if range_ else text
         return text.replace("%(default)s)", f"%(default)s, {range_})") if range_ else text
 
 
@@ -99,7 +104,8 @@ def read_recipe(path, known):
         with open(path, encoding="utf-8") as file:
             recipe = yaml.load(file, Loader=yaml.BaseLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        raise UserError(f"can't read the recipe --config {path}: {' '.join(str(e).split())[:300]}") from e
+        reason = getattr(e, "strerror", None) or " ".join(str(e).split())[:300]
+        raise UserError(f"can't read the recipe --config {path}: {reason}") from e
     if not isinstance(recipe, dict):
         raise UserError(f"the recipe {path} has no `flag: value` lines")
     for key, value in recipe.items():

@@ -203,7 +203,9 @@ def labeled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
     """The numbered images of train or val in --data_path. Raises UserError if they or their labels are missing."""
     path = find_part(data_path, part)
     if path is None:
-        what = f"has no {part}" if os.path.isdir(find_data(data_path)) else "is not a folder"
+        root = find_data(data_path)
+        what = "is not a folder" if os.path.exists(root) else "does not exist"
+        what = f"has no {part}" if os.path.isdir(root) else what
         raise UserError(
             f"{flag} {data_path} {what}. It needs class folders {part}/<class>/*, a list {part}.csv, or shards "
             f"{part}-*.tar"
@@ -432,9 +434,8 @@ def training_loader(images, augment, args, device):
     batch_size *= args.grad_accum_steps
     if len(images) < batch_size * world_size:
         raise UserError(
-            f"the {len(images)} training images are fewer than one step of {batch_size * world_size} "
-            f"(--batch_size_per_gpu x --grad_accum_steps: {batch_size}, times {world_size} processes). Lower it to "
-            f"{len(images) // world_size}"
+            f"the {len(images)} training images are fewer than one step of {batch_size * world_size}. Use "
+            f"--batch_size_per_gpu {len(images) // (world_size * args.grad_accum_steps)} or less"
         )
     if images.sharded and images.are_sorted():
         utils.log(

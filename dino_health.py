@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def suspicious_settings(args, images):
     if args.out_dim > 10 * images:
         found["prototypes"] = (
             f"--out_dim {args.out_dim} is more than ten prototypes per image ({images} images): most will never be "
-            "used, and each costs time. Use 1024 to 4096 for a few thousand images"
+            "used, and each costs time. Use at most {10 * images}, or 1024 to 4096 for a few thousand images"
         )
     if args.use_fp16 and args.amp_dtype == "fp16" and args.patch_size <= 8 and "vit" in args.arch:
         found["precision"] = (
@@ -239,12 +240,14 @@ def describe_start(args, parser, device, amp_dtype, steps_per_epoch):
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype, "fp32")
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else device.type.upper()
     patch = f"/{args.patch_size}" if "vit" in args.arch else ""
-    changed = " ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in
-                       changed_settings(args, parser).items())  # fmt: skip
+    settings = {k: v for k, v in changed_settings(args, parser).items() if k not in ("config", "output_dir")}
+    words = [f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items()]
+    changed = textwrap.fill(", ".join(words) or "none", 118, break_long_words=False, break_on_hyphens=False)
     lines = [
         f"{args.arch}{patch} on {args.world_size} x {name} in {precision}: {args.images:,} images, {steps_per_epoch:,} "
         f"steps per epoch, {args.epochs} epochs",
-        f"settings that differ from the defaults: {changed or 'none'} (all are in run.json)",
+        "settings that differ from the defaults (all are in run.json):",
+        textwrap.indent(changed, "  "),
         "a line per 10 steps: loss = entropy of the teacher + KL divergence of the student from it",
     ]
     unused = args.images - steps_per_epoch * args.images_per_step
@@ -259,7 +262,8 @@ def describe_end(args, stats, path, seconds):
     if "knn_top1" in stats:
         result.append(f"k-NN top-1 {stats['knn_top1']:.2f} %")
     patch = f" --patch_size {args.patch_size}" if "vit" in args.arch else ""
-    data = "sample" if args.data_path == "sample" else "LABELED_IMAGES"
+    labeled = args.knn_data or (args.data_path if args.data_path == "sample" else None)
+    data = shlex.quote(labeled) if labeled else "FOLDER_WITH_TRAIN_AND_VAL"
     return (
         f"finished{': ' * bool(result)}{', '.join(result)}. This run took {seconds:.0f} s; weights are in {path}\n"
         f"next: python eval_knn.py --arch {args.arch}{patch} --image_size {args.global_crops_size} "

@@ -370,10 +370,9 @@ def find_images(data_path, part="", data_format="auto", exif=False, flag="--data
     if kind == "list":
         return listed_images(data_path, exif, flag)
     if not os.path.isdir(data_path):
-        raise UserError(
-            f"{flag} {data_path} is not a folder. Name a folder of images, a list of paths (.txt, .csv, .tsv), shards "
-            "('{0000..0999}.tar', not gzipped), torchvision:NAME, or `sample`"
-        )
+        what = "is not a folder" if os.path.exists(data_path) else "does not exist"
+        others = "a list of paths (.txt, .csv, .tsv), shards ('{0000..0999}.tar', not gzipped), torchvision:NAME"
+        raise UserError(f"{flag} {data_path} {what}. Name a folder of images, {others}, or `sample`")
     return folder_images(data_path, kind if data_format != "auto" else None, exif, flag, extensions_of(in_chans))
 
 

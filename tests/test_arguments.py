@@ -43,7 +43,9 @@ def test_all_numbers_are_found():
 @EACH_NUMBER
 def test_help_shows_the_range_of_each_number(script, flag):
     text = " ".join(parser_of(script).format_help().split())
-    assert re.search(rf"{flag.option_strings[0]}\b[^()]*.*?\(default: [^)]*\)?, {re.escape(flag.type.range)}\)", text)
+    assert re.search(
+        rf"{flag.option_strings[0]}\b[^()]*.*?\((default: [^)]*\)?, )?{re.escape(flag.type.range)}\)", text
+    )
 
 
 def outside(flag):

@@ -391,9 +391,15 @@ def test_a_run_starts_and_ends_with_what_one_wants_to_know(tiny_root, tmp_path):
         "main_dino.py", *SMALL_RUN, *flags, "--batch_size_per_gpu", 12, "--knn_every", 2
     ).stdout.splitlines()
     assert said[0] == "vit_nano/16 on 1 x CPU in fp32: 40 images, 3 steps per epoch, 2 epochs"
-    assert said[1].startswith("settings that differ from the defaults: ")
-    assert " use_fp16=False " in said[1]
-    assert "momentum_teacher" not in said[1]
+    assert said[1] == "settings that differ from the defaults (all are in run.json):"
+    settings = " ".join(
+        said[
+            2 : said.index("a line per 10 steps: loss = entropy of the teacher + KL divergence of the student from it")
+        ]
+    )
+    assert " use_fp16=False," in settings
+    assert "momentum_teacher" not in settings
+    assert "output_dir" not in settings
     assert "note: 4 images per epoch do not fill a step of 12 and are not used" in said
     assert re.fullmatch(r"finished: loss \S+, k-NN top-1 \S+ %\. This run took \d+ s; weights are in .*", said[-3])
     assert f"--pretrained_weights '{tmp_path / 'a b' / 'checkpoint.pth'}'" in said[-2]

@@ -138,7 +138,7 @@ def fails(monkeypatch, capsys, *flags):
         ("--arch resnet5", "resnet50"),
         ("--use_fp16 maybe", "'maybe' is neither"),
         ("--optimizer adam", "invalid choice: 'adam'"),
-        ("--data_path /nowhere/at/all", "--data_path /nowhere/at/all is not a folder"),
+        ("--data_path /nowhere/at/all", "--data_path /nowhere/at/all does not exist"),
         ("--momentum_teacher 1.5", "--momentum_teacher: 1.5 must be between 0 and 1"),
         ("--batch_size_per_gpu 0", "--batch_size_per_gpu: 0 must be at least 1"),
         ("--local_crops_number=-1", "--local_crops_number: -1 must be at least 0"),
@@ -180,7 +180,7 @@ def test_fewer_images_than_a_step_names_a_batch_size_that_fits(monkeypatch, caps
     code, error = fails(monkeypatch, capsys, *flags)
     assert code == 2
     assert "the 40 training images are fewer than one step of 64" in error
-    assert error.endswith("Lower it to 40")
+    assert error.endswith("Use --batch_size_per_gpu 40 or less")
 
 
 def test_an_unwritable_output_folder_is_an_error(monkeypatch, capsys, tiny_root, tmp_path):
