@@ -21,6 +21,8 @@ from utils import UserError
 
 # ---- names ----
 
+ALIASES = dino_checkpoints.ARCH_ALIASES
+
 
 def vit_names():
     return [name for name in vars(vits) if name.startswith("vit_")]
@@ -28,7 +30,7 @@ def vit_names():
 
 def vit_factory(arch):
     """The function that builds one of our ViTs, by either of its names; None for any other network."""
-    name = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}.get(arch, arch)
+    name = ALIASES.get(arch, arch)
     return vars(vits)[name] if name in vit_names() else None
 
 

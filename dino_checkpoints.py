@@ -6,6 +6,7 @@ and ours for a resume within an epoch: images_done, meters, health. Besides tens
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import zipfile
@@ -58,12 +59,23 @@ def previous_checkpoint(path):
     return str(path.with_name(f"{path.stem}.prev{path.suffix}"))
 
 
+def to_host(state):
+    """A state dict with its tensors in main memory, so that torch.load reads the file on machines without a GPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {key: to_host(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(to_host, state))
+    return state
+
+
 def run_state(parts, args, progress):
     """The content of a checkpoint: the state of each of `parts` (main_dino.Parts), `args`, and the dict `progress`.
 
     As in the authors' files, keys of the student start with `module.`, and the keys of a teacher with batch norms, too.
     """
-    state = {name: part.state_dict() for name, part in parts._asdict().items()}
+    state = {name: to_host(part.state_dict()) for name, part in parts._asdict().items()}
     for name, prefixed in (("student", True), ("teacher", utils.has_batchnorms(parts.teacher))):
         prefix = "module." if prefixed else ""
         state[name] = {prefix + key.removeprefix("module."): value for key, value in state[name].items()}
@@ -200,6 +212,9 @@ def trained_inputs(path):
 
 # ---- comparing settings ----
 
+# The authors' other names of two networks.
+ARCH_ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}
+
 # These decide which tensors a run has. A checkpoint with other values can't be resumed from.
 SHAPING_ARGS = (
     "arch",
@@ -258,7 +273,7 @@ def comparable(args):
     """The arguments of a run as a dict, in one form for files of any age."""
     args = utils.plain_args(args)
     if args:
-        args["arch"] = str(args.get("arch")).replace("deit_", "vit_")  # another name of the same networks
+        args["arch"] = ARCH_ALIASES.get(str(args.get("arch")), args.get("arch"))
         args["images_per_step"] = utils.global_batch(args)
     if args and args.get("mean") is None:
         args |= {"in_chans": args.get("in_chans", 3), "mean": [*utils.IMAGENET_MEAN], "std": [*utils.IMAGENET_STD]}
@@ -380,3 +395,31 @@ def are_totals(totals):
         return type(pair[0]) is float or (type(pair[0]) is int and abs(pair[0]) < 2**53)
 
     return isinstance(totals, dict) and all(map(is_total, totals.values()))
+
+
+# ---- log.txt ----
+
+
+def drop_log_lines(output_dir, first_epoch, ours):
+    """Remove the lines of `first_epoch` and later from log.txt, which a restart writes again, and a torn last line.
+
+    Only lines {key: value} for which `ours` is true: log.txt may have lines of other scripts.
+    """
+    path = Path(output_dir) / "log.txt"
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for i, line in enumerate(lines) if not is_outdated(line, first_epoch, ours, i == len(lines) - 1)]
+    if kept and not kept[-1].endswith(b"\n"):
+        kept[-1] += b"\n"
+    if kept != lines:
+        utils.write_whole(path, lambda file: file.write(b"".join(kept)))
+
+
+def is_outdated(line, first_epoch, ours, last):
+    try:
+        logged = json.loads(line)
+    except ValueError:
+        return last and line.startswith(b"{")
+    epoch = logged.get("epoch") if isinstance(logged, dict) and ours(logged) else None
+    return isinstance(epoch, int) and epoch >= first_epoch

@@ -5,6 +5,7 @@ crops are a function of (seed, epoch, index) alone, whichever process makes them
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import itertools
@@ -352,11 +353,14 @@ def image_statistics(images, inputs, num_workers):
 
 def earlier_statistics(args):
     """(mean, std) that the run in --output_dir has measured, as rank 0 reads them; None if there are none."""
-    checkpoint, _ = dino_checkpoints.load_newest(os.path.join(args.output_dir, "checkpoint.pth"))
-    before = utils.plain_args(checkpoint.get("args")) if isinstance(checkpoint, dict) else {}
-    now = utils.plain_args(args)
-    same = before.get("compute_stats") and all(before.get(name) == now[name] for name in ("in_chans", "value_range"))
-    return utils.gather_objects((before.get("mean"), before.get("std")) if same else None)[0]
+    found, now = None, utils.plain_args(args)
+    if utils.is_main_process():
+        with contextlib.suppress(UserError):  # of a damaged checkpoint; resuming will report it
+            checkpoint, _ = dino_checkpoints.load_newest(os.path.join(args.output_dir, "checkpoint.pth"))
+            before = utils.plain_args(checkpoint.get("args")) if isinstance(checkpoint, dict) else {}
+            same = all(before.get(name) == now[name] for name in ("in_chans", "value_range"))
+            found = (before.get("mean"), before.get("std")) if before.get("compute_stats") and same else None
+    return utils.gather_objects(found)[0]
 
 
 def measure_statistics(images, args):

@@ -52,6 +52,8 @@ def norm_of_weights(network):
 
 # ---- warnings ----
 
+VITS = ("vit_nano", "vit_tiny", "vit_small", "vit_base")  # the networks that --patch_size is for
+
 PATIENCE = 3  # log lines in a row that must show a condition before it is a warning
 COLLAPSE = ("uniform", "dominant", "agreement", "features")
 
@@ -113,7 +115,7 @@ def suspicious_settings(args, images):
             f"--out_dim {args.out_dim} is more than ten prototypes per image ({images} images): most will never be "
             "used, and each costs time. Use at most {10 * images}, or 1024 to 4096 for a few thousand images"
         )
-    if args.use_fp16 and args.amp_dtype == "fp16" and args.patch_size <= 8 and "vit" in args.arch:
+    if args.use_fp16 and args.amp_dtype == "fp16" and args.patch_size <= 8 and args.arch in VITS:
         found["precision"] = (
             f"fp16 is known to be unstable with --patch_size {args.patch_size}. Use --amp_dtype bf16, or --use_fp16 "
             "false"
@@ -193,37 +195,8 @@ class HealthMonitor:
             self.curves.add((stats["epoch"] + 1) * self.steps - 1, {"knn_top1": stats["knn_top1"]})
             if stats["knn_top1"] > self.best_knn:
                 self.best_knn, self.best_epoch = stats["knn_top1"], stats["epoch"]
-                utils.log("best k-NN accuracy so far: saved as checkpoint_best.pth")
+                utils.log("best k-NN accuracy so far: goes to checkpoint_best.pth")
         return self.best_epoch == stats["epoch"]
-
-
-# ---- log.txt ----
-
-
-def drop_log_lines(output_dir, first_epoch):
-    """Remove the lines of `first_epoch` and later from log.txt, which a restart will write again.
-
-    Lines of other programs stay; a torn last line is removed.
-    """
-    path = Path(output_dir) / "log.txt"
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for i, line in enumerate(lines) if not is_outdated(line, first_epoch, last=i == len(lines) - 1)]
-    if kept and not kept[-1].endswith(b"\n"):
-        kept[-1] += b"\n"
-    if kept != lines:
-        utils.write_whole(path, lambda file: file.write(b"".join(kept)))
-
-
-def is_outdated(line, first_epoch, last):
-    try:
-        logged = json.loads(line)
-    except ValueError:
-        return last and line.startswith(b"{")
-    ours = isinstance(logged, dict) and ("train_loss" in logged or "train_ln_k" in logged)  # no good step: no loss
-    epoch = logged.get("epoch") if ours else None
-    return isinstance(epoch, int) and epoch >= first_epoch
 
 
 # ---- first and last words ----
@@ -239,7 +212,7 @@ def describe_start(args, parser, device, amp_dtype, steps_per_epoch):
     """What runs where, and with which settings."""
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype, "fp32")
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else device.type.upper()
-    patch = f"/{args.patch_size}" if "vit" in args.arch else ""
+    patch = f"/{args.patch_size}" if args.arch in VITS else ""
     settings = {k: v for k, v in changed_settings(args, parser).items() if k not in ("config", "output_dir")}
     words = [f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items()]
     changed = textwrap.fill(", ".join(words) or "none", 118, break_long_words=False, break_on_hyphens=False)
@@ -261,7 +234,7 @@ def describe_end(args, stats, path, seconds):
     result = [f"loss {stats['train_loss']:.4f}"] if "train_loss" in stats else []
     if "knn_top1" in stats:
         result.append(f"k-NN top-1 {stats['knn_top1']:.2f} %")
-    patch = f" --patch_size {args.patch_size}" if "vit" in args.arch else ""
+    patch = f" --patch_size {args.patch_size}" if args.arch in VITS else ""
     labeled = args.knn_data or (args.data_path if args.data_path == "sample" else None)
     data = shlex.quote(labeled) if labeled else "FOLDER_WITH_TRAIN_AND_VAL"
     return (

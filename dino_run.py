@@ -197,7 +197,6 @@ class Run(Bare):
             self.bad_images = dino_data.recheck_bad_images(progress["health"], images, utils.inputs_of(args))
             dino_health.write_environment(args, self.parser)
             self.monitor.check_settings()
-            self.drop_repeated_lines()
             self.stop = stack.enter_context(StopRequest())
             self.open = stack.pop_all()
         return self
@@ -216,9 +215,8 @@ class Run(Bare):
         """Load the checkpoint in the output folder, if there is one; returns what it says of the run's progress."""
         args, images = self.args, self.data_loader.dataset.images
         progress = {"epoch": 0, "step": 0, "images_done": None, "meters": [], "args": {}, "health": {}}
-        objects = self.parts._asdict()
-        if not self.parts.fp16_scaler.is_enabled():
-            del objects["fp16_scaler"]
+        scaler = self.parts.fp16_scaler if self.parts.fp16_scaler.is_enabled() else None
+        objects = {**self.parts._asdict(), "fp16_scaler": scaler}
         self.loaded = dino_checkpoints.restart_from_checkpoint(self.path, progress, args, **objects)
         self.keep_previous = self.loaded in (None, self.path)  # a damaged checkpoint.pth must not replace the good one
         self.first_epoch, self.images_done = dino_checkpoints.position(progress, args, self.loaded)
@@ -307,10 +305,11 @@ class Run(Bare):
         done = self.images_done + self.args.images_per_step  # this step included
         self.save(self.epoch, done, self.metrics.totals())
         where = f"stopped in epoch {self.epoch} after step {done // self.args.images_per_step}"
+        collapse, unsaved = utils.gather_objects((self.monitor.collapse, self.unsaved.get(self.path)))[0]
         if self.collapsed:
-            what = utils.gather_objects(self.monitor.collapse)[0]
-            saved = "not saved" if self.path in self.unsaved else "saved"
-            raise UserError(f"{where}, {saved}: {what}", exit_code=4)
+            raise UserError(f"{where}, {'not saved' if unsaved else 'saved'}: {collapse}", exit_code=4)
+        if self.signal and unsaved:
+            raise UserError(f"{where}, not saved: {unsaved}. Make room and run again", exit_code=5)
         if self.signal:
             utils.log(f"{where}. Run the same command to resume")
             raise Stopped(int(self.signal))
@@ -331,12 +330,13 @@ class Run(Bare):
             "step": step,
             "epoch": self.epoch,
             "loss": str(self.loss.item()),
-            "loss_terms": [[str(term) for term in view] for view in loss.cross_entropy.tolist()],
+            "loss_terms_of_last_pass": [[str(term) for term in view] for view in loss.cross_entropy.tolist()],
             "gradient_norms": {name: str(grad.norm().item() / scale) for name, grad in grads},
             "images": [self.data_loader.dataset.images.name(i) for i in self.indices.tolist()],
         }
         everyones = utils.gather_objects(found)
-        self.write("bad_step.json", json.dumps(everyones, indent=1))
+        if utils.is_main_process():
+            self.write("bad_step.json", json.dumps(everyones, indent=1))
         raise UserError(
             f"{what}, after {self.bad_steps - 1} such steps in a row; bad_step.json has details. The checkpoints are "
             "from before. Lower --lr or --clip_grad, or try --use_fp16 false",
@@ -392,27 +392,19 @@ class Run(Bare):
                 dino_checkpoints.save(path, state, keep_previous=path == self.path and self.keep_previous)
             except OSError as e:
                 self.unsaved[path] = f"{path} could not be written ({e.strerror or e})"
-                utils.say(f"warning: {self.unsaved[path]}. The run continues and tries again at the next save")
+                again = " and tries again at the next save" if path == self.path else ""
+                utils.say(f"warning: {self.unsaved[path]}. The run continues{again}")
             else:
                 self.unsaved.pop(path, None)
                 self.keep_previous = self.keep_previous or path == self.path
 
     def write(self, name, text):
-        """Write a text file in the output folder on rank 0. A full disk is a warning."""
+        """Write a text file in the output folder. A full disk is a warning."""
         path = os.path.join(self.args.output_dir, name)
-        if utils.is_main_process():
-            try:
-                utils.write_whole(path, lambda file: file.write(text.encode(errors="replace")))
-            except OSError as e:
-                utils.say(f"warning: {path} could not be written ({e.strerror})")
-
-    def drop_repeated_lines(self):
-        """Drop the lines of log.txt that this run will write again."""
-        if utils.is_main_process():
-            try:
-                dino_health.drop_log_lines(self.args.output_dir, self.first_epoch)
-            except OSError as e:
-                utils.say(f"warning: {self.args.output_dir}/log.txt could not be written ({e.strerror})")
+        try:
+            utils.write_whole(path, lambda file: file.write(text.encode(errors="replace")))
+        except OSError as e:
+            utils.say(f"warning: {path} could not be written ({e.strerror})")
 
     def log_epoch(self, stats):
         """Append a line to log.txt on rank 0."""
@@ -421,6 +413,8 @@ class Run(Bare):
         if self.monitor.warnings:
             stats["warnings"], self.monitor.warnings = self.monitor.warnings, []
         try:
+            if self.epoch == self.first_epoch:
+                dino_checkpoints.drop_log_lines(self.args.output_dir, self.epoch, lambda line: "train_ln_k" in line)
             utils.write_log_line(self.args.output_dir, stats)
         except OSError as e:
             utils.say(
@@ -432,7 +426,7 @@ class Run(Bare):
         known = len(self.bad_images)
         for found in utils.gather_objects(self.bad_images):
             self.bad_images.update(found)
-        if self.bad_images:
+        if self.bad_images and utils.is_main_process():
             self.write_bad_images()
         if len(self.bad_images) > known:
             self.check_bad_images()
@@ -459,7 +453,7 @@ class Run(Bare):
         # Nobody exits before rank 0 has written: a launcher would end it too.
         unsaved, collapse = utils.gather_objects((list(self.unsaved.values()), self.monitor.collapse))[0]
         if unsaved:
-            raise UserError(f"a checkpoint is lost: {', '.join(unsaved)}. Make room and run again", exit_code=5)
+            raise UserError(f"a checkpoint is lost: {', '.join(unsaved)}. Make room for the next run", exit_code=5)
         if collapse and self.args.stop_on_collapse:
             raise UserError(f"all epochs are done and saved, but: {collapse}", exit_code=4)
         path = self.path if os.path.isfile(self.path) else self.loaded

@@ -360,6 +360,9 @@ def resume(path, progress, states, args):
         check_settings(path, file, args, SETTINGS)
     dino_checkpoints.restart_from_checkpoint(path, progress, **states)
     utils.check_same_everywhere(progress["epoch"], f"the epoch in {path}")
+    if utils.is_main_process():  # lines that will be written again; those with train_ln_k are main_dino's
+        mine = lambda line: "train_loss" in line and "train_ln_k" not in line  # noqa: E731
+        dino_checkpoints.drop_log_lines(args.output_dir, progress["epoch"], mine)
 
 
 if __name__ == "__main__":

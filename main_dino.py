@@ -119,7 +119,7 @@ def get_args_parser():
 
 def check_args(args):
     """Raise UserError for flags that contradict each other, before any work is done."""
-    args.arch = args.arch.replace("deit_", "vit_")  # the same networks under an older name
+    args.arch = dino_backbones.ALIASES.get(args.arch, args.arch)
     for flag in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         if getattr(args, flag) > args.epochs:
             raise UserError(

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import datetime
 import difflib
+import errno
 import functools
 import hashlib
 import importlib
@@ -330,9 +331,7 @@ def ignore_signals(_):
 
 
 class HostCopy:
-    """Asynchronous copy of a small tensor to the CPU. Create it before `backward()` and call `read()` after: the GPU
-    then has work queued while the host waits.
-    """
+    """Asynchronous copy of a small tensor to the CPU. Create it before `backward()`, and call `read()` after."""
 
     def __init__(self, tensor):
         self.values, self.arrived = tensor.detach(), None
@@ -535,8 +534,7 @@ def peak_memory_mb():
         import resource
     except ImportError:  # Windows
         return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 @torch.no_grad()
@@ -628,9 +626,13 @@ def save_on_master(state, path):
 
 
 def write_log_line(output_dir, stats):
-    """Append one JSON object to log.txt."""
-    with open(Path(output_dir) / "log.txt", "a", encoding="utf-8") as file:
-        file.write(json.dumps(stats) + "\n")
+    """Append one JSON object to log.txt. Raises OSError."""
+    line = json.dumps(stats).encode() + b"\n"
+    with open(Path(output_dir) / "log.txt", "ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(line) < len(line):  # the disk is full: leave no torn line
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # ---- schedules ----

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
-from conftest import same_state, tensor, tiny_vit
+from conftest import arguments_of, same_state, tensor, tiny_vit
 
 import dino_backbones
 import hubconf
+import main_dino
 import utils
 from utils import UserError
 from vision_transformer import DINOHead
@@ -493,3 +494,22 @@ def test_published_linear_classifiers_load_with_and_without_ddp(monkeypatch, wra
     classifier = nn.ModuleDict({"module": classifier}) if wrapper else classifier
     dino_backbones.load_pretrained_linear_weights(classifier, "vit_small", 16)
     assert all(torch.equal(value, torch.ones_like(value)) for value in classifier.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("arch", "becomes"),
+    [
+        ("deit_small", "vit_small"),
+        ("timm:deit_tiny_patch16_224", "timm:deit_tiny_patch16_224"),
+        ("resnet18", "resnet18"),
+    ],
+)
+def test_only_the_authors_two_other_names_are_aliases(arch, becomes):
+    args = arguments_of(main_dino, "--arch", arch)
+    main_dino.check_args(args)
+    assert args.arch == becomes
+
+
+def test_deit_base_is_not_a_name():
+    with pytest.raises(UserError, match="unknown --arch deit_base"):
+        main_dino.check_args(arguments_of(main_dino, "--arch", "deit_base"))

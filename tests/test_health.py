@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, arguments_of, log_without_times, run_script, tensor
 
+import dino_checkpoints
 import dino_health
 import main_dino
 from main_dino import DINOLoss
@@ -376,12 +377,12 @@ def test_a_missing_package_is_named_with_its_install_command(monkeypatch, tmp_pa
 
 
 def test_a_restart_drops_the_lines_that_it_will_write_again(tmp_path):
-    lines = [json.dumps({"train_loss": 1.0, "epoch": epoch}) for epoch in range(3)]
-    other = [json.dumps({"epoch": 7, "note": "of another program"}), "not JSON"]
+    lines = [json.dumps({"train_ln_k": 1.0, "epoch": epoch}) for epoch in range(3)]
+    other = [json.dumps({"epoch": 7, "train_loss": 1.0}), "not JSON"]
     (tmp_path / "log.txt").write_text("\n".join([*other, *lines, '{"train_lo']))
-    dino_health.drop_log_lines(tmp_path, 2)
+    dino_checkpoints.drop_log_lines(tmp_path, 2, lambda line: "train_ln_k" in line)
     assert (tmp_path / "log.txt").read_text().splitlines() == [*other, *lines[:2]]
-    dino_health.drop_log_lines(tmp_path / "nowhere", 0)
+    dino_checkpoints.drop_log_lines(tmp_path / "nowhere", 0, bool)
     assert not (tmp_path / "nowhere").exists()
 
 

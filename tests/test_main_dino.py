@@ -493,7 +493,7 @@ def test_too_many_bad_steps_exit_with_3_and_keep_the_checkpoint(monkeypatch, cap
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
     (found,) = json.loads((tmp_path / "bad_step.json").read_text())
     assert (found["epoch"], found["step"], found["loss"]) == (1, 3, "nan")
-    assert np.array(found["loss_terms"]).shape == (2, 4)
+    assert np.array(found["loss_terms_of_last_pass"]).shape == (2, 4)
     assert len(found["images"]) == 8
     assert all(Path(image).is_file() for image in found["images"])
     assert {"backbone.cls_token", "head.mlp.0.weight"} <= set(found["gradient_norms"])

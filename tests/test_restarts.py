@@ -252,6 +252,11 @@ def no_room(first, last, limit=200_000):
     around_step(last, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard)))
 
 
+def no_room_and_signal(at):
+    no_room(at, 99)
+    signal_in_step(at, signal.SIGTERM)
+
+
 def read_only(path, at):
     """From step `at` on nothing can be written below `path`: it is laid over itself as a read-only mount."""
 
@@ -988,6 +993,27 @@ def test_a_log_line_that_can_not_be_written_is_printed(whole, flags, run):
     lost = [json.loads(line.removeprefix(warning)) for line in said.splitlines() if line.startswith(warning)]
     assert [line["epoch"] for line in lost] == [0, 1]
     assert [line["epoch"] for line in log_without_times(run)] == [2]
+
+
+def test_a_signal_does_not_hide_that_nothing_could_be_saved(flags, run):
+    codes, (said,) = Run(*flags, spoil=("no_room_and_signal", 3)).end()
+    assert codes == [5]
+    (line,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert line.startswith("error: stopped in epoch 0 after step 4, not saved: ")
+    assert not (run / "checkpoint.pth").exists()
+
+
+def test_a_full_disk_leaves_no_torn_line_in_the_log(tmp_path):
+    utils.write_log_line(tmp_path, {"epoch": 0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+        with pytest.raises(OSError, match=r"No space left on device|File too large"):
+            utils.write_log_line(tmp_path, {"epoch": 1, "train_loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    utils.write_log_line(tmp_path, {"epoch": 2})
+    assert (tmp_path / "log.txt").read_text().splitlines() == ['{"epoch": 0}', '{"epoch": 2}']
 
 
 # ---- a process that fails ----
