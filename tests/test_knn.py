@@ -176,7 +176,7 @@ def test_training_is_bit_identical_with_and_without_knn(without_knn, tiny_root, 
 
 
 # The last step of the epoch is saved before k-NN starts, so that a resumed run repeats the evaluation only.
-RESUMED = re.compile(r"resuming from .*: epoch 0, 5 steps done")
+RESUMED = re.compile(r"continuing in epoch 0 after step 5")
 
 
 def command_of(tiny_root, folder, *flags):
