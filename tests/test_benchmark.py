@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -468,3 +469,34 @@ def test_real_processes_have_a_table(sample_root):
     one, two = (float(rows[number][0]) for number in "12")
     assert float(rows["2"][1]) == pytest.approx(two / one, rel=0.1)
     assert json.loads(rows["2"][2].removesuffix(" %")) == pytest.approx(50 * two / one, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (None, None),
+        (benchmark.UserError("no such network"), "no such network"),
+        (ValueError("a bug"), "a measured process has failed: ValueError: a bug"),
+    ],
+)
+def test_a_measured_process_answers_until_the_benchmark_ends(error, answer):
+    calls = []
+
+    def prepare():
+        if error:
+            raise error
+        return lambda: calls.append(1)
+
+    ours, theirs = multiprocessing.Pipe()
+    process = threading.Thread(target=benchmark.serve, args=(theirs, prepare, ()))
+    process.start()
+    assert ours.recv() == answer
+    if not error:
+        ours.send(2)
+        seconds, megabytes = ours.recv()
+        assert seconds >= 0
+        assert megabytes >= 0
+        assert len(calls) == 3  # two warm-up calls, one that is measured
+    ours.close()
+    process.join(10)
+    assert not process.is_alive()

@@ -78,7 +78,7 @@ FORTY_CLASSES = {f"c{i:02}": 1 for i in range(40)}
 def test_unusable_images_are_an_error_before_training_starts(tmp_path, monkeypatch, classes, flags, flag):
     monkeypatch.chdir(tmp_path)
     class_folders(tmp_path / "train", **classes)
-    with pytest.raises(utils.UserError, match=rf"{re.escape(flag)}.*(k-NN|train and val|not a folder|--knn_every)"):
+    with pytest.raises(utils.UserError, match=rf"{re.escape(flag)}.*(k-NN|train and val|does not exist|--knn_every)"):
         train(tmp_path, tmp_path / "run", *flags)
     assert not (tmp_path / "run" / "run.json").exists()
 

@@ -778,6 +778,14 @@ def test_reduce_dict_of_one_process_is_the_dict_itself():
     assert utils.reduce_dict(values) is values
 
 
+def test_reduce_dict_averages_or_sums_over_processes(monkeypatch):
+    monkeypatch.setattr(utils, "get_world_size", lambda: 2)
+    monkeypatch.setattr(utils.dist, "all_reduce", lambda values: values.add_(torch.tensor([4.0, 8.0])))
+    values = {"loss": torch.tensor(2.0), "acc": torch.tensor(6.0)}  # in the order of names: acc, loss
+    assert {k: v.item() for k, v in utils.reduce_dict(values).items()} == {"acc": 5.0, "loss": 5.0}
+    assert {k: v.item() for k, v in utils.reduce_dict(values, average=False).items()} == {"acc": 10.0, "loss": 10.0}
+
+
 def test_setup_for_distributed_silences_print_unless_forced(capsys, monkeypatch):
     import builtins
 
