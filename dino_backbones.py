@@ -245,7 +245,7 @@ def warn_of_size(model, args, amp_dtype):
     weights = 5 * 4 * (sum(p.numel() for p in model.parameters()) + 256 * args.out_dim)  # Adam, gradients, teacher
     utils.log(
         f"warning: {args.arch} is large for a CPU: expect about {(activations + weights) / 1e9:.0f} GB of memory and "
-        "minutes per step. Try --config recipes/demo.yaml, or a smaller --batch_size_per_gpu"
+        "slow steps. Try --config recipes/demo.yaml, or a smaller --batch_size_per_gpu"
     )
 
 
