@@ -347,6 +347,11 @@ def train_classifier(extract, classifier, train_set, val_set, args, device):
     utils.log(f"The linear classifier is trained. Top-1 test accuracy: {progress['best_acc']:.1f}")
 
 
+def is_log_line(line):
+    """Whether a JSON object in log.txt is of this script. Only main_dino's lines have train_ln_k."""
+    return "train_loss" in line and "train_ln_k" not in line
+
+
 def resume(path, progress, states, args):
     """Restore `progress` {epoch, best_acc} and the objects in `states` from the checkpoint at `path`, if it exists.
 
@@ -360,9 +365,8 @@ def resume(path, progress, states, args):
         check_settings(path, file, args, SETTINGS)
     dino_checkpoints.restart_from_checkpoint(path, progress, **states)
     utils.check_same_everywhere(progress["epoch"], f"the epoch in {path}")
-    if utils.is_main_process():  # lines that will be written again; those with train_ln_k are main_dino's
-        mine = lambda line: "train_loss" in line and "train_ln_k" not in line  # noqa: E731
-        dino_checkpoints.drop_log_lines(args.output_dir, progress["epoch"], mine)
+    if utils.is_main_process():
+        dino_checkpoints.drop_log_lines(args.output_dir, progress["epoch"], is_log_line)
 
 
 if __name__ == "__main__":
