@@ -233,23 +233,18 @@ class VisionTransformer(nn.Module):
         `w` is the size of dimension 2 of the batch and `h` of dimension 3: the order in which public code calls and
         replaces this method.
         """
-        num_patches = x.shape[1] - 1
-        grid_patches = self.pos_embed.shape[1] - 1
-        if num_patches == grid_patches and w == h:
+        if x.shape[1] == self.pos_embed.shape[1] and w == h:
             return self.pos_embed
 
-        side = math.isqrt(grid_patches)
-        wanted = (w // self.patch_embed.patch_size, h // self.patch_embed.patch_size)
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        if grid.dtype in (torch.float16, torch.bfloat16):
-            grid = grid.float()  # bicubic in half precision moves positions, and not every device has it
-        # The published weights were trained with this 0.1, which keeps floor(side * scale) from rounding down.
-        scale = tuple((n + 0.1) / math.sqrt(grid_patches) for n in wanted)
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        if grid.shape[-2:] != wanted:
-            raise ValueError(f"positional encoding became {tuple(grid.shape[-2:])} patches, the image has {wanted}")
-        patch_pos = grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
-        return torch.cat((self.pos_embed[:, :1], patch_pos), dim=1)
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
+        grid = self.pos_embed[0, 1:].unflatten(0, (side, side))  # [side, side, D]
+        grid = grid if grid.dtype == torch.float64 else grid.float()  # in half precision, bicubic moves positions
+        # Two products instead of one F.interpolate, whose backward pass on GPUs adds in another order in each run.
+        with torch.autocast(grid.device.type, enabled=False):
+            for pixels in (w, h):
+                weights = _bicubic_weights(side, pixels // self.patch_embed.patch_size, grid)
+                grid = (weights @ grid.flatten(1)).unflatten(1, grid.shape[1:]).transpose(0, 1)
+        return torch.cat((self.pos_embed[:, :1], grid.flatten(0, 1)[None].to(self.pos_embed.dtype)), dim=1)
 
     def prepare_tokens(self, x):
         """Images [B, C, H, W] -> CLS and patch tokens with their positions [B, N+1, D]."""
@@ -283,6 +278,13 @@ class VisionTransformer(nn.Module):
             if i >= first_kept:
                 kept.append(self.norm(x))
         return kept
+
+
+def _bicubic_weights(side, wanted, like):
+    """The matrix [wanted, side] that resizes `side` numbers to `wanted`, bicubic; dtype and device are as in `like`."""
+    one_hot = torch.eye(side, dtype=like.dtype, device=like.device)[None, :, :, None]  # [1, side, side, 1]
+    # The published weights were trained with this 0.1, which keeps floor(side * scale) from rounding down.
+    return F.interpolate(one_hot, scale_factor=((wanted + 0.1) / side, 1.0), mode="bicubic")[0, :, :, 0].T
 
 
 def _init_linear(module):
