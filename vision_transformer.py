@@ -25,7 +25,7 @@ def drop_path(x, drop_prob=0.0, training=False):
         return x
     keep = 1.0 - drop_prob
     mask = x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(keep)  # [B, 1, 1]
-    return x * (mask / keep)
+    return (x * mask).div_(keep)  # mask / keep would be rounded in half precision, and the expectation with it
 
 
 class DropPath(nn.Module):

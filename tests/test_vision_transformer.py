@@ -192,6 +192,15 @@ def test_drop_path_drops_whole_samples():
         assert torch.equal(after, 2 * before) or not after.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drop_path_divides_by_the_exact_share_that_is_kept(dtype):
+    """1 / 0.97 rounded to bf16 would be off by 0.3 % in every kept branch."""
+    x = tensor("branches", (64, 3, 5)).to(dtype)
+    dropped = DropPath(0.03).train()(x)
+    kept = dropped.flatten(1).any(dim=1)
+    assert torch.equal(dropped[kept], x[kept].div(0.97))
+
+
 def test_drop_path_is_the_identity_in_eval_mode():
     x = tensor("branches", (64, 3, 5))
     assert torch.equal(DropPath(0.9).eval()(x), x)
