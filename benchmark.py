@@ -401,7 +401,7 @@ def memory_copy(gigabytes=0.5):
 def precisions():
     """{name: (dtype of mixed precision or None, dtype of matrix products)} that this CPU has in hardware."""
     fp32, bf16 = (None, torch.float32), (torch.bfloat16, torch.bfloat16)
-    return {"fp32": fp32, "bf16": bf16} if utils.cpu_computes_bf16() else {"fp32": fp32}
+    return {"fp32": fp32, "bf16": bf16} if dino_backbones.cpu_computes_bf16() else {"fp32": fp32}
 
 
 def limits(args, side=SIDE, gigabytes=0.5):

@@ -7,6 +7,7 @@ and ours for a resume within an epoch: images_done, meters, health. Besides tens
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import zipfile
@@ -269,12 +270,18 @@ IN_WORDS = {
 }
 
 
+def global_batch(args):
+    """Images per step over all processes, from the arguments of a run as a dict; None if they don't say."""
+    numbers = args.get("batch_size_per_gpu"), args.get("world_size", 1), args.get("grad_accum_steps", 1)
+    return math.prod(numbers) if all(type(n) is int and 0 < n < 2**31 for n in numbers) else None
+
+
 def comparable(args):
     """The arguments of a run as a dict, in one form for files of any age."""
     args = utils.plain_args(args)
     if args:
         args["arch"] = ARCH_ALIASES.get(str(args.get("arch")), args.get("arch"))
-        args["images_per_step"] = utils.global_batch(args)
+        args["images_per_step"] = global_batch(args)
     if args and args.get("mean") is None:
         args |= {"in_chans": args.get("in_chans", 3), "mean": [*utils.IMAGENET_MEAN], "std": [*utils.IMAGENET_STD]}
     return args
@@ -369,7 +376,7 @@ def position(progress, args, path):
 
     Files of older versions count steps instead of images.
     """
-    before = utils.global_batch(utils.plain_args(progress["args"])) or utils.global_batch(vars(args))
+    before = global_batch(utils.plain_args(progress["args"])) or global_batch(vars(args))
     images_done = progress["images_done"]
     if images_done is None and is_count(progress["step"]):
         images_done = progress["step"] * before

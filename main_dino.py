@@ -93,13 +93,12 @@ def get_args_parser():
         help="Keep the head's last layer fixed for this long. Try 2 or 3 if the loss does not come down.")
     optim.add_argument("--use_fp16", default=True, type=bool_flag, metavar="BOOL",
         help="Mixed precision. false trains in float32: slower, and the first thing to try if the loss becomes NaN.")
-    optim.add_argument("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16"],
-        help="auto: bf16 where the hardware has it, else fp16 on CUDA and float32 elsewhere.")
+    optim.add_argument("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "tf32"], help="""auto: bf16 where
+        the hardware has it, else fp16 on CUDA and float32 elsewhere. tf32 is for GPUs: twice as fast as float32.""")
 
     crops = parser.add_argument_group("multi-crop")
     crops.add_argument("--global_crops_scale", default=(0.4, 1.0), type=between(1e-6, 1, float), nargs=2,
-        metavar=("MIN", "MAX"), help="""Area of a global crop relative to the image. Without local crops use a wider
-        range: 0.14 1.""")
+        metavar=("MIN", "MAX"), help="Area relative to the image. Without local crops use a wider range: 0.14 1.")
     crops.add_argument("--global_crops_size", default=224, type=at_least(1), metavar="PIXELS",
         help="Side of a global crop.")
     crops.add_argument("--local_crops_number", default=8, type=at_least(0), metavar="N",
@@ -109,8 +108,7 @@ def get_args_parser():
     crops.add_argument("--local_crops_size", default=96, type=at_least(1), metavar="PIXELS",
         help="Side of a local crop.")
     crops.add_argument("--blur_radius", default=(0.1, 2.0), type=between(0, 1e4, float), nargs=2,
-        metavar=("MIN", "MAX"), help="""Gaussian blur in pixels of the crop. 2 is for crops of 224; for crops up
-        to 64 use 0.1 0.5.""")
+        metavar=("MIN", "MAX"), help="Gaussian blur in pixels of the crop; for crops up to 64 pixels use 0.1 0.5.")
     crops.add_argument("--augmentation", default="pil", choices=["pil", "fast"], help="""pil: the paper's
         pixels, bit for bit. fast: OpenCV, the same crops to within a level or two, several times as fast.""")
     # fmt: on
@@ -139,8 +137,7 @@ def check_args(args):
         for flag in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
             size, patch = getattr(args, flag), args.patch_size
             if size % patch:
-                below = size // patch * patch
-                near = f"{below} or {below + patch}" if below else f"{patch}"
+                near = " or ".join(str(n * patch) for n in (size // patch, size // patch + 1) if n)
                 raise UserError(f"--{flag} {size} is not a multiple of --patch_size {patch}. Use {near}")
 
 
@@ -220,27 +217,30 @@ class DINOLoss(nn.Module):
 
     def forward(self, student_output, teacher_output, epoch, update_center=True):
         """Student [ncrops * B, K] and teacher [2 * B, K] logits, crop by crop -> scalar loss."""
+        tau = torch.full((), self.teacher_temp_schedule[epoch], device=self.center.device)
         with torch.autocast(student_output.device.type, enabled=False):
-            # The student's P_s is the softmax of these logits (eq. 1).
-            logits = student_output.float().unflatten(0, (self.ncrops, -1)) / self.student_temp  # [ncrops, B, K]
-            # The teacher's P_t is centered and sharpened. Minus, as in Algorithm 1; the text of section 3.1 has a plus.
-            centered = teacher_output.detach().float() - self.center
-            sharpened = centered / float(self.teacher_temp_schedule[epoch])  # [2 * B, K]
-            probs = sharpened.softmax(dim=-1).unflatten(0, (2, -1))  # [2, B, K]
-
-            # H(P_t, P_s) of each pair (eq. 2). Since p sums to 1, -sum p log softmax(z) = logsumexp(z) - sum p z, which
-            # avoids a K-wide log-softmax for each pair.
-            batch = logits.shape[1]
-            log_norm = logits.logsumexp(dim=-1).mean(dim=-1)  # [ncrops]
-            cross_entropy = log_norm - probs.flatten(1) @ logits.flatten(1).T / batch  # [2, ncrops]
-            pairs = torch.ones_like(cross_entropy).fill_diagonal_(0)  # a view does not teach itself (eq. 3)
-            loss = (cross_entropy * pairs).sum() / (2 * self.ncrops - 2)
-
-            self.entropy = (sharpened.logsumexp(dim=-1) - torch.linalg.vecdot(probs.flatten(0, 1), sharpened)).mean()
-            self.cross_entropy, self.top_prototype = cross_entropy.detach(), probs.mean(dim=(0, 1)).max()
+            loss, self.cross_entropy, self.entropy, self.top_prototype = self.terms(student_output, teacher_output, tau)
         if update_center:
             self.update_center(teacher_output)
         return loss
+
+    def terms(self, student_output, teacher_output, tau):
+        """(loss, cross-entropies, entropy, top prototype). `tau` is a tensor, as a number would be compiled in."""
+        # The student's P_s is the softmax of these logits (eq. 1).
+        logits = student_output.float().unflatten(0, (self.ncrops, -1)) / self.student_temp  # [ncrops, B, K]
+        # The teacher's P_t is centered and sharpened. Minus, as in Algorithm 1; the text of section 3.1 has a plus.
+        sharpened = (teacher_output.detach().float() - self.center) / tau  # [2 * B, K]
+        probs = sharpened.softmax(dim=-1).unflatten(0, (2, -1))  # [2, B, K]
+
+        # H(P_t, P_s) of each pair (eq. 2). Since p sums to 1, -sum p log softmax(z) = logsumexp(z) - sum p z, which
+        # avoids a K-wide log-softmax for each pair.
+        log_norm = logits.logsumexp(dim=-1).mean(dim=-1)  # [ncrops]
+        cross_entropy = log_norm - probs.flatten(1) @ logits.flatten(1).T / logits.shape[1]  # [2, ncrops]
+        pairs = torch.ones_like(cross_entropy).fill_diagonal_(0)  # a view does not teach itself (eq. 3)
+        loss = (cross_entropy * pairs).sum() / (2 * self.ncrops - 2)
+
+        entropy = (sharpened.logsumexp(dim=-1) - torch.linalg.vecdot(probs.flatten(0, 1), sharpened)).mean()
+        return loss, cross_entropy.detach(), entropy, probs.mean(dim=(0, 1)).max()
 
     @torch.no_grad()
     def update_center(self, teacher_output):
@@ -346,7 +346,7 @@ def build_student_and_teacher(args, device, amp_dtype):
     student, teacher = networks
     if args.init_from and not dino_run.has_begun(args.output_dir):
         dino_backbones.start_from_weights(student, args)
-    dino_backbones.prepare_for_training(student.backbone, teacher.backbone, args, device, amp_dtype)
+    dino_backbones.prepare_for_training(student, teacher, args, device, amp_dtype)
     teacher.load_state_dict(student.state_dict())
     return student.to(device), teacher.to(device).requires_grad_(False)
 
@@ -367,7 +367,7 @@ def train_dino(args):
     dino_run.prepare(args)
     device = utils.init_distributed_mode(args)  # sets args.rank, world_size and gpu
     args.images_per_step = args.batch_size_per_gpu * args.grad_accum_steps * args.world_size
-    amp_dtype = utils.pick_amp_dtype(device, args.use_fp16, args.amp_dtype)
+    amp_dtype = dino_backbones.pick_amp_dtype(device, args.use_fp16, args.amp_dtype)
     autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     utils.fix_random_seeds(args.seed)
 
@@ -399,6 +399,8 @@ def train_dino(args):
         warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs,
         nepochs=args.epochs,
     ).to(device)
+    if args.compile:
+        dino_loss.terms = torch.compile(dino_loss.terms, dynamic=False)
     optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(student), device)
     fp16_scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     schedules = build_schedules(args, len(data_loader))

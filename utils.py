@@ -108,12 +108,6 @@ def plain_args(args):
     return {name: list(value) if isinstance(value, tuple) else value for name, value in args.items()}
 
 
-def global_batch(args):
-    """Images per step over all processes, from the arguments of a run as a dict; None if they don't say."""
-    numbers = args.get("batch_size_per_gpu"), args.get("world_size", 1), args.get("grad_accum_steps", 1)
-    return math.prod(numbers) if all(type(n) is int and 0 < n < 2**31 for n in numbers) else None
-
-
 # ---- randomness ----
 
 # What a seed is for, as the second argument of derive_seed, so that no two uses share a stream.
@@ -163,33 +157,6 @@ def pick_device(name, local_rank=0):
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     return device
-
-
-def pick_amp_dtype(device, use_fp16, amp_dtype):
-    """dtype of mixed precision, or None for float32.
-
-    "auto" is bf16 where the hardware has it, else fp16 on CUDA and float32 elsewhere.
-    """
-    if not use_fp16:
-        return None
-    if amp_dtype != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_computes_bf16() else None
-
-
-def cpu_computes_bf16():
-    """Whether this CPU multiplies bf16 in hardware. Otherwise bf16 is correct but slower than float32."""
-    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16", "bf16"})
-
-
-def cpu_flags():
-    """The words of /proc/cpuinfo, vendor and instruction sets among them; none where there is no such file."""
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return frozenset()
 
 
 # ---- processes ----

@@ -361,9 +361,9 @@ def test_a_wrong_flag_is_one_line(monkeypatch, capsys, tmp_path, flags, message)
 
 
 def test_precisions_are_those_that_the_hardware_has(monkeypatch):
-    monkeypatch.setattr(utils, "cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr(dino_backbones, "cpu_computes_bf16", lambda: False)
     assert benchmark.precisions() == {"fp32": (None, torch.float32)}
-    monkeypatch.setattr(utils, "cpu_computes_bf16", lambda: True)
+    monkeypatch.setattr(dino_backbones, "cpu_computes_bf16", lambda: True)
     assert benchmark.precisions()["bf16"] == (torch.bfloat16, torch.bfloat16)
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT, arguments_of, run_script
 
+import dino_checkpoints
 import dino_cli
 import dino_health
 import main_dino
@@ -157,7 +158,7 @@ def test_a_recipe_passes_all_checks_without_a_warning(recipe):
     args = arguments_of(main_dino, "--config", recipe)
     main_dino.check_args(args)
     args.world_size = processes(recipe)
-    args.images_per_step = utils.global_batch(vars(args))
+    args.images_per_step = dino_checkpoints.global_batch(vars(args))
     assert dino_health.suspicious_settings(args, CHANGES[recipe.stem][0]) == {}
 
 
@@ -169,7 +170,11 @@ def processes(recipe):
 def test_the_images_per_step_in_a_comment_are_right(recipe):
     args = {**settings_of("--config", recipe), "world_size": processes(recipe)}
     product, number = re.search(r"Hardware: (.*?) = ([\d,]+) images (?:a|per) step", opening(recipe)).groups()
-    assert utils.global_batch(args) == int(number.replace(",", "")) == math.prod(map(int, re.findall(r"\d+", product)))
+    assert (
+        dino_checkpoints.global_batch(args)
+        == int(number.replace(",", ""))
+        == math.prod(map(int, re.findall(r"\d+", product)))
+    )
 
 
 @EACH_RECIPE
@@ -199,7 +204,7 @@ def test_the_run_on_one_gpu_is_the_run_on_eight_in_eight_passes():
         settings_of("--config", ROOT / "recipes" / f"{name}.yaml")
         for name in ("imagenet_vits16_24gb", "imagenet_vits16")
     )
-    assert utils.global_batch(one) == utils.global_batch({**eight, "world_size": 8})
+    assert dino_checkpoints.global_batch(one) == dino_checkpoints.global_batch({**eight, "world_size": 8})
     assert {**one, "grad_accum_steps": 1, "num_workers": eight["num_workers"]} == eight
 
 
