@@ -416,7 +416,7 @@ class MetricLogger:
         self.meters = defaultdict(SmoothedValue)
         self.delimiter = delimiter
         self.due = True  # whether the line of this item will be printed
-        self.seconds = self.waiting = 0.0  # per item; share of it spent waiting for items, except for the first
+        self.seconds = self.waiting = 0.0  # per item; share in which the device waited for items, but for the first
 
     def __getattr__(self, name):
         if name in self.__dict__.get("meters", ()):
@@ -464,18 +464,22 @@ class MetricLogger:
         self.step_time, self.data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
         number = start + len(iterable)
         began = end = time.monotonic()
-        waited = spent = 0.0
+        waited, pauses, first_done, done = 0.0, [], None, None
         hidden = None if is_main_process() else True  # None: shown on terminals only
         with tqdm(initial=start, total=number, desc=header, disable=hidden, file=sys.stdout, leave=False) as bar:
             for i, item in enumerate(iterable, start):
                 self.data_time.update(time.monotonic() - end)
+                if done is not None:  # before the first item, loaders start and fill their queues
+                    pauses.append((done, device_clock()))
                 self.due = i % print_freq == 0 or i == number - 1
                 yield item
                 self.step_time.update(time.monotonic() - end)
-                if i > start:  # before the first item, loaders start and fill their queues
-                    waited, spent = waited + self.data_time.value, spent + self.step_time.value
-                    self.waiting = waited / max(spent, 1e-9)
+                done = device_clock() if is_main_process() else None
+                first_done = first_done or done
                 if self.due and is_main_process():  # other ranks' devices need not wait for a line they don't print
+                    waited += sum(seconds_between(*pause) for pause in pauses)
+                    self.waiting = waited / max(seconds_between(first_done, done), 1e-9)
+                    pauses.clear()
                     left = int(self.step_time.global_avg * (number - 1 - i))
                     eta = f"eta: {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
                     progress = f"[{i:{len(str(number))}d}/{number}]"
@@ -493,9 +497,30 @@ class MetricLogger:
         return {**speed, "max_mem_mb": peak_memory_mb()}
 
 
+def device_clock():
+    """The time now. On a GPU, an event after all work so far: when the GPU gets there, not when the host does."""
+    if not uses_gpu():
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(earlier, later):
+    """Seconds between two results of `device_clock`."""
+    if not isinstance(later, torch.cuda.Event):
+        return later - earlier
+    later.synchronize()
+    return earlier.elapsed_time(later) / 1e3
+
+
+def uses_gpu():
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
 def peak_memory_mb():
     """Peak memory so far: of this process's GPU if it uses one, else of the process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if uses_gpu():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         import resource

@@ -218,9 +218,22 @@ def test_a_process_without_a_gpu_of_its_own_is_a_user_error(monkeypatch):
     ],
 )
 def test_amp_dtype_is_as_requested_or_what_the_hardware_has(monkeypatch, device, fast, use_fp16, amp_dtype, want):
-    monkeypatch.setattr(utils, "cpu_computes_bf16", lambda: fast)
+    monkeypatch.setattr(dino_backbones, "cpu_computes_bf16", lambda: fast)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if fast else (7, 5))
-    assert utils.pick_amp_dtype(torch.device(device), use_fp16, amp_dtype) is want
+    assert dino_backbones.pick_amp_dtype(torch.device(device), use_fp16, amp_dtype) is want
+
+
+@pytest.mark.parametrize(("use_fp16", "rounded"), [(True, True), (False, False)])
+def test_float32_on_a_gpu_is_rounded_to_tf32_for_tf32_only(monkeypatch, use_fp16, rounded):
+    for module in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(module, "allow_tf32", not rounded)
+    assert dino_backbones.pick_amp_dtype(torch.device("cuda"), use_fp16, "tf32") is None
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == rounded
+
+
+def test_tf32_needs_a_gpu():
+    with pytest.raises(utils.UserError, match="--amp_dtype tf32 is a precision of NVIDIA GPUs, not of cpu"):
+        dino_backbones.pick_amp_dtype(torch.device("cpu"), True, "tf32")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +247,7 @@ def test_amp_dtype_is_as_requested_or_what_the_hardware_has(monkeypatch, device,
 )
 def test_bf16_support_is_read_from_cpuinfo(monkeypatch, text, want):
     monkeypatch.setattr(utils.Path, "read_text", lambda self: text)
-    assert utils.cpu_computes_bf16() is want
+    assert dino_backbones.cpu_computes_bf16() is want
 
 
 def test_a_machine_without_cpuinfo_has_no_bf16(monkeypatch):
@@ -242,7 +255,7 @@ def test_a_machine_without_cpuinfo_has_no_bf16(monkeypatch):
         raise FileNotFoundError
 
     monkeypatch.setattr(utils.Path, "read_text", missing)
-    assert utils.cpu_computes_bf16() is False
+    assert dino_backbones.cpu_computes_bf16() is False
 
 
 FAULTS = """
@@ -290,7 +303,7 @@ def product_precision():
     ],
 )
 def test_onednn_is_used_where_it_is_exact_and_faster(monkeypatch, product_precision, cpu, exact, want):
-    monkeypatch.setattr(utils, "cpu_flags", lambda: frozenset(cpu.split()))
+    monkeypatch.setattr(dino_backbones, "cpu_flags", lambda: frozenset(cpu.split()))
     monkeypatch.setattr(torch, "allclose", lambda *_, **__: exact)
     dino_backbones.multiply_by_onednn()
     assert product_precision.fp32_precision == want
@@ -396,12 +409,30 @@ def test_the_console_line_has_the_public_form(capsys):
 
 
 def test_eta_is_the_time_of_the_remaining_items(capsys, monkeypatch):
-    clock = itertools.count(0, 30)  # half a minute between any two looks at the clock
-    monkeypatch.setattr(utils.time, "monotonic", lambda: next(clock))
+    now = [0.0]
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
     for _ in utils.MetricLogger().log_every(range(3), 1, "x"):
-        pass
-    etas = re.findall(r"eta: (\S+)", capsys.readouterr().out)
-    assert etas == ["0:02:00", "0:01:00", "0:00:00"]  # 60 s an item, of which 30 waiting
+        now[0] += 60
+    assert re.findall(r"eta: (\S+)", capsys.readouterr().out) == ["0:02:00", "0:01:00", "0:00:00"]
+
+
+def test_the_share_of_waiting_starts_with_the_second_item(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
+
+    class Items:
+        def __len__(self):
+            return 5
+
+        def __iter__(self):
+            for i in range(5):
+                now[0] += 20 if i else 1000  # loaders start
+                yield i
+
+    logger = utils.MetricLogger()
+    for _ in logger.log_every(Items(), 2, "x"):
+        now[0] += 60
+    assert logger.waiting == pytest.approx(20 / 80)
 
 
 @pytest.mark.parametrize(("platform", "megabytes"), [("linux", 3072), ("darwin", 3)])
