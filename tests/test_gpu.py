@@ -1,0 +1,79 @@
+"""What only a GPU has. tests/gpu/gpu_check.py checks more, and measures."""
+
+import json
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import dino_backbones
+import main_dino
+import utils
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+
+
+def checks(tmp_path, device, *sections):
+    script = ROOT / "tests" / "gpu" / "gpu_check.py"
+    run_script(script, "--device", device, "--tiny", "--out", tmp_path, "--only", *sections, "--budget", 600)
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert set(found["states"].values()) == {"done"}, found["states"]
+    errors = {what: error for section in sections for what, error in found[section]["errors"].items()}
+    wrong = {name: c for section in sections for name, c in found[section]["checks"].items() if not c[0]}
+    assert not errors
+    assert not wrong
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_loss_and_gradients_of_all_precisions_agree_with_float64(tmp_path, device):
+    assert len(checks(tmp_path, device, "numerics")["numerics"]["checks"]) >= 10
+
+
+@pytest.mark.slow
+@on_gpu
+def test_runs_ranks_and_compiled_code_pass_all_checks(tmp_path, device):
+    checks(tmp_path, device, "runs", "ranks", "compile")
+
+
+@on_gpu
+def test_waiting_is_the_time_in_which_the_gpu_waits(device):
+    """The host needs 30 ms per item, and the GPU 120 ms per step: the GPU never waits."""
+
+    class Items:
+        def __len__(self):
+            return 10
+
+        def __iter__(self):
+            for i in range(10):
+                time.sleep(0.03)
+                yield i
+
+    torch.zeros(1, device=device)
+    logger = utils.MetricLogger()
+    for _ in logger.log_every(Items(), 100, "x"):
+        torch.cuda._sleep(int(0.12 * 1.5e9))  # cycles
+    assert logger.waiting < 0.1
+
+
+@on_gpu
+def test_positions_have_the_same_gradients_twice(device):
+    model, _ = dino_backbones.build_backbone("vit_nano", 16, 224)
+    images, gradients = torch.randn(8, 3, 96, 96, device=device), []
+    model = model.to(device)
+    for _ in range(2):
+        model.zero_grad()
+        model.prepare_tokens(images).square().sum().backward()
+        gradients.append(model.pos_embed.grad.clone())
+    assert torch.equal(*gradients)
+
+
+@on_gpu
+def test_convnets_train_in_channels_last(device):
+    words = ["--arch", "resnet18", "--out_dim", "64", "--global_crops_size", "32", "--local_crops_number", "0"]
+    args = main_dino.get_args_parser().parse_args(words)
+    student, _ = main_dino.build_student_and_teacher(args, torch.device(device), torch.bfloat16)
+    assert student.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
