@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORKS, arguments_of, assert_near, ending, run_script, start_forks
+from conftest import FORKS, arguments_of, assert_near, ending, start_forks
 
 import benchmark
 import dino_backbones
@@ -457,18 +456,10 @@ def test_steps_have_a_table(here, capsys):
     assert 0.2 < float(rows["this fp32"][2].split()[0]) < 20
 
 
-@pytest.mark.usefixtures("forked")
-def test_real_limits_are_positive(capsys):
-    benchmark.main(arguments_of(benchmark, "limits", *TINY))
-    assert float(table(capsys.readouterr().out)["GB/s copied (read and written)"][0]) > 0.1
-
-
 @pytest.mark.slow
-def test_real_processes_have_a_table(sample_root):
-    rows = table(run_script("benchmark.py", "scaling", *TINY, "--batch_size_per_gpu", 1).stdout)
-    one, two = (float(rows[number][0]) for number in "12")
-    assert float(rows["2"][1]) == pytest.approx(two / one, rel=0.1)
-    assert json.loads(rows["2"][2].removesuffix(" %")) == pytest.approx(50 * two / one, rel=0.1)
+def test_a_real_process_has_a_table(sample_root, capsys):
+    benchmark.main(arguments_of(benchmark, *TINY, "--processes", 1, "--", "scaling"))
+    assert table(capsys.readouterr().out)["1"][1:] == ["1.00", "100 %"]
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import SMALL_RUN, arguments_of, ending, run_script
+from conftest import SMALL_RUN, arguments_of, assert_same, ending, run_script
 from PIL import Image
-from test_restarts import Run, assert_same, finish
+from test_restarts import Run, finish
 
 import dino_data
 import dino_images
@@ -641,7 +641,7 @@ def steps_of(file, world_size, epoch, count=STEPS):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "after", "workers"), [(1, 1, 2), (2, 2, 0), (1, 2, 0), (2, 1, 2), (4, 2, 0)])
+@pytest.mark.parametrize(("world_size", "after", "workers"), [(1, 1, 2), (2, 1, 0)])
 def test_a_killed_run_on_shards_resumes_with_the_images_that_are_left(tmp_path, world_size, after, workers):
     root, everything = write_shards(tmp_path / "s", [3, 5, 4, 6, 2, 4, 1, 7] * 2), [f"{i:04}.png" for i in range(64)]
 

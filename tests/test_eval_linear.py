@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, arguments_of, assert_near, ending, run_script
+from conftest import ROOT, arguments_of, assert_near, assert_same, ending, run_script
 from PIL import Image
 from torch import nn
 from torchvision import datasets, transforms
@@ -331,16 +331,6 @@ def interrupt(epoch, folder, data):
         run(*data, "--output_dir", folder)
     assert len(log_of(folder)) == checkpoint_of(folder)["epoch"] == epoch
     return checkpoint_of(folder)
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize("published", [False, True])  # the authors' checkpoints store no args

@@ -115,7 +115,7 @@ for name in ("dino_vits16", "dino_resnet50"):
     torch.hub.load({str(ROOT)!r}, name, source="local", pretrained=False)
 print(json.dumps(sorted(sys.modules)))
 """
-    modules = set(json.loads(run_script("-c", code).stdout.splitlines()[-1]))
+    modules = set(json.loads(run_script("-c", code, fresh=True).stdout.splitlines()[-1]))
     assert "vision_transformer" in modules
     assert not {"utils", "timm", "yaml"} & modules
     assert not {name for name in modules if name.startswith(("dino_", "main_dino"))}

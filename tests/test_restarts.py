@@ -19,7 +19,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORKS, ROOT, SMALL_RUN, free_port, log_without_times, run_script, start_forks, use_small_heads
+from conftest import (
+    FORKS,
+    ROOT,
+    SMALL_RUN,
+    assert_same,
+    free_port,
+    log_without_times,
+    run_script,
+    start_forks,
+    use_small_networks,
+)
 
 import dino_checkpoints
 import dino_cli
@@ -30,6 +40,7 @@ import main_dino
 import utils
 
 STEPS = 5  # an epoch: 40 images, 8 a step
+FILES = [".lock", "checkpoint.prev.pth", "checkpoint.pth", "log.txt", "run.json"]
 RUN = [*SMALL_RUN, "--epochs", "3", "--use_bn_in_head", "true"]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 HALVES = ("--batch_size_per_gpu", "4")  # for two processes
@@ -296,7 +307,7 @@ def train(flags, spoil="nothing", *args):
     """What `python main_dino.py <flags>` does, after a call of the function of this file that `spoil` names."""
     sys.argv = ["main_dino.py", *map(str, flags)]
     torch.set_num_threads(1)
-    use_small_heads()
+    use_small_networks(blocks=2)
     globals()[spoil](*args)
     dino_cli.run(main_dino.train_dino, main_dino.get_args_parser(), "")
 
@@ -378,23 +389,6 @@ def result(folder):
     return checkpoint, log_without_times(folder)
 
 
-def assert_same(one, other):
-    """Equal bit for bit, through dicts and lists."""
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_same(left, right)
-    else:
-        assert one == other
-
-
 @pytest.fixture(scope="module")
 def common(tiny_root):
     return [*RUN, "--data_path", tiny_root / "train"]
@@ -440,11 +434,11 @@ def stopped(common, tmp_path_factory):
 
 
 def test_the_script_gives_the_same_result_as_the_runs_of_this_file(whole, flags, run):
-    run_script("main_dino.py", *flags)
+    run_script("main_dino.py", *flags, blocks=2)
     assert_same(result(run), whole)
 
 
-@pytest.mark.parametrize("at", [0, 3, 4, 5, 14])
+@pytest.mark.parametrize("at", [0, 4, 8])
 def test_a_killed_run_resumes_bit_identically(whole, flags, run, at):
     flags += ["--saveckp_iters", 2]
     assert Run(*flags, spoil=("kill_in_step", at)).end()[0] == [-signal.SIGKILL]
@@ -459,13 +453,7 @@ def test_checkpoints_are_saved_by_step_and_time_and_two_are_kept(stopped, flags,
     spoil = ("signal_in_step", 8, signal.SIGUSR1)
     assert Run(*flags, flag, value, spoil=spoil).end()[0] == [128 + signal.SIGUSR1]
     assert [progress(run / f"checkpoint{name}.pth") for name in (".prev", "")] == [8, 9]
-    assert sorted(file.name for file in run.iterdir()) == [
-        ".lock",
-        "checkpoint.prev.pth",
-        "checkpoint.pth",
-        "log.txt",
-        "run.json",
-    ]
+    assert sorted(file.name for file in run.iterdir()) == FILES
 
 
 def test_by_default_a_short_run_saves_after_epochs_only(flags, run):
@@ -494,10 +482,9 @@ def epochs_and_images(file):
     return [tuple(line.split()) for line in Path(file).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_images_that_are_done_are_not_opened_again(stopped, flags, tmp_path, run, workers):
+def test_images_that_are_done_are_not_opened_again(stopped, flags, tmp_path, run):
     shutil.copytree(stopped, run)
-    finish(*flags, "--num_workers", workers, spoil=("list_images", tmp_path / "seen"))
+    finish(*flags, "--num_workers", 2, spoil=("list_images", tmp_path / "seen"))
     opened = [epoch for epoch, _ in epochs_and_images(tmp_path / "seen0")]
     assert {epoch: opened.count(epoch) for epoch in opened} == {"1": 16, "2": 40}  # 8 steps of 15 were done
 
@@ -595,13 +582,6 @@ def test_another_number_of_images_must_be_allowed(stopped, flags, run, tmp_path,
     assert "note: resuming with training images 41 (was 40)" in finish(*flags, "--allow_changed_args", "true")
 
 
-def test_an_allowed_change_is_logged(stopped, flags, run):
-    shutil.copytree(stopped, run)
-    said = finish(*flags, "--lr", 0.001, "--allow_changed_args", "true")
-    assert "note: resuming with --lr 0.001 (was 0.0005)" in said
-    assert progress(run / "checkpoint.pth") == 15
-
-
 def test_a_moved_run_resumes_without_a_note(stopped, flags, tmp_path, tiny_root, whole):
     shutil.copytree(stopped, tmp_path / "moved")
     shutil.copytree(tiny_root / "train", tmp_path / "images")
@@ -614,10 +594,7 @@ def test_a_moved_run_resumes_without_a_note(stopped, flags, tmp_path, tiny_root,
 # ---- signals ----
 
 
-@pytest.mark.parametrize(
-    ("name", "at"),
-    [("SIGTERM", 1), ("SIGINT", 7), ("SIGUSR1", 4), ("SIGUSR2", 13)],  # 4 is an epoch's last step
-)
+@pytest.mark.parametrize(("name", "at"), [("SIGTERM", 1), ("SIGUSR2", 4)])  # 4 is an epoch's last step
 def test_a_signal_saves_after_the_step_and_the_run_resumes_bit_identically(whole, flags, run, name, at):
     number = getattr(signal, name).value
     codes, (said,) = Run(*flags, spoil=("signal_in_step", at, number)).end()
@@ -630,10 +607,9 @@ def test_a_signal_saves_after_the_step_and_the_run_resumes_bit_identically(whole
     assert_same(result(run), whole)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_process_stops_both_after_the_same_step(whole_of_two, flags, run, rank):
+def test_a_signal_to_one_process_stops_both_after_the_same_step(whole_of_two, flags, run):
     flags += HALVES
-    codes, screens = Run(*flags, world=2, spoil=("signal_in_step", 6, signal.SIGUSR1, rank)).end()
+    codes, screens = Run(*flags, world=2, spoil=("signal_in_step", 6, signal.SIGUSR1, 1)).end()
     assert codes == [128 + signal.SIGUSR1] * 2, screens
     assert progress(run / "checkpoint.pth") == 7
     assert not any("Traceback" in said for said in screens)
@@ -641,14 +617,13 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(whole_of_two, fl
     assert_same(result(run), whole_of_two)
 
 
-@pytest.mark.parametrize("late", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_second_signal_does_not_change_the_exit_code(flags, run, late):
+def test_a_second_signal_does_not_change_the_exit_code(flags):
     """srun and torchrun send SIGTERM to all processes when the first has ended."""
     running = Run(*flags, spoil=("leave_slowly", 1))
     running.wait_for("a step begins")
     os.kill(running.processes[0].pid, signal.SIGUSR1)
     running.wait_for("leaving")
-    os.kill(running.processes[0].pid, late)
+    os.kill(running.processes[0].pid, signal.SIGTERM)
     codes, (said,) = running.end()
     assert codes == [128 + signal.SIGUSR1], said
 
@@ -724,7 +699,7 @@ def test_a_second_ctrl_c_ends_a_slow_save(whole, flags, run):
 
 def test_no_process_exits_before_rank_0_has_saved(flags, run):
     """A launcher ends all when one has ended: the signal comes to rank 1, whose end must not be the saving's."""
-    running = Run(*flags, *HALVES, world=2, spoil=("slow_saving", 5, "signal_in_step", 6, signal.SIGUSR1, 1))
+    running = Run(*flags, *HALVES, world=2, spoil=("slow_saving", 2, "signal_in_step", 6, signal.SIGUSR1, 1))
     running.wait_for("a saving begins", 2, timeout=90)  # the first is after epoch 0
     assert not (run / "checkpoint.pth").exists() or progress(run / "checkpoint.pth") == 5
     running.processes[1].join(60)
@@ -807,13 +782,7 @@ def truncate(path, share):
     os.truncate(path, int(share * path.stat().st_size))
 
 
-DAMAGES = [
-    *((truncate, share) for share in (0, 1e-4, 0.5, 0.97, 0.99999)),
-    *((flip, place) for place in (0.2, 0.5, 0.8)),
-]
-
-
-@pytest.mark.parametrize(("damage", "where"), DAMAGES)
+@pytest.mark.parametrize(("damage", "where"), [(truncate, 0), (truncate, 0.99999), (flip, 0.2), (flip, 0.8)])
 def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(stopped, whole, flags, run, damage, where):
     shutil.copytree(stopped, run)
     damage(run / "checkpoint.pth", where)
@@ -878,13 +847,7 @@ def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(whole, f
     assert (run / "checkpoint.pth.tmp").exists()
     assert (run / "checkpoint.pth").exists() == (number > 1)
     finish(*flags)
-    assert sorted(file.name for file in run.iterdir()) == [
-        ".lock",
-        "checkpoint.prev.pth",
-        "checkpoint.pth",
-        "log.txt",
-        "run.json",
-    ]
+    assert sorted(file.name for file in run.iterdir()) == FILES
     assert_same(result(run), whole)
 
 
@@ -940,18 +903,6 @@ def disk(run):
         pytest.skip("mounting a small file system takes root")
     yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", str(run)], check=True)
     subprocess.run(["umount", str(run)], check=True)
-
-
-def test_a_full_disk_does_not_end_the_run(whole, flags, run, disk):
-    """One that no checkpoint fits in, and then one of enough room."""
-    codes, (said,) = Run(*flags).end()
-    assert codes == [5]
-    assert "No space left on device" in said
-    assert said.count("The run continues and tries again at the next save") == 3
-    assert not list(run.glob("checkpoint*"))
-    disk("size=1g")
-    finish(*flags)
-    assert_same(result(run), whole)
 
 
 def test_a_disk_that_becomes_read_only_does_not_end_the_run(whole, flags, run, disk):
@@ -1019,8 +970,7 @@ def test_a_full_disk_leaves_no_torn_line_in_the_log(tmp_path):
 # ---- a process that fails ----
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("place", ["forward", "backward", "loader"])
+@pytest.mark.parametrize(("place", "rank"), [("forward", 0), ("backward", 1), ("loader", 1)])
 def test_an_error_in_one_process_ends_the_other_with_a_hint(flags, place, rank):
     codes, screens = Run(*flags, *HALVES, "--num_workers", 1, world=2, spoil=("raise_in", place, rank)).end()
     assert all(codes), codes
@@ -1039,17 +989,15 @@ def test_a_killed_process_ends_the_other_with_a_hint(flags, rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spoil", [("raise_in", "backward", 1), ("signal_in_step", 6, 9, 0)])
-def test_torchrun_ends_all_processes_if_one_fails(flags, tmp_path, spoil):
+def test_torchrun_ends_all_processes_if_one_fails(flags, tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(
         f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        f"import test_restarts\ntest_restarts.train(sys.argv[1:], *{spoil!r})\n"
+        f"import test_restarts\ntest_restarts.train(sys.argv[1:], 'raise_in', 'backward', 1)\n"
     )
     done = run_script(*TORCHRUN, script, *flags, *HALVES, check=False, timeout=60)
     assert done.returncode != 0
-    if spoil[0] == "raise_in":
-        assert "ArithmeticError: made up in the backward" in done.stderr
+    assert "ArithmeticError: made up in the backward" in done.stderr
 
 
 def test_a_nan_loss_in_one_process_skips_the_step_in_both(flags, tmp_path, run):
@@ -1066,12 +1014,6 @@ def test_a_nan_loss_in_one_process_skips_the_step_in_both(flags, tmp_path, run):
     assert all(value.isfinite().all() for value in one["student"].values())
     checkpoint = load(run / "checkpoint.pth")
     assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} >= {14}
-
-
-def test_the_rank_of_a_bad_loss_is_named(flags):
-    codes, screens = Run(*flags, *HALVES, "--max_bad_steps", 0, world=2, spoil=("nan_in_step", 6, 1)).end()
-    assert codes == [3, 3]
-    assert "warning: the loss is nan in epoch 1, step 1 (rank 1): this step is skipped" in screens[0]
 
 
 def test_weights_that_are_not_finite_are_not_saved(flags, run):
