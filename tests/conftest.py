@@ -1,5 +1,6 @@
 """Shared by all tests: reference numbers and their inputs, small data sets, real runs."""
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `pytest` alon
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dino_cli
 import dino_data
@@ -292,6 +294,28 @@ def tiny_vit(seed=0, **changes):
     return vision_transformer.VisionTransformer(**{**settings, **changes})
 
 
+def wide_nano(path, side):
+    """Save weights of a vit_nano/8 that are larger than initial ones: the features of different images differ."""
+    import vision_transformer
+
+    torch.manual_seed(5)
+    state = vision_transformer.vit_nano(patch_size=8, img_size=[side]).state_dict()
+    wide = {key: 4 * value if key.endswith(("weight", "embed")) else value for key, value in state.items()}
+    torch.save({**wide, "norm.weight": torch.rand(128), "norm.bias": torch.randn(128)}, path)
+    return path
+
+
+def area_under_curve(right, ranked):
+    """Average precision of a ranking: the area under precision and recall, one trapezoid per positive, slowly."""
+    area, hits = 0.0, 0
+    for rank, number in enumerate(ranked):
+        if number in right:
+            left = hits / rank if rank else 1.0
+            hits += 1
+            area += (left + hits / (rank + 1)) / 2 / len(right)
+    return area
+
+
 def same_state(one, other):
     """Whether two modules or state dicts have the same tensors under the same names, in the same order."""
     one, other = (m.state_dict() if isinstance(m, torch.nn.Module) else m for m in (one, other))
@@ -314,3 +338,18 @@ def assert_same(one, other):
             assert_same(left, right)
     else:
         assert one == other
+
+
+@contextlib.contextmanager
+def sizes_of_results():
+    """A list of the sizes of all tensors that operations in the context return."""
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            return out
+
+    with Watch():
+        yield sizes
