@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arguments_of, ending, run_script, shared
+from conftest import area_under_curve, arguments_of, ending, run_script, shared, wide_nano
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision import transforms
 
@@ -64,14 +64,7 @@ def data(tmp_path, photographs):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(5)
-    path = tmp_path_factory.mktemp("weights") / "nano.pth"
-    state = vits.vit_nano(patch_size=8, img_size=[64]).state_dict()
-    wide = {key: 4 * value if key.endswith(("weight", "embed")) else value for key, value in state.items()}
-    wide["norm.weight"] = torch.rand(128)  # features of different lengths
-    wide["norm.bias"] = torch.randn(128)
-    torch.save(wide, path)  # larger than initial weights, so that features of different images differ
-    return path
+    return wide_nano(tmp_path_factory.mktemp("weights") / "nano.pth", 64)
 
 
 def error_line(monkeypatch, capsys, *flags):
@@ -92,15 +85,6 @@ def test_flags_have_the_published_names_and_defaults():
 # ---- mean average precision ----
 
 
-def slow_ap(found, number):
-    """Area under the precision-recall curve, one trapezoid per positive."""
-    area = 0.0
-    for j, rank in enumerate(found):
-        left = j / rank if rank else 1.0
-        area += (left + (j + 1) / (rank + 1)) / 2 / number
-    return area
-
-
 def slow_map(ranks, gnd, kappas):
     aps, precisions = [], []
     for i, query in enumerate(gnd):
@@ -108,7 +92,7 @@ def slow_map(ranks, gnd, kappas):
             continue
         kept = [image for image in ranks[:, i] if image not in query["junk"]]
         found = [rank for rank, image in enumerate(kept) if image in query["ok"]]
-        aps.append(slow_ap(found, len(query["ok"])))
+        aps.append(area_under_curve(query["ok"], kept))
         row = []
         for k in kappas:
             depth = min(k, found[-1] + 1)
@@ -127,7 +111,7 @@ def test_map_and_precisions_match_the_golden_values():
         assert np.isnan(ours) if theirs is None else ours == pytest.approx(theirs, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_map_and_precisions_match_a_loop_over_random_rankings(seed):
     rng = np.random.default_rng(seed)
     ranks = np.stack([rng.permutation(40) for _ in range(12)], axis=1)
@@ -156,18 +140,6 @@ def test_junk_images_are_ignored():
     assert dino_features.compute_map(ranks, [{"ok": [0]}], [1])[0] == pytest.approx(0.25)
 
 
-def test_precision_is_computed_up_to_the_last_positive():
-    ranks = np.arange(10)[:, None]
-    _, _, precisions, _ = dino_features.compute_map(ranks, [{"ok": [0, 2], "junk": []}], [1, 2, 10])
-    assert precisions.tolist() == pytest.approx([1, 1 / 2, 2 / 3])
-
-
-def test_map_without_positives_is_nan():
-    mean_ap, _, precisions, _ = dino_features.compute_map(np.arange(3)[:, None], [{"ok": [], "junk": []}], [1])
-    assert np.isnan(mean_ap)
-    assert np.isnan(precisions).all()
-
-
 def test_a_protocol_ignores_the_positives_of_the_others():
     gnd = [{"easy": [1], "hard": [2, 3], "junk": [4]}]
     found = {name: retrieval.protocol_truth(gnd, name)[0] for name in retrieval.PROTOCOLS}
@@ -178,7 +150,7 @@ def test_a_protocol_ignores_the_positives_of_the_others():
 # ---- ground truth ----
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_ground_truth_of_any_pickle_protocol_is_read(tmp_path, protocol):
     gnd = {"easy": np.array([0]), "hard": [np.int64(1)], "junk": np.array([], dtype=np.int32), "bbx": np.ones(4) * 2.5}
     with open(tmp_path / "gnd.pkl", "wb") as file:
@@ -244,12 +216,6 @@ def test_nan_features_are_an_error_and_not_a_result(monkeypatch, capsys, data, w
     torch.save(state, data / "nan.pth")
     flags = ("--data_path", data, "--pretrained_weights", data / "nan.pth")
     assert "NaN or infinite numbers" in error_line(monkeypatch, capsys, *flags)
-
-
-def test_an_architecture_with_a_fixed_input_shape_is_one_line(monkeypatch, capsys, data):
-    flags = ("--data_path", data, "--pretrained_weights", "random", "--arch", "timm:vit_tiny_patch16_224")
-    line = error_line(monkeypatch, capsys, *flags)
-    assert "--arch timm:vit_tiny_patch16_224 does not support images of any shape: Input" in line
 
 
 # ---- images ----

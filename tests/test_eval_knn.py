@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL_RUN, arguments_of, ending, run_script, shared
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import ROOT, SMALL_RUN, arguments_of, ending, run_script, shared, sizes_of_results
 from torchvision import datasets
 
 import dino_backbones
@@ -96,16 +95,8 @@ def test_a_low_temperature_does_not_overflow():
 
 
 def test_a_large_search_runs_in_chunks_of_bounded_memory():
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
-            return out
-
     train, (test, labels) = features(2**20, 4, 1, 12), features(40, 4, 2, 12)
-    with Watch():
+    with sizes_of_results() as sizes:
         whole = dino_features.knn_accuracies(*train, test, labels, [3, 1000], 0.07)
     assert max(sizes) <= 2**25 < len(train[0]) * len(test)
     halves = [dino_features.knn_accuracies(*train, test[i::2], labels[i::2], [3, 1000], 0.07) for i in (0, 1)]

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arguments_of, assert_near, ending, fill, run_script, shared, tensor
+from conftest import arguments_of, assert_near, ending, fill, run_script, shared, sizes_of_results, tensor
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dino_data
 import dino_images
@@ -111,7 +110,7 @@ def test_flags_have_the_published_names_and_defaults():
 
 @pytest.mark.parametrize(
     ("original", "scaled"),
-    [((480, 854), (480, 832)), ((854, 480), (832, 480)), ((480, 480), (480, 448)), ((1080, 1920), (480, 832))],
+    [((854, 480), (832, 480)), ((480, 480), (480, 448)), ((1080, 1920), (480, 832))],
 )
 def test_the_short_side_becomes_480_and_the_long_one_a_multiple_of_64(original, scaled, tmp_path):
     Image.new("RGB", original[::-1]).save(tmp_path / "0.jpg")
@@ -183,13 +182,6 @@ def test_the_palette_is_the_pascal_voc_palette():
     assert [palette[32], palette[64], palette[255]] == [[0, 0, 64], [32, 0, 0], [224, 224, 192]]
 
 
-def test_the_palette_matches_the_published_annotations():
-    with Image.open(shared("data/davis_mini/Annotations/480p/bike/00000.png")) as image:
-        stored = np.reshape(image.getpalette(), (-1, 3))
-        used = np.unique(np.array(image))
-    assert np.array_equal(stored[used], evs.davis_palette()[used])
-
-
 def test_masks_are_written_as_indexed_png_if_they_have_two_dimensions(tmp_path):
     labels = np.arange(256, dtype=np.uint8).reshape(8, 32)
     evs.imwrite_indexed(tmp_path / "0.png", labels)
@@ -248,10 +240,10 @@ def step_input(h, w, n=2, d=6, classes=3):
 
 # Frames smaller than one tile, of several tiles, and of incomplete tiles; windows larger than the frame; topk larger
 # than the window.
-STEPS = [(5, 7, 0, 5), (5, 7, 1, 5), (5, 7, 2, 1), (14, 9, 3, 4), (3, 26, 2, 5), (5, 7, 1, 30), (4, 4, 20, 5)]
+STEPS = [(5, 7, 0, 5), (5, 7, 2, 1), (14, 9, 3, 4), (5, 7, 1, 30), (4, 4, 20, 5), (13, 14, 0, 3)]
 
 
-@pytest.mark.parametrize(("h", "w", "reach", "topk"), [*STEPS, (2, 2, 0, 9), (13, 14, 0, 3)])
+@pytest.mark.parametrize(("h", "w", "reach", "topk"), STEPS)
 def test_a_step_matches_a_float64_loop(h, w, reach, topk):
     features, sources, labels = step_input(h, w)
     got = evs.propagate(features, sources, labels, reach, topk)
@@ -300,15 +292,7 @@ def test_the_neighborhood_is_a_square_window_cropped_at_the_borders():
 
 def test_the_memory_of_a_step_is_bounded_by_the_window():
     features, sources, labels = step_input(40, 60, n=4)
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
-            return out
-
-    with Watch():
+    with sizes_of_results() as sizes:
         evs.propagate(features, sources, labels, 3, 5)
     assert max(sizes) <= max(sources.numel(), 144 * 4 * 18 * 18)  # the dense matrix would have 23 million numbers
 
@@ -431,8 +415,7 @@ def slow_boundary_accuracy(mask, truth, tolerance):
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("tolerance", [1, 2])
+@pytest.mark.parametrize(("seed", "tolerance"), [(0, 1), (1, 2), (3, 2)])
 def test_boundary_accuracy_matches_a_loop_over_pixels(seed, tolerance):
     mask, truth = random_masks(seed)
     bound_th = (tolerance - 0.5) / math.hypot(40, 56)  # rounded up
@@ -507,11 +490,6 @@ def test_objects_are_the_labels_of_the_first_annotation_and_void_is_background(d
     scores = evs.score_video([np.where(labels == 1, 200, 0) for labels in truth], files)
     assert list(scores) == [200]
     assert scores[200]["J"]["mean"] == scores[200]["F"]["mean"] == 1
-
-
-def test_two_frames_are_too_few_for_scores(davis):
-    files = [annotation(davis, t) for t in range(2)]
-    assert evs.score_video([evs.read_mask(file) for file in files], files) == {}
 
 
 # ---- the script ----

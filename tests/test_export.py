@@ -97,17 +97,13 @@ def test_the_flags_are_those_of_an_evaluation_and_three_more():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--output", "a.pth"], "--to"),
-        (["--to", "onnx"], "--output"),
         (["--to", "onnx", "--output", "a.pth"], r"a\.pth must end in \.onnx"),
         (["--to", "backbone", "--output", "a.pt"], r"must end in \.pth or \.safetensors"),
         (["--to", "hf", "--output", "a.safetensors"], r"a\.safetensors names a file.*folder"),
         (["--to", "hf", "--output", "a", "--arch", "resnet18"], "resnet18.*backbone or onnx"),
         (["--to", "onnx", "--output", "a.onnx", "--image_size", "48", "8"], "48 8 is not a multiple.*--patch_size 16"),
-        (["--to", "onnx", "--output", "a.onnx", "--image_size", "0"], "--image_size: 0 must be at least 1"),
         (["--to", "onnx", "--output", "a.onnx", "--image_size", "1", "2", "3"], "1 2 3: give height and width"),
         (["--to", "backbone", "--output", "a.pth", "--image_size", "48"], "any image size. Remove the flag"),
-        (["--to", "backbone", "--output", "a.pth", "--arch", "vit_smal"], "unknown --arch vit_smal.*vit_small"),
         (["--to", "backbone", "--output", "a.pth", "--pretrained_weights", ""], "no published weights of.* vit_nano"),
     ],
 )
@@ -122,8 +118,7 @@ def test_a_mistake_in_the_flags_is_one_line(monkeypatch, capsys, tmp_path, flags
 # ---- plain weights ----
 
 
-@pytest.mark.parametrize("name", ["student", "teacher"])
-@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.parametrize(("name", "ending"), [("student", ".pth"), ("teacher", ".safetensors")])
 def test_plain_weights_are_the_checkpoints_tensors_in_the_published_layout(tmp_path, nano, name, ending):
     path = tmp_path / f"new/out{ending}"
     run("--to", "backbone", "--output", path, "--checkpoint_key", name, *nano)
@@ -214,17 +209,6 @@ def test_the_traced_exporter_of_torch_before_2_9_works_too(tmp_path, nano, monke
     assert_near(onnx_features(tmp_path / "old.onnx", images), features(network(), images), 1e-5)
 
 
-def test_a_convnet_is_exported_to_onnx_at_224_pixels(tmp_path):
-    pytest.importorskip("onnxscript")
-    model, _ = dino_backbones.build_backbone("resnet18")
-    fill(model, "resnet").eval()
-    torch.save(model.state_dict(), tmp_path / "resnet.pth")
-    flags = ["--arch", "resnet18", "--pretrained_weights", tmp_path / "resnet.pth"]
-    run("--to", "onnx", "--output", tmp_path / "a.onnx", *flags)
-    images = tensor("onnx", (2, 3, 224, 224))
-    assert_near(onnx_features(tmp_path / "a.onnx", images), features(model, images), 1e-5)
-
-
 def test_more_than_2_gb_of_weights_do_not_fit_into_an_onnx_file(tmp_path):
     pytest.importorskip("onnxruntime")
     args = arguments_of(export, *SMALL, "--to", "onnx", "--output", "a.onnx")
@@ -240,10 +224,7 @@ def test_more_than_2_gb_of_weights_do_not_fit_into_an_onnx_file(tmp_path):
     [
         ("vit_small", 16, "vit_small_patch16_224.dino"),
         ("deit_small", 8, "vit_small_patch8_224.dino"),
-        ("vit_base", 16, "vit_base_patch16_224.dino"),
         ("vit_base", 8, "vit_base_patch8_224.dino"),
-        ("vit_base", 32, "vit_base_patch32_224"),
-        ("vit_tiny", 16, "vit_tiny_patch16_224"),
         ("vit_tiny", 8, "vit_tiny_patch16_224"),
         ("vit_nano", 14, "vit_tiny_patch16_224"),
     ],
@@ -261,7 +242,7 @@ def test_timm_has_a_network_for_each_vit(arch, patch_size, name):
     assert theirs.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
 
 
-@pytest.mark.parametrize(("size", "ending"), [((48, 48), ".pth"), ((32, 80), ".safetensors"), ((224, 224), ".pth")])
+@pytest.mark.parametrize(("size", "ending"), [((48, 48), ".pth"), ((32, 80), ".safetensors")])
 def test_the_printed_line_makes_timm_give_the_same_features(tmp_path, nano, capsys, monkeypatch, offline, size, ending):
     timm = pytest.importorskip("timm")
     sizes = ["--image_size", *size] if size != (48, 48) else []  # 48 is the size of the positions
@@ -285,7 +266,7 @@ def test_timms_own_converter_reads_plain_weights(tmp_path, nano):
     assert_near(larger.pos_embed[:, 0], network().pos_embed[:, 0], 1e-6)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "xcit_nano_12_p16", "timm:resnet10t"])
+@pytest.mark.parametrize("arch", ["xcit_nano_12_p16", "timm:resnet10t"])
 def test_other_networks_are_exported_to_timm_and_to_plain_files(tmp_path, capsys, monkeypatch, arch):
     timm = pytest.importorskip("timm")
     model, _ = dino_backbones.build_backbone(arch)
@@ -319,10 +300,14 @@ def test_a_network_that_timm_does_not_have_is_an_error(tmp_path, monkeypatch, ca
 # ---- Hugging Face ----
 
 
-@pytest.fixture
-def folder(tmp_path, nano, transformers):
-    run("--to", "hf", "--output", tmp_path / "vit.nano", *nano)
-    return tmp_path / "vit.nano"
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("hf") / "vit.nano"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        run("--to", "hf", "--output", path, "--pretrained_weights", checkpoint)
+    return path
 
 
 def test_transformers_gives_the_same_tokens(folder, transformers):
@@ -476,13 +461,6 @@ def test_a_diverged_network_is_not_exported(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "a.pth").exists()
 
 
-def test_an_image_size_that_a_network_does_not_accept_is_named(monkeypatch, capsys, tmp_path):
-    pytest.importorskip("onnxscript")
-    flags = ["--arch", "alexnet", "--image_size", "224", "16", "--pretrained_weights", "random"]
-    code, line = end(monkeypatch, capsys, "--to", "onnx", "--output", tmp_path / "a.onnx", *flags)
-    assert (code, "alexnet does not accept images of 224 x 16 pixels" in line) == (2, True)
-
-
 # ---- files ----
 
 
@@ -523,15 +501,6 @@ def test_the_target_of_a_link_is_written(tmp_path, nano, kind, name):
     assert [path.name for path in (tmp_path / "disk").iterdir()] == [name]
 
 
-def test_an_empty_folder_is_filled_and_has_the_usual_permissions(tmp_path, nano, transformers):
-    (tmp_path / "here").mkdir()
-    run("--to", "hf", "--output", tmp_path / "here", *nano)
-    names = {file.name for file in (tmp_path / "here").iterdir()}
-    assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
-    (tmp_path / "usual").mkdir()
-    assert (tmp_path / "here").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -540,9 +509,6 @@ def test_an_empty_folder_is_filled_and_has_the_usual_permissions(tmp_path, nano,
         (["--to", "backbone", "--output", "{tmp}/folder.pth"], "folder.pth is a folder"),
         (["--to", "backbone", "--output", "{tmp}/file.d/a.pth"], "can't write to the folder of --output"),
         (["--to", "backbone", "--output", "{tmp}/mine.pth"], "would replace --pretrained_weights"),
-        (["--to", "backbone", "--output", "{tmp}/a.pth", "--pretrained_weights", "missing.pth"], "no file missing.pth"),
-        (["--to", "backbone", "--output", "{tmp}/a.pth", "--arch", "vit_tiny"], "vit_tiny"),
-        (["--to", "backbone", "--output", "{tmp}/a.pth", "--patch_size", "8"], "--patch_size"),
         (["--to", "backbone", "--output", "{tmp}/a.pth", "--checkpoint_key", "ema"], "student, teacher"),
     ],
 )
@@ -577,13 +543,6 @@ def test_a_missing_library_is_named_with_the_pip_command(tmp_path, nano, monkeyp
     monkeypatch.setitem(sys.modules, library, None)
     code, line = end(monkeypatch, capsys, "--to", kind, "--output", tmp_path / name, *nano)
     assert (code, line.endswith(f": pip install {library}")) == (2, True)
-
-
-def test_plain_weights_need_no_other_library(tmp_path, nano, monkeypatch):
-    for library in ("safetensors", "timm", "onnx", "onnxruntime", "transformers"):
-        monkeypatch.setitem(sys.modules, library, None)
-    run("--to", "backbone", "--output", tmp_path / "a.pth", *nano)
-    assert (tmp_path / "a.pth").exists()
 
 
 def test_the_script_prints_the_size_the_check_and_the_normalization(tmp_path, checkpoint):

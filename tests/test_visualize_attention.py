@@ -146,10 +146,6 @@ def test_largest_mass_is_the_smallest_set_of_patches_with_the_share(share):
     assert 0 < got.sum() < got.numel()
 
 
-def test_a_share_of_1_keeps_all_patches():
-    assert dino_features.largest_mass(torch.rand(1, 4, 4) + 0.1, 1.0).all()
-
-
 # ---- pictures ----
 
 
@@ -226,10 +222,7 @@ def test_the_overview_shows_the_image_the_mean_and_each_head_with_titles():
     ("heads", "size", "grid"),
     [
         (4, (64, 64), (2, 3)),
-        (6, (64, 64), (2, 4)),
-        (12, (64, 64), (3, 5)),
         (3, (64, 96), (2, 3)),
-        (6, (96, 160), (3, 3)),
         (6, (160, 16), (1, 8)),
         (4, (16, 320), (6, 1)),
     ],
@@ -260,23 +253,12 @@ def test_a_constant_map_is_drawn_in_one_color(tmp_path):
 # ---- images ----
 
 
-def test_one_number_is_the_side_of_a_square():
-    args = arguments("--image_size", 96)
-    visualize_attention.check_args(args)
-    assert args.image_size == [96, 96]
-
-
 def test_the_whole_image_is_resized_bilinearly_and_cropped_to_whole_patches():
     ramp = Image.fromarray(np.tile(np.arange(0, 200, 20, dtype=np.uint8), (50, 1))).convert("RGB")  # 10 × 50
     got = dino_features.prepare(ramp, (20, 200), 16)
     assert got.shape == (3, 16, 192)
     centers = (np.arange(192) + 0.5) / 20 - 0.5  # of the new pixels, in old ones
     assert np.abs(got[0, 0].numpy() - 20 * centers.clip(0, 9)).max() <= 0.51
-
-
-def test_the_default_image_is_an_installed_photograph():
-    (path,) = visualize_attention.find_images(None)
-    assert Image.open(path).size == (512, 512)
 
 
 def test_images_of_a_folder_are_sorted_and_other_files_ignored(photograph, tmp_path):
@@ -328,11 +310,8 @@ def standard(photograph):
         (["--image_path", "EMPTY"], "has no images"),
         (["--image_path", "CAT", "DAMAGED"], "damaged"),
         (["--arch", "resnet50"], "--arch resnet50 has no CLS token"),
-        (["--arch", "vit_smal"], "did you mean vit_small"),
         (["--image_size", "15", "40"], "--image_size 15 40 is smaller than one patch (--patch_size 16)"),
-        (["--image_size", "40", "15"], "--image_size 40 15 is smaller than one patch (--patch_size 16)"),
         (["--image_size", "1", "2", "3"], "--image_size 1 2 3 has more than two numbers"),
-        (["--pretrained_weights", "/no/where.pth"], "/no/where.pth"),
         (["--pretrained_weights", "WEIGHTS", "--arch", "vit_tiny"], "Check --arch"),
         (["--pretrained_weights", "NAN"], "is not finite: the weights are damaged"),
         (["--output_dir", "CAT"], "can't write to --output_dir"),
@@ -353,14 +332,6 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_writes_nothing(
     assert code == 2
     assert message in line
     assert not list((tmp_path / "out").glob("*"))
-
-
-def test_a_folder_with_the_name_of_a_picture_is_an_error(monkeypatch, capsys, standard, tmp_path):
-    (tmp_path / "attn-head3.png").mkdir()
-    code, line = ending(monkeypatch, capsys, visualize_attention, *standard, "--output_dir", tmp_path)
-    assert code == 2
-    assert "has a folder named attn-head3.png" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["attn-head3.png"]
 
 
 def test_an_input_is_not_overwritten(monkeypatch, capsys, photograph, standard, tmp_path):
