@@ -3,12 +3,14 @@
 import contextlib
 import fcntl
 import functools
+import importlib
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import random
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -136,6 +138,20 @@ def ending(monkeypatch, capsys, script, *flags):
     return ended.value.code, line
 
 
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """refusal(script or its name, *words) -> the error line of a script that exits with code 2."""
+
+    def run(script, *words):
+        capsys.readouterr()
+        script = importlib.import_module(script) if isinstance(script, str) else script
+        code, line = ending(monkeypatch, capsys, script, *words)
+        assert code == 2, line
+        return line
+
+    return run
+
+
 FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -197,6 +213,9 @@ def become(words, environment, screens, blocks):
             with open(screen, "wb") as file:
                 os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test may have ignored it
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

@@ -154,16 +154,6 @@ def test_conversion_from_hsv_equals_pils(monkeypatch):
         assert dino_crops.pil_hue(image, 0.0).tobytes() == expected.tobytes(), hue
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_view_is_a_transform_for_pil_images_of_any_mode(photographs, kind):
-    augment = augmentation(kind, (48, 32), 1)
-    for mode in ("RGB", "L", "RGBA", "CMYK"):
-        image = photographs[0].convert(mode)
-        for view, size in ((augment.global_transfo1, 48), (augment.global_transfo2, 48), (augment.local_transfo, 32)):
-            crop = view(image)
-            assert (crop.shape, crop.dtype) == ((3, size, size), torch.uint8)
-
-
 def test_solarization_inverts_the_bright_half():
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     levels = np.asarray(dino_crops.Solarization(p=1.0)(image)).ravel()
@@ -287,15 +277,6 @@ def test_jpegs_are_decoded_to_pils_pixels_and_not_rotated(tmp_path, photographs,
     pixels = dino_crops.decode_reduced(dino_images.open_image(path), [view_of(224, (9, 4, 40, 30))])
     assert pixels.shape == (1, 3, image.height, image.width)
     np.testing.assert_array_equal(pixels[0].permute(1, 2, 0), np.asarray(dino_images.load_image(path)))
-
-
-def test_views_are_drawn_before_anything_is_decoded(tmp_path, photographs):
-    image = dino_images.open_image(jpeg(tmp_path / "x.jpg", photographs[2]))
-    utils.fix_random_seeds(3)
-    view = augmentation("fast").local_transfo.draw(image)
-    assert image.tile  # not decoded
-    utils.fix_random_seeds(3)
-    assert view == augmentation("pil").local_transfo.draw(photographs[2])
 
 
 @pytest.mark.parametrize("kind", ["cut", "one byte", "text", "empty", "png"])

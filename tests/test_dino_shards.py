@@ -626,7 +626,7 @@ def steps_of(file, world_size, epoch, count=STEPS):
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "after", "workers"), [(1, 1, 2), (2, 1, 0)])
 def test_a_killed_run_on_shards_resumes_with_the_images_that_are_left(tmp_path, world_size, after, workers):
-    root, everything = write_shards(tmp_path / "s", [3, 5, 4, 6, 2, 4, 1, 7] * 2), [f"{i:04}.png" for i in range(64)]
+    root, everything = write_shards(tmp_path / "s", [3, 5, 4, 6, 2, 4, 1, 7] * 2), [f"s/{i:04}.png" for i in range(64)]
 
     def flags(name, number, workers):
         batch = ("--batch_size_per_gpu", 4 // number, "--num_workers", workers)

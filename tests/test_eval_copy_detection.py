@@ -4,12 +4,13 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import area_under_curve, arguments_of, assert_near, ending, run_script, shared, tensor, wide_nano
+from conftest import area_under_curve, arguments_of, assert_near, run_script, shared, tensor, wide_nano
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 import dino_data
@@ -106,11 +107,10 @@ def run(capsys, *flags):
     return capsys.readouterr().out
 
 
-def error_line(monkeypatch, capsys, *flags):
-    """The error line of a run that exits with code 2."""
-    code, line = ending(monkeypatch, capsys, copy_detection, *SMALL, *flags)
-    assert code == 2
-    return line
+@pytest.fixture
+def error_line(refusal):
+    """error_line(*flags) -> the error line of a run that exits with code 2."""
+    return partial(refusal, copy_detection, *SMALL)
 
 
 def results(output):
@@ -141,9 +141,9 @@ def test_flags_have_the_published_names_and_defaults():
         (["--data_path", "EMPTY"], "--data_path EMPTY must hold original/"),
     ],
 )
-def test_a_mistake_in_the_arguments_is_one_line(monkeypatch, capsys, copydays, tmp_path, flags, message):
+def test_a_mistake_in_the_arguments_is_one_line(error_line, copydays, tmp_path, flags, message):
     flags = [flag.replace("EMPTY", str(tmp_path)) for flag in flags]
-    line = error_line(monkeypatch, capsys, "--data_path", copydays, "--pretrained_weights", "random", *flags)
+    line = error_line("--data_path", copydays, "--pretrained_weights", "random", *flags)
     assert message.replace("EMPTY", str(tmp_path)) in line
 
 
@@ -192,25 +192,25 @@ def test_copies_without_an_original_are_named(block, names, unmatched):
         copy_detection.positives(block, paths("f", *names), originals)
 
 
-def test_incomplete_data_is_one_line(monkeypatch, capsys, own):
+def test_incomplete_data_is_one_line(error_line, own):
     flags = ("--data_path", own, "--pretrained_weights", "random")
     (own / "strong" / "299900.jpg").symlink_to(own / "strong" / "200001.jpg")
-    assert "1 of the 11 images in strong/ have no original" in error_line(monkeypatch, capsys, *flags)
+    assert "1 of the 11 images in strong/ have no original" in error_line(*flags)
     for file in (own / "strong").iterdir():
         file.unlink()
-    assert f"--data_path {own}/strong has no images" in error_line(monkeypatch, capsys, *flags)
+    assert f"--data_path {own}/strong has no images" in error_line(*flags)
     for block in ("strong", "jpegqual", "crops"):
         shutil.rmtree(own / block)
-    assert f"--data_path {own} must hold original/" in error_line(monkeypatch, capsys, *flags)
+    assert f"--data_path {own} must hold original/" in error_line(*flags)
     (own / "original").rename(own / "strong")
-    assert f"--data_path {own} must hold original/" in error_line(monkeypatch, capsys, *flags)
+    assert f"--data_path {own} must hold original/" in error_line(*flags)
 
 
-def test_damaged_images_are_named(monkeypatch, capsys, own):
+def test_damaged_images_are_named(error_line, own):
     image = own / "crops" / "80" / "200050.jpg"
     image.write_bytes(image.read_bytes()[:400])
     flags = ("--data_path", own, "--pretrained_weights", "random", "--num_workers", 1)
-    assert f"can't read the image {image}" in error_line(monkeypatch, capsys, *flags)
+    assert f"can't read the image {image}" in error_line(*flags)
 
 
 def test_case_of_the_extension_renamed_blocks_and_other_files_do_not_matter(capsys, own, weights):
@@ -223,12 +223,12 @@ def test_case_of_the_extension_renamed_blocks_and_other_files_do_not_matter(caps
     assert results(run(capsys, *flags)) == before
 
 
-def test_nan_features_are_an_error_and_not_a_result(monkeypatch, capsys, copydays, weights, tmp_path):
+def test_nan_features_are_an_error_and_not_a_result(error_line, copydays, weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     state["blocks.0.mlp.fc1.bias"][0] = np.nan
     torch.save(state, tmp_path / "diverged.pth")
     flags = ("--data_path", copydays, "--pretrained_weights", tmp_path / "diverged.pth")
-    assert "NaN or infinite numbers" in error_line(monkeypatch, capsys, *flags)
+    assert "NaN or infinite numbers" in error_line(*flags)
 
 
 # ---- features ----
@@ -323,11 +323,11 @@ def test_whitening_from_few_images_gives_a_warning_and_is_finite(capsys):
     assert gram.numpy() == pytest.approx(np.eye(6), abs=1e-3)
 
 
-def test_whitening_needs_images_that_differ(monkeypatch, capsys, copydays, weights, tmp_path):
+def test_whitening_needs_images_that_differ(error_line, copydays, weights, tmp_path):
     flags = ("--data_path", copydays, "--pretrained_weights", weights, "--whitening_path", tmp_path)
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         shutil.copy(copydays / "original" / "200100.jpg", tmp_path / name)
-        line = error_line(monkeypatch, capsys, *flags, "--batch_size_per_gpu", 2)
+        line = error_line(*flags, "--batch_size_per_gpu", 2)
         assert "all images in --whitening_path have the same features" in line
 
 

@@ -4,12 +4,13 @@ import json
 import os
 import pickle
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import area_under_curve, arguments_of, ending, run_script, shared, wide_nano
+from conftest import area_under_curve, arguments_of, run_script, shared, wide_nano
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision import transforms
 
@@ -67,11 +68,10 @@ def weights(tmp_path_factory):
     return wide_nano(tmp_path_factory.mktemp("weights") / "nano.pth", 64)
 
 
-def error_line(monkeypatch, capsys, *flags):
-    """The error line of a run that exits with code 2."""
-    code, line = ending(monkeypatch, capsys, retrieval, *SMALL, *flags)
-    assert code == 2
-    return line
+@pytest.fixture
+def error_line(refusal):
+    """error_line(*flags) -> the error line of a run that exits with code 2."""
+    return partial(refusal, retrieval, *SMALL)
 
 
 def test_flags_have_the_published_names_and_defaults():
@@ -168,12 +168,12 @@ def test_ground_truth_pickled_by_numpy_1_is_read(tmp_path):
     assert retrieval.load_ground_truth(tmp_path / "gnd.pkl")["gnd"] == [{"easy": [0], "hard": [1], "junk": []}]
 
 
-def test_an_invalid_ground_truth_is_one_line(monkeypatch, capsys, data):
+def test_an_invalid_ground_truth_is_one_line(error_line, data):
     path = data / "roxford5k" / "gnd_roxford5k.pkl"
     whole = path.read_bytes()
     for share in (0, 0.3, 0.9):
         path.write_bytes(whole[: int(share * len(whole))])
-        assert "gnd_roxford5k.pkl was not loaded" in error_line(monkeypatch, capsys, "--data_path", data)
+        assert "gnd_roxford5k.pkl was not loaded" in error_line("--data_path", data)
     cfg = pickle.loads(whole)
     nothing = {"easy": [], "hard": [], "junk": []}
     infinite = {**cfg, "gnd": [{**query, "easy": [np.inf]} for query in cfg["gnd"]]}
@@ -183,10 +183,10 @@ def test_an_invalid_ground_truth_is_one_line(monkeypatch, capsys, data):
     outside = [{**cfg, "gnd": [*cfg["gnd"][:4], {**nothing, "junk": [number]}]} for number in (-1, 15)]
     for wrong in ([1, 2], {"imlist": ["a"]}, *shortened, *outside, infinite, empty, no_positives):
         path.write_bytes(pickle.dumps(wrong))
-        line = error_line(monkeypatch, capsys, "--data_path", data)
+        line = error_line("--data_path", data)
         assert "must hold imlist, qimlist and gnd (easy, hard, junk): " in line
     path.unlink()
-    assert "No such file" in error_line(monkeypatch, capsys, "--data_path", data)
+    assert "No such file" in error_line("--data_path", data)
 
 
 def test_an_image_listed_twice_gives_a_warning(tmp_path, capsys):
@@ -196,26 +196,26 @@ def test_an_image_listed_twice_gives_a_warning(tmp_path, capsys):
     assert "lists an image twice for queries 1\n" in capsys.readouterr().out
 
 
-def test_missing_damaged_and_too_small_images_are_named(monkeypatch, capsys, data):
+def test_missing_damaged_and_too_small_images_are_named(error_line, data):
     flags = ("--data_path", data, "--pretrained_weights", "random", "--multiscale", "true")
     query = data / "roxford5k" / "jpg" / "query_1.jpg"
     Image.new("RGB", (64, 15)).save(query)  # multiscale halves the size, and one patch has 8 pixels
-    assert f"{query} has 64 × 15 pixels, at least 16 are needed" in error_line(monkeypatch, capsys, *flags)
+    assert f"{query} has 64 × 15 pixels, at least 16 are needed" in error_line(*flags)
     image = data / "roxford5k" / "jpg" / "view_2_1.jpg"
     image.write_bytes(image.read_bytes()[:900])
-    assert str(image) in error_line(monkeypatch, capsys, *flags)
+    assert str(image) in error_line(*flags)
     image.unlink()
-    line = error_line(monkeypatch, capsys, *flags)
+    line = error_line(*flags)
     assert "1 of the 15 database images are missing" in line
     assert str(image) in line
 
 
-def test_nan_features_are_an_error_and_not_a_result(monkeypatch, capsys, data, weights):
+def test_nan_features_are_an_error_and_not_a_result(error_line, data, weights):
     state = torch.load(weights, weights_only=True)
     state["norm.bias"][0] = np.nan
     torch.save(state, data / "nan.pth")
     flags = ("--data_path", data, "--pretrained_weights", data / "nan.pth")
-    assert "NaN or infinite numbers" in error_line(monkeypatch, capsys, *flags)
+    assert "NaN or infinite numbers" in error_line(*flags)
 
 
 # ---- images ----
@@ -304,12 +304,12 @@ def test_two_processes_print_what_one_prints(data, weights):
     assert results(alone) == results(together) != {}
 
 
-def test_the_default_weights_are_the_ones_trained_on_landmarks(monkeypatch, capsys, data):
+def test_the_default_weights_are_the_ones_trained_on_landmarks(error_line, monkeypatch, data):
     def offline(url, **_):
         raise OSError(url)
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    line = error_line(monkeypatch, capsys, "--data_path", data, "--arch", "vit_small", "--patch_size", "16")
+    line = error_line("--data_path", data, "--arch", "vit_small", "--patch_size", "16")
     assert "dino_vitsmall16_googlelandmark_pretrain.pth" in line
 
 

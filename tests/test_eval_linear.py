@@ -436,13 +436,12 @@ HEAD = ["--evaluate", "--linear_weights", "TRAINED/checkpoint.pth.tar"]
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_and_changes_no_file(
-    monkeypatch, capsys, data, weights, trained, tmp_path, flags, message
+    refusal, data, weights, trained, tmp_path, flags, message
 ):
     places = {"TRAINED": str(trained), "WEIGHTS": str(weights)}
     flags = [re.sub("TRAINED|WEIGHTS", lambda found: places[found[0]], flag) for flag in flags]
     before = sorted((path.name, path.read_bytes()) for path in trained.iterdir())
-    code, line = ending(monkeypatch, capsys, eval_linear, *SMALL, *data, "--output_dir", tmp_path, *flags)
-    assert code == 2
+    line = refusal(eval_linear, *SMALL, *data, "--output_dir", tmp_path, *flags)
     assert message in line
     assert not list(tmp_path.iterdir())
     assert sorted((path.name, path.read_bytes()) for path in trained.iterdir()) == before
@@ -452,7 +451,7 @@ SAVED = {"epoch": "3", "best_acc": 0.0, "state_dict": {}, "optimizer": {}, "sche
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3, "teacher": {}}, [1, 2], SAVED, "PUBLISHED"])
-def test_a_checkpoint_that_does_not_fit_is_not_overwritten(monkeypatch, capsys, data, trained, tmp_path, content):
+def test_a_checkpoint_that_does_not_fit_is_not_overwritten(refusal, data, trained, tmp_path, content):
     message = "is not a checkpoint of this script. Move it"
     if content == "PUBLISHED":  # without args, so that only the shapes tell that the features differ
         content = {name: part for name, part in checkpoint_of(trained).items() if name != "args"}
@@ -460,8 +459,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_overwritten(monkeypatch, capsys, 
     torch.save(content, tmp_path / "checkpoint.pth.tar")
     before = (tmp_path / "checkpoint.pth.tar").read_bytes()
     flags = ["--n_last_blocks", 2, "--output_dir", tmp_path]
-    code, line = ending(monkeypatch, capsys, eval_linear, *SMALL, *data, *flags)
-    assert code == 2
+    line = refusal(eval_linear, *SMALL, *data, *flags)
     assert message in line
     assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
 

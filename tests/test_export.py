@@ -253,19 +253,6 @@ def test_the_printed_line_makes_timm_give_the_same_features(tmp_path, nano, caps
     assert_near(features(theirs, images), features(network(), images), 1e-5)
 
 
-def test_timms_own_converter_reads_plain_weights(tmp_path, nano):
-    timm = pytest.importorskip("timm")
-    run("--to", "backbone", "--output", tmp_path / "out.pth", *nano)
-    shape = {"embed_dim": 128, "depth": 4, "num_heads": 4, "num_classes": 0}
-    convert = timm.models.vision_transformer.checkpoint_filter_fn
-    same, larger = (timm.create_model("vit_tiny_patch16_224", img_size=side, **shape).eval() for side in (48, 96))
-    for model in (same, larger):
-        timm.models.load_checkpoint(model, str(tmp_path / "out.pth"), filter_fn=convert)
-    images = tensor("timm", (2, 3, 48, 48))
-    assert_near(features(same, images), features(network(), images), 1e-5)
-    assert_near(larger.pos_embed[:, 0], network().pos_embed[:, 0], 1e-6)
-
-
 @pytest.mark.parametrize("arch", ["xcit_nano_12_p16", "timm:resnet10t"])
 def test_other_networks_are_exported_to_timm_and_to_plain_files(tmp_path, capsys, monkeypatch, arch):
     timm = pytest.importorskip("timm")
@@ -317,14 +304,6 @@ def test_transformers_gives_the_same_tokens(folder, transformers):
     assert_near(features(theirs, images).last_hidden_state, want, 1e-5)
 
 
-def test_the_config_describes_the_network(folder, transformers):
-    config = transformers.AutoConfig.from_pretrained(folder)
-    got = [config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size]
-    assert got == [128, 4, 4, 512]
-    assert (config.image_size, config.patch_size, config.layer_norm_eps) == (48, 16, 1e-6)
-    assert (config.hidden_act, config.qkv_bias, config.architectures) == ("gelu", True, ["ViTModel"])
-
-
 def test_the_tensors_have_the_names_that_files_on_the_hub_have(folder):
     from safetensors import safe_open
 
@@ -362,21 +341,6 @@ def test_transformers_accepts_oblong_images(tmp_path, nano, transformers):
 
 
 # ---- verification ----
-
-
-def test_fixed_positions_are_row_by_row_and_the_network_is_unchanged():
-    """Positions that grow along the columns: bicubic interpolation keeps the order in each row."""
-    model = network()
-    model.pos_embed[:, 1:] = torch.arange(3.0).repeat(3)[None, :, None]
-    before = model.pos_embed.clone()
-    assert torch.equal(export.with_fixed_size(model, (48, 48)).pos_embed, before)
-    positions = export.with_fixed_size(model, (32, 80)).pos_embed
-    assert positions.shape == (1, 11, 128)
-    assert torch.equal(positions[:, 0], before[:, 0])
-    rows = positions[0, 1:, 0].view(2, 5)
-    assert (rows.diff(dim=1) > 0).all()
-    assert torch.allclose(rows[0], rows[1], atol=1e-6)
-    assert torch.equal(model.pos_embed, before)
 
 
 @pytest.mark.parametrize(
@@ -532,8 +496,6 @@ def test_nothing_is_written_over_other_files_or_from_wrong_weights(
     ("kind", "name", "library"),
     [
         ("backbone", "a.safetensors", "safetensors"),
-        ("timm", "a.pth", "timm"),
-        ("onnx", "a.onnx", "onnxscript"),
         ("hf", "a", "transformers"),
     ],
 )

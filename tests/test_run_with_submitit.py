@@ -459,13 +459,6 @@ def test_each_line_of_the_log_is_printed_once_including_the_last(monkeypatch, jo
     assert capsys.readouterr().out == "first\nsecond\nlast\n"
 
 
-def test_wait_exits_with_the_code_of_a_failed_job(monkeypatch, fake, tmp_path):
-    monkeypatch.setattr(run_with_submitit, "follow", lambda job, cluster: 3)
-    with pytest.raises(SystemExit) as ended:
-        submit("--wait", "--output_dir", tmp_path)
-    assert ended.value.code == 3
-
-
 def test_the_fixed_part_of_a_folder_ends_before_the_job_id(tmp_path):
     assert run_with_submitit.fixed_part(f"{tmp_path}/a/x%j/b") == tmp_path / "a"
     assert run_with_submitit.fixed_part(f"{tmp_path}/a") == tmp_path / "a"

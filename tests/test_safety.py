@@ -1,7 +1,6 @@
 """No file that is downloaded or loaded runs code, starts another program, or makes a script write elsewhere."""
 
 import functools
-import importlib
 import os
 import pickle
 import re
@@ -10,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, ending
+from conftest import SMALL_RUN
 from PIL import EpsImagePlugin, Image
 
 import dino_checkpoints
@@ -51,19 +50,6 @@ def content_of(folder):
     """{path: content} of all files and folders in a folder, except a run's lock."""
     found = {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
     return {path: content for path, content in found.items() if path.name != ".lock"}
-
-
-@pytest.fixture
-def refusal(monkeypatch, capsys):
-    """refusal(script, *words) -> the error line of a script that exits with code 2."""
-
-    def run(script, *words):
-        capsys.readouterr()
-        code, line = ending(monkeypatch, capsys, importlib.import_module(script), *words)
-        assert code == 2
-        return line
-
-    return run
 
 
 # ---- checkpoints ----

@@ -227,6 +227,14 @@ def test_bf16_support_is_read_from_cpuinfo(monkeypatch, text, want):
     assert utils.cpu_computes_bf16() is want
 
 
+def test_a_machine_without_cpuinfo_has_no_bf16(monkeypatch):
+    def missing(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(utils.Path, "read_text", missing)
+    assert utils.cpu_computes_bf16() is False
+
+
 FAULTS = """
 import resource, sys, torch
 sys.path.insert(0, {root!r})
@@ -336,11 +344,9 @@ def test_a_meter_prints_median_and_mean_of_all():
     assert str(meter_of(1.0, 2.0, 6.0, fmt="{avg:.1f} {max:.0f} {value:.2f}")) == "3.0 6 6.00"
 
 
-def test_a_logger_prints_its_meters_in_the_order_of_their_first_update():
-    logger = utils.MetricLogger()
-    logger.add_meter("acc", utils.SmoothedValue(fmt="{global_avg:.1f}"))
-    logger.update(loss=1.0, acc=2.0)
-    assert str(logger) == "acc: 2.0  loss: 1.000000 (1.000000)"
+def test_an_unknown_meter_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no meter 'los'"):
+        utils.MetricLogger().los  # noqa: B018
 
 
 def test_the_console_line_has_the_public_form(capsys):
@@ -477,6 +483,10 @@ def test_clipping_adds_a_millionth_to_the_norm():
     module = parameters_with(torch.tensor([1e-6, 0.0]))
     utils.clip_gradients(module, 1e-6)
     assert module[0].grad[0].item() == pytest.approx(0.5e-6, rel=1e-4)
+
+
+def test_clipping_without_gradients_returns_no_norms():
+    assert utils.clip_gradients(nn.Linear(2, 2), 1.0).tolist() == []
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2, 3])
@@ -697,6 +707,11 @@ def test_accuracy_is_the_share_of_labels_among_the_top_k():
     logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
     top1, top2 = utils.accuracy(logits, torch.tensor([0, 2, 2, 0]), topk=(1, 2))
     assert (top1.item(), top2.item()) == (50, 75)
+
+
+def test_reduce_dict_of_one_process_is_the_dict_itself():
+    values = {"loss": torch.tensor(2.0)}
+    assert utils.reduce_dict(values) is values
 
 
 def test_reduce_dict_averages_or_sums_over_processes(monkeypatch):

@@ -4,13 +4,14 @@ import os
 import re
 import resource
 import shutil
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import arguments_of, assert_near, ending, shared
+from conftest import arguments_of, assert_near, shared
 from PIL import Image
 
 import dino_backbones
@@ -25,11 +26,10 @@ def run(*flags):
     video_generation.main(arguments_of(video_generation, *SMALL, *flags))
 
 
-def error_line(monkeypatch, capsys, *flags):
-    """The error line of a run that exits with code 2."""
-    code, line = ending(monkeypatch, capsys, video_generation, *SMALL, *flags)
-    assert code == 2
-    return line
+@pytest.fixture
+def error_line(refusal):
+    """error_line(*flags) -> the error line of a run that exits with code 2."""
+    return partial(refusal, video_generation, *SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +122,13 @@ def test_flags_have_the_published_names_and_defaults():
     assert vars(arguments_of(video_generation, "--input_path", "in")) == {**published, "device": "auto"}
 
 
-def test_the_default_weights_are_the_ones_published_for_attention(monkeypatch, capsys, frames, tmp_path):
+def test_the_default_weights_are_the_ones_published_for_attention(error_line, monkeypatch, frames, tmp_path):
     def offline(url, **_):
         raise OSError(url)
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     flags = ["--arch", "vit_small", "--patch_size", 8, "--input_path", frames, "--output_path", tmp_path]
-    assert "dino_deitsmall8_300ep_pretrain.pth" in error_line(monkeypatch, capsys, *flags)
+    assert "dino_deitsmall8_300ep_pretrain.pth" in error_line(*flags)
 
 
 # ---- a folder of frames ----
@@ -226,17 +226,6 @@ def test_an_odd_size_is_padded_to_an_even_one(frames, tmp_path):
     assert np.abs(got[:, 35].astype(float) - got[:, 34]).mean() < 15  # the last row is repeated
 
 
-def test_a_constant_map_is_black(frames, tmp_path):
-    model, _ = dino_backbones.build_backbone("vit_nano", 16, 48)
-    for name, parameter in model.named_parameters():
-        if "attn.qkv" in name:
-            parameter.data.zero_()  # equal attention to all tokens
-    torch.save(model.state_dict(), tmp_path / "flat.pth")
-    flags = ["--pretrained_weights", tmp_path / "flat.pth", "--input_path", frames, "--output_path", tmp_path]
-    run(*flags)
-    assert read(tmp_path / "attention" / "attn-shot0.jpg").max() < 5  # inferno starts at (0, 0, 4)
-
-
 # ---- video input and output ----
 
 
@@ -265,13 +254,6 @@ def test_an_avi_is_mpeg4_and_shows_the_same_images(clip, from_folder, weights, f
     assert (said["codec"], said["format"]) == ("mpeg4", "yuv420p")
     assert float(said["rate"]) == pytest.approx(29.97, abs=1e-3)
     assert difference(got, decode(from_folder / "video.mp4")[0]) < 6
-
-
-def test_an_avi_keeps_its_quality_on_detailed_images(tmp_path):
-    images = np.random.RandomState(0).randint(0, 255, (8, 60, 80, 3), dtype=np.uint8)
-    images = images.repeat(8, axis=1).repeat(8, axis=2)
-    video_generation.write_video(tmp_path / "video.avi", images, 30)
-    assert difference(decode(tmp_path / "video.avi")[0], images) < 7.5
 
 
 def test_colors_are_preserved_and_the_color_space_is_declared(tmp_path):
@@ -357,9 +339,9 @@ def test_images_of_an_earlier_run_are_kept_with_a_warning(from_folder, clip, tmp
 
 
 @pytest.mark.parametrize("place", ["attention", "masks", "video.mp4"])
-def test_an_input_is_not_overwritten(place, from_folder, tmp_path, monkeypatch, capsys):
+def test_an_input_is_not_overwritten(place, from_folder, tmp_path, error_line):
     shutil.copytree(from_folder, tmp_path, dirs_exist_ok=True)
-    line = error_line(monkeypatch, capsys, "--input_path", tmp_path / place, "--output_path", tmp_path)
+    line = error_line("--input_path", tmp_path / place, "--output_path", tmp_path)
     assert f"--input_path {tmp_path / place} would be overwritten" in line
 
 
@@ -436,30 +418,28 @@ def bad(clip, frames, tmp_path_factory):
         (["--output_path", "PICTURE"], "can't write to --output_path"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2_and_writes_nothing(
-    monkeypatch, capsys, bad, frames, tmp_path, flags, message
-):
+def test_a_mistake_is_one_line_and_exit_code_2_and_writes_nothing(error_line, bad, frames, tmp_path, flags, message):
     flags = [bad.get(flag, flag) for flag in flags]
     standard = ["--pretrained_weights", "random", "--input_path", frames, "--output_path", tmp_path]
-    assert message in error_line(monkeypatch, capsys, *standard, *flags)
+    assert message in error_line(*standard, *flags)
     assert not list(tmp_path.iterdir())
 
 
-def test_attention_that_is_not_finite_is_an_error(monkeypatch, capsys, frames, weights, tmp_path):
+def test_attention_that_is_not_finite_is_an_error(error_line, frames, weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     state["blocks.1.mlp.fc1.bias"][0] = float("nan")
     torch.save(state, tmp_path / "nan.pth")
     flags = ["--pretrained_weights", tmp_path / "nan.pth", "--input_path", frames, "--output_path", tmp_path / "out"]
-    assert "the attention is not finite" in error_line(monkeypatch, capsys, *flags)
+    assert "the attention is not finite" in error_line(*flags)
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_position_of_damage_in_a_video_is_named(monkeypatch, capsys, tmp_path):
+def test_the_position_of_damage_in_a_video_is_named(error_line, tmp_path):
     video = bytearray(shared("data/clip.mp4").read_bytes())
     video[200_000:204_000] = bytes(4000)
     (tmp_path / "clip.mp4").write_bytes(video)
     flags = ["--pretrained_weights", "random", "--input_path", tmp_path / "clip.mp4", "--output_path", tmp_path / "out"]
-    line = error_line(monkeypatch, capsys, *flags)
+    line = error_line(*flags)
     assert re.search(r"clip\.mp4 as a video after frame \d+: Invalid data", line)
     assert not list((tmp_path / "out").iterdir())
 
@@ -473,7 +453,7 @@ def test_the_position_of_damage_in_a_video_is_named(monkeypatch, capsys, tmp_pat
         (Path.mkdir, "video.mp4", "has a folder named video.mp4"),
     ],
 )
-def test_a_file_in_the_place_of_a_folder_is_named(make, name, message, monkeypatch, capsys, frames, tmp_path):
+def test_a_file_in_the_place_of_a_folder_is_named(make, name, message, error_line, frames, tmp_path):
     make(tmp_path / name)
-    line = error_line(monkeypatch, capsys, "--input_path", frames, "--output_path", tmp_path)
+    line = error_line("--input_path", frames, "--output_path", tmp_path)
     assert message.format(place=tmp_path / name) in line
