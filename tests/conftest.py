@@ -152,6 +152,16 @@ def refusal(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def offline(monkeypatch):
+    """Downloads of weights fail with their URL as the message."""
+
+    def refuse(url, **_):
+        raise OSError(url)
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+
+
 FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -311,6 +321,17 @@ def tiny_vit(seed=0, **changes):
     torch.manual_seed(seed)
     settings = {"img_size": [32], "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "qkv_bias": True}
     return vision_transformer.VisionTransformer(**{**settings, **changes})
+
+
+def sharp_nano(side, seed=1):
+    """A vit_nano/16 that attends to some patches much more than to others."""
+    import dino_backbones
+
+    torch.manual_seed(seed)
+    model = dino_backbones.build_backbone("vit_nano", 16, side)[0].eval()
+    for block in model.blocks:
+        block.attn.qkv.weight.data *= 6
+    return model
 
 
 def wide_nano(path, side):

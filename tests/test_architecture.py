@@ -28,7 +28,7 @@ ARROWS = {
     "dino_health": {"utils"},
     "dino_run": {"dino_features", "dino_data", "dino_crops", "dino_health", "dino_checkpoints", "dino_cli", "utils"},
     "main_dino": {
-        *("dino_run", "dino_backbones", "dino_data", "dino_crops", "dino_cli", "vision_transformer", "utils"),
+        *("dino_run", "dino_backbones", "dino_data", "dino_crops", "dino_cli", "vision_transformer", "utils")
     },
     "run_with_submitit": {"main_dino", "eval_knn", *BELOW_FEATURES},
     "benchmark": {"main_dino", "dino_run", "eval_video_segmentation", *BELOW_FEATURES},

@@ -84,14 +84,6 @@ def test_a_word_that_is_no_such_number_is_refused(script, flag, capsys):
         assert f"invalid {flag.type.__name__} value: '{word}'" in refusal(script, flag, word, capsys)
 
 
-def test_types_of_numbers_have_the_range_that_they_check():
-    assert dino_cli.share.range == "between 0 and 1"
-    assert dino_cli.at_least(1).range == "at least 1"
-    assert dino_cli.positive.range == "above 0"
-    assert dino_cli.between(1, 5)("5") == 5
-    assert dino_cli.at_least(0, float)("0") == 0.0
-
-
 def test_help_needs_neither_a_network_connection_nor_what_takes_seconds_to_import():
     code = """
 import runpy, socket, sys

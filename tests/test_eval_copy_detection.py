@@ -133,9 +133,7 @@ def test_flags_have_the_published_names_and_defaults():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--imsize", "7"], "--imsize 7 is smaller than one patch (--patch_size 8)"),
         (["--arch", "resnet50"], "--arch resnet50 has no CLS and patch tokens. Use one of vit_"),
-        (["--arch", "vit_smal"], "unknown --arch vit_smal; did you mean vit_small"),
         (["--whitening_path", "EMPTY"], "--whitening_path EMPTY"),
         (["--distractors_path", "EMPTY"], "--distractors_path EMPTY"),
         (["--data_path", "EMPTY"], "--data_path EMPTY must hold original/"),

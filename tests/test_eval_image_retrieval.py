@@ -304,11 +304,8 @@ def test_two_processes_print_what_one_prints(data, weights):
     assert results(alone) == results(together) != {}
 
 
-def test_the_default_weights_are_the_ones_trained_on_landmarks(error_line, monkeypatch, data):
-    def offline(url, **_):
-        raise OSError(url)
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+@pytest.mark.usefixtures("offline")
+def test_the_default_weights_are_the_ones_trained_on_landmarks(error_line, data):
     line = error_line("--data_path", data, "--arch", "vit_small", "--patch_size", "16")
     assert "dino_vitsmall16_googlelandmark_pretrain.pth" in line
 

@@ -178,12 +178,9 @@ def test_the_defaults_evaluate_an_untrained_network_on_the_sample_images(capsys)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--nb_knn", "0"], "argument --nb_knn: 0 must be at least 1"),
         (["--data_path", "/no/where"], "--data_path /no/where"),
         (["--load_features", "x", "--baselines", "1"], "Remove --dump_features and --baselines"),
         (["--dump_features", str(ROOT / "README.md")], "can't write to --dump_features"),
-        (["--image_size", "8"], "--image_size 8 is smaller than one patch (--patch_size 16)"),
-        (["--load_features", "/no/where"], "/no/where/trainfeat.pth"),
         (["--pretrained_weights", "/no/where.pth"], "/no/where.pth"),
         (["--arch", "vit_tiny", "--pretrained_weights", "TRAINED"], "Check --arch"),
         (["--pretrained_weights", "TRAINED", "--checkpoint_key", "pupil"], "student, teacher"),

@@ -147,7 +147,6 @@ def test_features_of_a_convnet_are_its_pooled_output():
         (["--n_last_blocks", "1", "--avgpool_patchtokens", "true"], 256),
         (["--arch", "resnet18"], 512),
         (["--arch", "xcit_nano_12_p16"], 128),
-        (["--arch", "timm:vit_tiny_patch16_224"], 192),
     ],
 )
 def test_the_announced_width_is_the_width_of_the_features(flags, width):
@@ -418,7 +417,6 @@ HEAD = ["--evaluate", "--linear_weights", "TRAINED/checkpoint.pth.tar"]
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data_path", "/no/where"], "--data_path /no/where"),
         (["--n_last_blocks", "5"], "--n_last_blocks 5: vit_nano has only 4 blocks"),
         (["--arch", "resnet18", "--avgpool_patchtokens", "true"], "resnet18 has no patch tokens"),
         (["--image_size", "15"], "--image_size 15 is smaller than one patch (--patch_size 16)"),
@@ -428,7 +426,6 @@ HEAD = ["--evaluate", "--linear_weights", "TRAINED/checkpoint.pth.tar"]
         (["--evaluate"], "no linear head was published for vit_nano with --patch_size 16"),
         (["--evaluate", "--linear_weights", "WEIGHTS"], "holds no linear.weight and linear.bias"),
         ([*HEAD, "--n_last_blocks", "2"], "4 labels and 512 features; this run has 4 labels and 256 features"),
-        ([*HEAD, "--num_labels", "9"], "4 labels and 512 features; this run has 9 labels and 512 features"),
         ([*HEAD, "--pretrained_weights", "random"], "was made with weights "),
         (["--output_dir", "TRAINED", "--epochs", "9"], "was made with epochs 3; this run has epochs 9"),
         (["--output_dir", "TRAINED", "--batch_size_per_gpu", "8"], "global_batch 16; this run has global_batch 8"),

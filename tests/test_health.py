@@ -174,12 +174,7 @@ def test_a_resumed_run_warns_as_if_it_had_not_been_stopped(capsys):
 
 
 def test_nonsense_in_a_checkpoints_health_is_ignored():
-    for odd in (
-        5,
-        None,
-        [],
-        {"best_knn": "x", "norms": 3.0, "seen": 4, "streaks": [], "warnings": {}},
-    ):
+    for odd in (5, None, [], {"best_knn": "x", "norms": 3.0, "seen": 4, "streaks": [], "warnings": {}}):
         assert dino_health.HealthMonitor(monitor().args, 5, state=odd).state_dict() == monitor().state_dict()
 
 

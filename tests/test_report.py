@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, arguments_of, assert_near, ending, run_script
+from conftest import SMALL_RUN, arguments_of, assert_near, ending, run_script, sharp_nano
 from matplotlib import colormaps
 from PIL import Image
 
-import dino_backbones
 import dino_crops
 import dino_images
 import report
@@ -57,12 +56,7 @@ ARGS = {"arch": "vit_nano", "patch_size": 16, "global_crops_size": 32, "epochs":
 
 
 def teacher(seed=1):
-    """An untrained network that attends to some patches much more than to others."""
-    torch.manual_seed(seed)
-    model = dino_backbones.build_backbone("vit_nano", 16, 32)[0].eval()
-    for block in model.blocks:
-        block.attn.qkv.weight.data *= 6
-    return model
+    return sharp_nano(32, seed)
 
 
 def make_run(folder, log=LOG, info=INFO, model=None, args=ARGS):

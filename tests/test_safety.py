@@ -119,11 +119,7 @@ def test_a_report_runs_no_code_in_a_checkpoint(refusal, evil, tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("function", [os.system, exec, functools.partial])
 def test_a_checkpoint_that_would_run_code_is_refused_and_names_the_function(tmp_path, canary, function, zipped):
-    argument = {
-        os.system: f"touch {canary}",
-        exec: f"open({str(canary)!r}, 'w')",
-        functools.partial: print,
-    }[function]
+    argument = {os.system: f"touch {canary}", exec: f"open({str(canary)!r}, 'w')", functools.partial: print}[function]
     state = {"teacher": {"w": torch.ones(1)}, "extra": Malicious(function, argument)}
     torch.save(state, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=rf"c\.pth .*{function.__name__}\b.*was not loaded"):

@@ -216,11 +216,7 @@ def test_amp_dtype_is_as_requested_or_what_the_hardware_has(monkeypatch, device,
 
 @pytest.mark.parametrize(
     ("text", "want"),
-    [
-        ("flags : avx512_bf16", True),
-        ("Features : asimd bf16", True),
-        ("flags : fpu avx512f avx2 nobf16", False),
-    ],
+    [("flags : avx512_bf16", True), ("Features : asimd bf16", True), ("flags : fpu avx512f avx2 nobf16", False)],
 )
 def test_bf16_support_is_read_from_cpuinfo(monkeypatch, text, want):
     monkeypatch.setattr(utils.Path, "read_text", lambda self: text)

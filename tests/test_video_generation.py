@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import arguments_of, assert_near, shared
+from conftest import arguments_of, assert_near, shared, sharp_nano
 from PIL import Image
 
 import dino_backbones
@@ -34,13 +34,8 @@ def error_line(refusal):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """The state dict of a network whose attention differs from patch to patch."""
-    torch.manual_seed(1)
-    model, _ = dino_backbones.build_backbone("vit_nano", 16, 48)
-    for block in model.blocks:
-        block.attn.qkv.weight.data.mul_(6)
     path = tmp_path_factory.mktemp("weights") / "nano.pth"
-    torch.save(model.state_dict(), path)
+    torch.save(sharp_nano(48).state_dict(), path)
     return path
 
 
@@ -122,11 +117,8 @@ def test_flags_have_the_published_names_and_defaults():
     assert vars(arguments_of(video_generation, "--input_path", "in")) == {**published, "device": "auto"}
 
 
-def test_the_default_weights_are_the_ones_published_for_attention(error_line, monkeypatch, frames, tmp_path):
-    def offline(url, **_):
-        raise OSError(url)
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+@pytest.mark.usefixtures("offline")
+def test_the_default_weights_are_the_ones_published_for_attention(error_line, frames, tmp_path):
     flags = ["--arch", "vit_small", "--patch_size", 8, "--input_path", frames, "--output_path", tmp_path]
     assert "dino_deitsmall8_300ep_pretrain.pth" in error_line(*flags)
 
@@ -366,7 +358,7 @@ def test_an_interrupted_run_changes_nothing(from_folder, frames, tmp_path):
 def bad(clip, frames, tmp_path_factory):
     """Unusable inputs, by name."""
     root = tmp_path_factory.mktemp("bad")
-    for name in ("EMPTY", "TORN", "SIZES", "TWICE", "TINY"):
+    for name in ("TORN", "SIZES", "TWICE", "TINY"):
         (root / name).mkdir()
     first = (frames / "shot0.png").read_bytes()
     (root / "TORN" / "0.png").write_bytes(first)
@@ -378,7 +370,6 @@ def bad(clip, frames, tmp_path_factory):
     Image.new("RGB", (40, 15)).save(root / "TINY" / "0.png")
     (root / "TEXT").write_text("hello\n" * 99)
     (root / "PICTURE").write_bytes(first)
-    (root / "LONG.txt").write_text("hello\n" * 5000)
     (root / "CUT").write_bytes(clip.read_bytes()[:300])
     noise = np.random.RandomState(0).randint(0, 255, (40, 32, 48, 3), dtype=np.uint8)
     video_generation.write_video(root / "HALF.avi", noise, 30)
@@ -400,7 +391,6 @@ def bad(clip, frames, tmp_path_factory):
     ("flags", "message"),
     [
         (["--input_path", "/no/where"], "--input_path /no/where does not exist"),
-        (["--input_path", "EMPTY"], "has no images"),
         (["--input_path", "TORN"], "1.png"),
         (["--input_path", "SIZES"], "1.png has 99 × 72 pixels"),
         (["--input_path", "TWICE"], "have the same name. Rename or remove one"),
@@ -409,7 +399,6 @@ def bad(clip, frames, tmp_path_factory):
         (["--input_path", "TEXT"], "as a video: Invalid data found"),
         (["--input_path", "CUT"], "is not a video"),
         (["--input_path", "HALF"], "HALF.avi: frame 18 is damaged"),
-        (["--input_path", "LONG"], "is not a video"),
         (["--input_path", "SOUND"], "is not a video"),
         (["--input_path", "FRAMELESS"], "has no frames"),
         (["--input_path", "PICTURE", "--video_only"], "--video_only needs a folder of attention images"),

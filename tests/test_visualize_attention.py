@@ -6,10 +6,9 @@ import resource
 import numpy as np
 import pytest
 import torch
-from conftest import arguments_of, assert_near, run_script, shared
+from conftest import arguments_of, assert_near, run_script, shared, sharp_nano
 from PIL import Image
 
-import dino_backbones
 import dino_features
 import visualize_attention
 
@@ -26,12 +25,7 @@ def run(*flags):
 
 
 def backbone():
-    """A network whose attention differs from patch to patch."""
-    torch.manual_seed(1)
-    model = dino_backbones.build_backbone("vit_nano", 16, 48)[0].eval()
-    for block in model.blocks:
-        block.attn.qkv.weight.data.mul_(6)
-    return model
+    return sharp_nano(48)
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +107,8 @@ def test_flags_have_the_published_names_and_defaults():
     assert vars(arguments_of(visualize_attention)) == {**published, "device": "auto"}
 
 
-def test_the_default_weights_are_the_ones_published_for_attention(refusal, monkeypatch, tmp_path):
-    def offline(url, **_):
-        raise OSError(url)
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+@pytest.mark.usefixtures("offline")
+def test_the_default_weights_are_the_ones_published_for_attention(refusal, tmp_path):
     line = refusal(visualize_attention, "--device", "cpu", "--output_dir", tmp_path)
     assert "dino_deitsmall8_300ep_pretrain.pth" in line
 
