@@ -198,12 +198,6 @@ def test_a_plain_epoch_trains_on_whole_batches_and_saves_a_checkpoint(photograph
     assert set(torch.load(output / "checkpoint.pth", weights_only=True)) == {"student", "teacher", "optimizer"}
 
 
-def test_lightlys_step_runs():
-    pytest.importorskip("lightly")
-    assert benchmark.lightly_step("vit_tiny", 16, 1, None)() is None
-    assert (benchmark.has_lightly("vit_tiny", 16), benchmark.has_lightly("vit_nano", 16)) == (True, False)
-
-
 # ---- measuring in turn ----
 
 
@@ -304,18 +298,6 @@ def test_scaling_measures_the_second_epoch(runs, tmp_path):
         args = arguments_of(main_dino, *words[words.index("main_dino.py") + 1 :])
         main_dino.check_args(args)
         assert (args.epochs, args.batch_size_per_gpu, args.num_workers) == (2, 4, 0)
-
-
-def test_scaling_runs_take_turns(monkeypatch, photographs, capsys):
-    rates, order = iter([10, 18, 1, 1.9, 100, 190]), []  # the machine was slow in the second round
-    monkeypatch.setattr(benchmark, "images_per_second", lambda n, folder, *_: order.append(n) or next(rates))
-    args = tiny("--rounds", 3, "--processes", 2, 4)
-    args.photographs = photographs
-    benchmark.scaling(args)
-    assert order == [2, 4] * 3
-    rows = table(capsys.readouterr().out)
-    assert rows["2"] == ["10", "1.00", "100 %"]
-    assert rows["4"] == ["18", "1.90 (1.80-1.90)", "95 %"]
 
 
 # ---- data and flags ----

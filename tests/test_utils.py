@@ -1,7 +1,6 @@
 """utils.py: seeds, devices, processes, meters, schedules, optimizers, files, multi-crop."""
 
 import argparse
-import copy
 import itertools
 import json
 import math
@@ -541,26 +540,6 @@ def test_lars_takes_a_plain_step_where_weight_or_gradient_is_zero():
     utils.LARS([zero, still], lr=0.1).step()
     assert_near(zero, torch.full((2, 2), -0.3), 1e-6)
     assert torch.equal(still, torch.ones(2, 2))
-
-
-def test_lars_goes_on_from_its_saved_momentum():
-    gradients = [torch.tensor(array(f"gradient {i}", (3, 2))) for i in range(4)]
-
-    def train(p, optimizer, part):
-        for gradient in part:
-            p.grad = gradient
-            optimizer.step()
-
-    whole = nn.Parameter(torch.ones(3, 2))
-    optimizer = utils.LARS([whole], lr=1.0)
-    train(whole, optimizer, gradients[:2])
-    resumed = nn.Parameter(whole.detach().clone())
-    again = utils.LARS([resumed], lr=1.0)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert set(again.state[resumed]) == {"mu"}
-    train(whole, optimizer, gradients[2:])
-    train(resumed, again, gradients[2:])
-    assert torch.equal(whole, resumed)
 
 
 # ---- writing whole files ----
