@@ -303,12 +303,6 @@ def test_scaling_measures_the_second_epoch(runs, tmp_path):
 # ---- data and flags ----
 
 
-def test_a_folder_of_links_repeats_the_photographs(photographs, tmp_path):
-    folder = benchmark.image_folder(tmp_path, photographs, 40)
-    links = [os.readlink(path) for path in sorted(Path(folder).glob("*/*"))]
-    assert links == (photographs * 3)[:40]
-
-
 def test_photographs_are_found_in_subfolders_or_made_from_installed_ones(tmp_path):
     made = benchmark.photographs("sample", tmp_path)
     assert {Path(path).suffix for path in made} == {".jpg"}

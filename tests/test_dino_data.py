@@ -24,11 +24,6 @@ from utils import UserError
 # ---- folders ----
 
 
-def test_a_missing_folder_is_named():
-    with pytest.raises(UserError, match="--data_path /no/where does not exist"):
-        dino_data.find_images("/no/where")
-
-
 def labeled(tmp_path, train, val):
     for part, classes in (("train", train), ("val", val)):
         for name in classes:

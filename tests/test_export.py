@@ -14,7 +14,6 @@ from PIL import Image
 from torch import nn
 
 import dino_backbones
-import dino_cli
 import dino_crops
 import dino_data
 import export
@@ -86,12 +85,6 @@ def printed_usage(capsys):
 
 
 # ---- flags ----
-
-
-def test_the_flags_are_those_of_an_evaluation_and_three_more():
-    args = vars(arguments_of(export, *SMALL, "--to", "onnx", "--output", "a.onnx"))
-    assert set(args) == set(vars(dino_cli.model_flags().parse_args([]))) | {"to", "output", "image_size"}
-    assert (args["checkpoint_key"], args["device"], args["image_size"]) == ("teacher", "cpu", None)
 
 
 @pytest.mark.parametrize(

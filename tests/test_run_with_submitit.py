@@ -454,8 +454,3 @@ def test_each_line_of_the_log_is_printed_once_including_the_last(monkeypatch, jo
     finish(job, "success", "success")
     assert run_with_submitit.follow(job, "slurm", pause=0) == 0
     assert capsys.readouterr().out == "first\nsecond\nlast\n"
-
-
-def test_the_fixed_part_of_a_folder_ends_before_the_job_id(tmp_path):
-    assert run_with_submitit.fixed_part(f"{tmp_path}/a/x%j/b") == tmp_path / "a"
-    assert run_with_submitit.fixed_part(f"{tmp_path}/a") == tmp_path / "a"

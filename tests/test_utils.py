@@ -334,11 +334,6 @@ def test_a_meter_of_tensors_is_not_read_before_it_is_asked():
     assert meter.count == 0
 
 
-def test_a_meter_prints_median_and_mean_of_all():
-    assert str(meter_of(1.0, 2.0, 6.0)) == "2.000000 (3.000000)"
-    assert str(meter_of(1.0, 2.0, 6.0, fmt="{avg:.1f} {max:.0f} {value:.2f}")) == "3.0 6 6.00"
-
-
 def test_an_unknown_meter_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no meter 'los'"):
         utils.MetricLogger().los  # noqa: B018
