@@ -351,17 +351,6 @@ def test_the_deviation_is_relative_to_the_largest_feature(opened, deviation):
     assert export.largest_deviation(lambda x: opened(x, want[: len(x)]), images, want) == deviation
 
 
-@pytest.mark.parametrize(("deviation", "code"), [(0.99e-4, None), (1.01e-4, 4), (math.inf, 4), (math.nan, 4)])
-def test_a_deviation_of_up_to_a_ten_thousandth_is_accepted(tmp_path, nano, monkeypatch, capsys, deviation, code):
-    monkeypatch.setattr(export, "largest_deviation", lambda *_: deviation)
-    flags = ["--to", "backbone", "--output", tmp_path / "a.pth", *nano]
-    if code is None:
-        run(*flags)
-    else:
-        assert end(monkeypatch, capsys, *flags)[0] == code
-    assert (tmp_path / "a.pth").exists() == (code is None)
-
-
 @pytest.mark.parametrize(
     ("kind", "name", "library"),
     [("backbone", "a.pth", "torch"), ("timm", "a.safetensors", "timm"), ("hf", "a", "transformers")],
