@@ -1,13 +1,16 @@
 """Shared by all tests: reference numbers and their inputs, small data sets, real runs."""
 
+import contextlib
 import fcntl
 import functools
+import importlib
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import random
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `pytest` alon
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dino_cli
 import dino_data
@@ -29,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A folder beside the checkout with goldens/ and data/. Tests that need it are skipped if there is none.
 SHARED = Path(os.environ.get("DINO_TEST_DATA", ROOT.parent / "shared"))
 torch.set_num_threads(1)
+dino_data.SAMPLE_TRAIN, dino_data.SAMPLE_VAL = 60, 15  # a quarter of the sample data set, whose images take seconds
 
 
 # ---- reference numbers ----
@@ -133,6 +138,30 @@ def ending(monkeypatch, capsys, script, *flags):
     return ended.value.code, line
 
 
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """refusal(script or its name, *words) -> the error line of a script that exits with code 2."""
+
+    def run(script, *words):
+        capsys.readouterr()
+        script = importlib.import_module(script) if isinstance(script, str) else script
+        code, line = ending(monkeypatch, capsys, script, *words)
+        assert code == 2, line
+        return line
+
+    return run
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Downloads of weights fail with their URL as the message."""
+
+    def refuse(url, **_):
+        raise OSError(url)
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+
+
 FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -148,12 +177,30 @@ def start_forks():
     os.environ.update(before)
 
 
-def use_small_heads():
-    """Projection heads with 64 hidden units instead of 2,048, which are 90 % of a small run's compute and files."""
-    import vision_transformer
+def use_small_networks(blocks):
+    """Heads with 64 hidden units, not 2,048, and fewer blocks in vit_nano. Returns a function that undoes it.
 
-    init = vision_transformer.DINOHead.__init__
-    init.__defaults__ = tuple(64 if default == 2048 else default for default in init.__defaults__)
+    Else these are most of a small run's compute and files.
+    """
+    import vision_transformer as vits
+
+    init, nano = vits.DINOHead.__init__, vits.vit_nano
+    before = init.__defaults__
+    init.__defaults__ = tuple(64 if default == 2048 else default for default in before)
+    vits.vit_nano = functools.partial(nano, depth=blocks)
+
+    def undo():
+        init.__defaults__, vits.vit_nano = before, nano
+
+    return undo
+
+
+@pytest.fixture(scope="module")
+def small_networks():
+    """For runs in this process. Two blocks, so that one of them has drop path."""
+    undo = use_small_networks(blocks=2)
+    yield
+    undo()
 
 
 def free_port():
@@ -161,12 +208,24 @@ def free_port():
         return server.getsockname()[1]
 
 
-def become(words, environment, screens, small_heads):
-    """Turn a forked process into a fresh `python <words>`, with stdout and stderr in the two files `screens`."""
-    for number, screen in enumerate(screens, start=1):
-        with open(screen, "wb") as file:
-            os.dup2(file.fileno(), number)
+def become(words, environment, screens, blocks):
+    """Turn a forked process into a fresh `python <words>`, with stdout and stderr in the two files `screens`.
+
+    If `screens` is the name of a terminal, the process is controlled by it.
+    """
+    if isinstance(screens, str):
+        os.setsid()
+        terminal = os.open(screens, os.O_RDWR)
+        for number in range(3):
+            os.dup2(terminal, number)
+    else:
+        for number, screen in enumerate(screens, start=1):
+            with open(screen, "wb") as file:
+                os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -176,30 +235,33 @@ def become(words, environment, screens, small_heads):
     for name, module in list(sys.modules.items()):
         if Path(getattr(module, "__file__", None) or "").parent in folders:
             del sys.modules[name]
-    module = words[1] if words[0] == "-m" else None
-    sys.argv = list(words[module is not None :])
+    kind = words[0] if words[0] in ("-c", "-m") else None
+    sys.argv = [kind, *words[2:]] if kind else list(words)
     given = environment.get("PYTHONPATH", "").split(os.pathsep)
-    first = [str(ROOT) if module else os.path.dirname(os.path.abspath(words[0])), *filter(None, given)]
+    first = [str(ROOT) if kind else os.path.dirname(os.path.abspath(words[0])), *filter(None, given)]
     sys.path[:] = first + [path for path in sys.path if path and Path(path) not in folders]
-    if small_heads:
-        use_small_heads()
-    if module:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if blocks:
+        use_small_networks(blocks)
+    if kind == "-c":
+        exec(words[1], {"__name__": "__main__"})
+    elif kind == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(words[0], run_name="__main__")
 
 
-def run_script(*words, processes=1, timeout=300, env=None, check=True, small_heads=True):
+def run_script(*words, processes=1, timeout=300, env=None, check=True, blocks=4, fresh=False):
     """Run `python <words>` in the checkout. Returns the completed process, with its output as text.
 
-    Scripts and modules are forked from a warm process, and main_dino.py trains small heads there. With several
-    `processes`, each has the environment that torchrun would set. Their outputs are joined in the order of ranks, and
-    the exit code is the first one that is not 0.
+    It is forked from a warm process unless it has to be `fresh`. There main_dino.py trains small heads, and a vit_nano
+    with this number of `blocks` (None: networks of their usual size). With several `processes`, each has the
+    environment that torchrun would set. Their outputs are joined in the order of ranks, and the exit code is the first
+    one that is not 0.
     """
     words = [str(word) for word in words]
     environment = {**os.environ, **(env or {})}
-    if words[0].endswith(".py") or words[0] == "-m":
-        done = run_forked(words, environment, processes, timeout, small_heads and words[0] == "main_dino.py")
+    if not fresh:
+        done = run_forked(words, environment, processes, timeout, blocks if words[0] == "main_dino.py" else None)
     else:
         command = [sys.executable, *words]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -209,7 +271,7 @@ def run_script(*words, processes=1, timeout=300, env=None, check=True, small_hea
     return done
 
 
-def run_forked(words, environment, number, timeout, small_heads):
+def run_forked(words, environment, number, timeout, blocks):
     start_forks()
     together = {"WORLD_SIZE": str(number), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as folder:
@@ -217,7 +279,7 @@ def run_forked(words, environment, number, timeout, small_heads):
         processes = []
         for rank, screen in enumerate(zip(*screens, strict=True)):
             place = {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)} if number > 1 else {}
-            processes.append(FORKS.Process(target=become, args=(words, {**environment, **place}, screen, small_heads)))
+            processes.append(FORKS.Process(target=become, args=(words, {**environment, **place}, screen, blocks)))
             processes[-1].start()
         until = time.monotonic() + timeout
         for process in processes:
@@ -261,7 +323,73 @@ def tiny_vit(seed=0, **changes):
     return vision_transformer.VisionTransformer(**{**settings, **changes})
 
 
+def sharp_nano(side, seed=1):
+    """A vit_nano/16 that attends to some patches much more than to others."""
+    import dino_backbones
+
+    torch.manual_seed(seed)
+    model = dino_backbones.build_backbone("vit_nano", 16, side)[0].eval()
+    for block in model.blocks:
+        block.attn.qkv.weight.data *= 6
+    return model
+
+
+def wide_nano(path, side):
+    """Save weights of a vit_nano/8 that are larger than initial ones: the features of different images differ."""
+    import vision_transformer
+
+    torch.manual_seed(5)
+    state = vision_transformer.vit_nano(patch_size=8, img_size=[side]).state_dict()
+    wide = {key: 4 * value if key.endswith(("weight", "embed")) else value for key, value in state.items()}
+    torch.save({**wide, "norm.weight": torch.rand(128), "norm.bias": torch.randn(128)}, path)
+    return path
+
+
+def area_under_curve(right, ranked):
+    """Average precision of a ranking: the area under precision and recall, one trapezoid per positive, slowly."""
+    area, hits = 0.0, 0
+    for rank, number in enumerate(ranked):
+        if number in right:
+            left = hits / rank if rank else 1.0
+            hits += 1
+            area += (left + hits / (rank + 1)) / 2 / len(right)
+    return area
+
+
 def same_state(one, other):
     """Whether two modules or state dicts have the same tensors under the same names, in the same order."""
     one, other = (m.state_dict() if isinstance(m, torch.nn.Module) else m for m in (one, other))
     return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def assert_same(one, other):
+    """Equal bit for bit, through nested dicts and lists."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert type(one) is type(other)
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_same(left, right)
+    else:
+        assert one == other
+
+
+@contextlib.contextmanager
+def sizes_of_results():
+    """A list of the sizes of all tensors that operations in the context return."""
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            return out
+
+    with Watch():
+        yield sizes

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORKS, arguments_of, assert_near, ending, run_script, start_forks
+from conftest import FORKS, arguments_of, assert_near, ending, start_forks
 
 import benchmark
 import dino_backbones
@@ -200,12 +199,6 @@ def test_a_plain_epoch_trains_on_whole_batches_and_saves_a_checkpoint(photograph
     assert set(torch.load(output / "checkpoint.pth", weights_only=True)) == {"student", "teacher", "optimizer"}
 
 
-def test_lightlys_step_runs():
-    pytest.importorskip("lightly")
-    assert benchmark.lightly_step("vit_tiny", 16, 1, None)() is None
-    assert (benchmark.has_lightly("vit_tiny", 16), benchmark.has_lightly("vit_nano", 16)) == (True, False)
-
-
 # ---- measuring in turn ----
 
 
@@ -269,11 +262,6 @@ def test_a_worker_that_fails_is_one_line(work, message):
     assert "\n" not in str(failure.value)
 
 
-def test_numbers_have_three_digits_and_columns_are_aligned(capsys):
-    benchmark.print_rows([["", "a", "long"], ["name", 1234.5, 0.012345], ["n", 99.99, "x"]])
-    assert capsys.readouterr().out == "         a    long\nname  1234  0.0123\nn      100       x\n"
-
-
 # ---- whole processes ----
 
 
@@ -313,25 +301,7 @@ def test_scaling_measures_the_second_epoch(runs, tmp_path):
         assert (args.epochs, args.batch_size_per_gpu, args.num_workers) == (2, 4, 0)
 
 
-def test_scaling_runs_take_turns(monkeypatch, photographs, capsys):
-    rates, order = iter([10, 18, 1, 1.9, 100, 190]), []  # the machine was slow in the second round
-    monkeypatch.setattr(benchmark, "images_per_second", lambda n, folder, *_: order.append(n) or next(rates))
-    args = tiny("--rounds", 3, "--processes", 2, 4)
-    args.photographs = photographs
-    benchmark.scaling(args)
-    assert order == [2, 4] * 3
-    rows = table(capsys.readouterr().out)
-    assert rows["2"] == ["10", "1.00", "100 %"]
-    assert rows["4"] == ["18", "1.90 (1.80-1.90)", "95 %"]
-
-
 # ---- data and flags ----
-
-
-def test_a_folder_of_links_repeats_the_photographs(photographs, tmp_path):
-    folder = benchmark.image_folder(tmp_path, photographs, 40)
-    links = [os.readlink(path) for path in sorted(Path(folder).glob("*/*"))]
-    assert links == (photographs * 3)[:40]
 
 
 def test_photographs_are_found_in_subfolders_or_made_from_installed_ones(tmp_path):
@@ -348,9 +318,7 @@ def test_photographs_are_found_in_subfolders_or_made_from_installed_ones(tmp_pat
     ("flags", "message"),
     [
         (["stepp"], "no table 'stepp'; did you mean step, startup? (all: limits, crops"),
-        (["--processes", 0], "--processes: 0 must be at least 1"),
         (["--rounds", 100], "--rounds: 100 must be between 1 and 99"),
-        (["--arch", "nano"], "unknown --arch nano"),
         (["crops", "--data_path", "."], "has no JPEG files"),
     ],
 )
@@ -358,13 +326,6 @@ def test_a_wrong_flag_is_one_line(monkeypatch, capsys, tmp_path, flags, message)
     monkeypatch.chdir(tmp_path)
     code, line = ending(monkeypatch, capsys, benchmark, *flags)
     assert (code, message in line) == (2, True), line
-
-
-def test_precisions_are_those_that_the_hardware_has(monkeypatch):
-    monkeypatch.setattr(dino_backbones, "cpu_computes_bf16", lambda: False)
-    assert benchmark.precisions() == {"fp32": (None, torch.float32)}
-    monkeypatch.setattr(dino_backbones, "cpu_computes_bf16", lambda: True)
-    assert benchmark.precisions()["bf16"] == (torch.bfloat16, torch.bfloat16)
 
 
 # ---- tables ----
@@ -458,18 +419,10 @@ def test_steps_have_a_table(here, capsys):
     assert 0.2 < float(rows["this fp32"][2].split()[0]) < 20
 
 
-@pytest.mark.usefixtures("forked")
-def test_real_limits_are_positive(capsys):
-    benchmark.main(arguments_of(benchmark, "limits", *TINY))
-    assert float(table(capsys.readouterr().out)["GB/s copied (read and written)"][0]) > 0.1
-
-
 @pytest.mark.slow
-def test_real_processes_have_a_table(sample_root):
-    rows = table(run_script("benchmark.py", "scaling", *TINY, "--batch_size_per_gpu", 1).stdout)
-    one, two = (float(rows[number][0]) for number in "12")
-    assert float(rows["2"][1]) == pytest.approx(two / one, rel=0.1)
-    assert json.loads(rows["2"][2].removesuffix(" %")) == pytest.approx(50 * two / one, rel=0.1)
+def test_a_real_process_has_a_table(sample_root, capsys):
+    benchmark.main(arguments_of(benchmark, *TINY, "--processes", 1, "--", "scaling"))
+    assert table(capsys.readouterr().out)["1"][1:] == ["1.00", "100 %"]
 
 
 @pytest.mark.parametrize(

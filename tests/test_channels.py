@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, arguments_of, ending, run_script, same_state, tensor
+from conftest import SMALL_RUN, arguments_of, run_script, same_state, tensor
 from PIL import Image
 
 import dino_backbones
@@ -19,13 +19,19 @@ import dino_crops
 import dino_data
 import dino_images
 import eval_copy_detection
+import eval_knn
 import eval_linear
+import export
 import main_dino
+import report
 import utils
 import vision_transformer
+import visualize_attention
 from dino_crops import View
 from dino_run import OnlineKnn
 from utils import Inputs, UserError
+
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 @pytest.fixture
@@ -69,7 +75,7 @@ def test_arrays_of_one_channel_need_no_axis_for_it(tmp_path, rng, shape):
     assert_planes(array_file(tmp_path / "a.npy", values.reshape(shape)), values[None])
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">u2", "uint32", "int16"])
+@pytest.mark.parametrize("dtype", ["uint8", ">u2", "int16"])
 def test_integers_are_divided_by_the_largest_value_of_their_type(tmp_path, dtype):
     largest = np.iinfo(dtype).max
     values = np.array([[0, 1, largest // 3], [largest // 2, largest - 1, largest]], dtype)
@@ -96,14 +102,9 @@ def header(shape, dtype="<f4"):
 ONES = np.ones((4, 8, 8), np.float32)
 BAD_ARRAYS = {
     "pickled": (np.array([[{}]], dtype=object), "an array of object, not of image values"),
-    "text": (np.array([["a"]]), "an array of <U1, not of image values"),
     "complex": (ONES * 1j, "an array of complex64"),
-    "table": (np.zeros((8, 8), [("x", "f4")]), "not of image values"),
     "NaN": (ONES * np.nan, "NaN or infinite"),
-    "infinite": (np.where(np.eye(8), np.inf, ONES), "NaN or infinite"),
     "three channels": (ONES[:3], r"an array of shape \(3, 8, 8\) does not have --in_chans 4"),
-    "one channel": (ONES[0], r"an array of shape \(8, 8\) does not have --in_chans 4"),
-    "a batch": (ONES[None], "does not have --in_chans 4"),
     "empty": (ONES[:, :0], "is empty"),
     "reflectances": (ONES * 3000, "between 3000 and 3000, outside of 0 to 1; set --value_range"),
     "Hounsfield units": ((ONES * -1).astype(np.int16), "between -1 and -1, outside of 0 to 32767; .*--value_range"),
@@ -137,7 +138,7 @@ def test_gray_images_keep_their_precision(tmp_path, rng):
     assert torch.equal(planes(tmp_path / "floats.tif", 1)[0], torch.from_numpy(floats))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "1", "LA"])
+@pytest.mark.parametrize("mode", ["RGB", "P", "CMYK", "LA"])
 def test_color_images_become_pils_gray(tmp_path, rng, mode):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)).convert(mode).save(path)
@@ -241,8 +242,7 @@ CHANGES = {
     "resized": {},
     "enlarged": {"size": 40},
     "flipped": {"flip": True},
-    **{f"{name} {factor}": {"jitter": ((name, factor),)} for name, *_ in JITTER[::2] for factor in (0.6, 1.4)},
-    **{f"saturation {factor}": {"jitter": (("saturation", factor),)} for factor in (0.8, 1.2)},
+    **{name: {"jitter": ((name, 0.7),)} for name in ("brightness", "contrast", "saturation")},
     "hue": {"jitter": (("hue", 0.1),)},
     "gray": {"gray": True},
     "blurred": {"blur": 1.3},
@@ -252,10 +252,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("in_chans", [1, 4])
 @pytest.mark.parametrize("change", CHANGES)
-def test_crops_match_plain_loops_in_float64(rng, in_chans, change):
-    image = rng.random((in_chans, 30, 40))
+def test_crops_match_plain_loops_in_float64(rng, change):
+    image = rng.random((4, 30, 40))
     view = PLAIN._replace(**CHANGES[change])
     (got,) = dino_crops.render_planes(torch.from_numpy(image).float(), [view])
     assert got.dtype == torch.int16
@@ -271,20 +270,6 @@ def test_the_radius_of_a_blur_is_its_standard_deviation(radius):
 
 
 VIEW = dino_crops.RandomView(32, (0.4, 1), dino_crops.GaussianBlur(), dino_crops.Solarization(0.2))
-
-
-def test_crops_of_a_gray_image_are_within_a_level_of_pils_on_average():
-    image = Image.open(*dino_data.find_photographs(["brick.png"])).convert("L").resize((80, 64))
-    values = torch.from_numpy(np.array(image))[None].float() / 255
-    photograph, off = Image.merge("RGB", [image] * 3), []
-    for seed in range(60):
-        utils.fix_random_seeds(seed)
-        drawn = VIEW.draw(photograph)
-        (slow,), (got,) = dino_crops.render_pil(photograph, [drawn]), dino_crops.render_planes(values, [drawn])
-        off.append((slow[0].float() - (got[0].float() + 32768) / 257).abs())
-    off = torch.stack(off)
-    assert off.mean() < 1  # PIL rounds or truncates in each of its steps
-    assert off[:, 6:-6, 6:-6].max() < 6
 
 
 def test_arrays_and_photographs_of_a_size_get_the_same_views():
@@ -314,14 +299,6 @@ def test_crops_are_16_bit_integers_or_normalized_floats(tmp_path, rng):
         np.testing.assert_allclose(floats.numpy(), expected, atol=1e-6)
 
 
-def test_photographs_can_be_normalized_with_another_mean_and_std():
-    pixels = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    got = utils.normalize(pixels, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)).numpy()
-    for i in range(3):
-        expected = (pixels[:, i].numpy() / 255 - (0.1, 0.2, 0.3)[i]) / (0.4, 0.5, 0.6)[i]
-        np.testing.assert_allclose(got[:, i], expected, atol=1e-6)
-
-
 def test_eval_transform_crops_the_center_of_an_array_like_that_of_a_photograph(rng):
     # Levels far from 0 and 255: nothing is clipped. PIL still rounds after each of two passes.
     image = Image.fromarray(rng.integers(80, 176, (20, 30)).astype(np.uint8)).resize((60, 40))
@@ -347,10 +324,9 @@ def bands(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_mean_and_std_equal_numpys(bands, workers):
+def test_mean_and_std_equal_numpys(bands):
     images = dino_images.find_images(bands / "train", in_chans=4)
-    mean, std = dino_data.image_statistics(images, inputs(4), workers)
+    mean, std = dino_data.image_statistics(images, inputs(4), 2)
     everything = np.stack([np.load(images.name(i)).astype(np.float64) for i in range(len(images))])
     np.testing.assert_allclose(mean, everything.mean(axis=(0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(std, everything.std(axis=(0, 2, 3)), rtol=1e-12)
@@ -401,23 +377,17 @@ MISTAKES = {
     "--std has 2 numbers, --in_chans 3 needs 3": ("--mean", 0.1, 0.2, 0.3, "--std", 1, 1),
     "--mean is given without --std": ("--mean", 0.1, 0.2, 0.3),
     "--std is given without --mean": ("--std", 0.1, 0.2, 0.3),
-    "--std: 0 must be": ("--mean", 0.1, 0.2, 0.3, "--std", 0, 1, 1),
-    "--mean: 120 must be": ("--mean", 120, 0.2, 0.3, "--std", 1, 1, 1),
-    "--mean: nan must be": ("--mean", "nan", 0.2, 0.3, "--std", 1, 1, 1),
     "--mean is given, and --compute_stats": ("--mean", 0, 0, 0, "--std", 1, 1, 1, "--compute_stats", "true"),
     "--augmentation fast is for 3 channels": (*FOUR, "--compute_stats", "true", "--augmentation", "fast"),
     "--value_range is for": ("--value_range", 0, 1),
     "--value_range 1.0 0.0: put the smaller number first": (*FOUR, "--compute_stats", "true", "--value_range", 1, 0),
-    "--value_range: nan must be between": (*FOUR, "--compute_stats", "true", "--value_range", "nan", 0),
-    "--in_chans: 0 must be": ("--in_chans", 0),
 }
 
 
 @pytest.mark.parametrize("words", MISTAKES)
-def test_flags_that_contradict_each_other_are_refused_before_any_work(words, monkeypatch, capsys, tmp_path):
+def test_flags_that_contradict_each_other_are_refused_before_any_work(words, refusal, tmp_path):
     flags = ["--data_path", tmp_path, "--output_dir", tmp_path / "out", *MISTAKES[words]]
-    code, line = ending(monkeypatch, capsys, main_dino, *flags)
-    assert code == 2
+    line = refusal(main_dino, *flags)
     assert words in line
     assert not (tmp_path / "out").exists()
 
@@ -434,23 +404,15 @@ def test_channels_mean_and_std_in_a_checkpoint_must_fit_together():
 
 
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet18", "swin_t", "xcit_nano_12_p16", "timm:convnext_atto"])
-@pytest.mark.parametrize("in_chans", [1, 5])
-def test_networks_support_any_number_of_channels_and_look_at_each(arch, in_chans):
-    model, width = dino_backbones.build_backbone(arch, 16, 64, in_chans=in_chans)
-    images = torch.randn(2, in_chans, 64, 64, generator=torch.Generator().manual_seed(0))
+def test_networks_support_any_number_of_channels_and_look_at_each(arch):
+    model, width = dino_backbones.build_backbone(arch, 16, 64, in_chans=5)
+    images = torch.randn(2, 5, 64, 64, generator=torch.Generator().manual_seed(0))
     features = utils.features_of(model.eval(), images)
     assert features.shape == (2, width)
-    for channel in range(in_chans):
+    for channel in range(5):
         others = images.clone()
         others[:, channel] += 1
         assert not torch.allclose(utils.features_of(model, others), features), f"channel {channel} has no effect"
-
-
-def test_a_new_first_convolution_has_the_standard_deviation_of_the_old_one():
-    torch.manual_seed(0)
-    old, new = (dino_backbones.build_convnet("resnet18", in_chans=n).conv1.weight for n in (3, 12))
-    assert new.shape == (64, 12, 7, 7)
-    assert new.std().item() == pytest.approx(old.std().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("arch", ["vit_nano", "resnet18"])
@@ -480,12 +442,18 @@ ON_BANDS = [*SMALL_RUN, "--in_chans", "4", "--saveckp_freq", "1"]
 EVALUATED = ["--arch", "vit_nano", "--patch_size", 16, "--device", "cpu"]
 
 
+def run(script, *flags):
+    """Run a script (a module) in this process."""
+    main = getattr(script, "main", None) or script.train_dino
+    main(arguments_of(script, *flags))
+
+
 @pytest.fixture(scope="module")
-def run(bands, tmp_path_factory):
+def trained(bands, tmp_path_factory):
     """A run on arrays with --compute_stats and --knn_every."""
     folder = tmp_path_factory.mktemp("run")
     flags = ["--compute_stats", "true", "--knn_every", 1, "--knn_data", bands, "--data_path", bands / "train"]
-    run_script("main_dino.py", *ON_BANDS, *flags, "--output_dir", folder)
+    run(main_dino, *ON_BANDS, *flags, "--output_dir", folder)
     return folder
 
 
@@ -494,12 +462,12 @@ def weights(folder):
     return {key: value for name in ("student", "teacher") for key, value in checkpoint[name].items()}
 
 
-def test_weights_do_not_depend_on_workers_or_on_whether_mean_and_std_are_measured_or_flags(run, bands, tmp_path):
-    args = torch.load(run / "checkpoint.pth", weights_only=True)["args"]
+def test_weights_do_not_depend_on_workers_or_on_whether_mean_and_std_are_measured_or_flags(trained, bands, tmp_path):
+    args = torch.load(trained / "checkpoint.pth", weights_only=True)["args"]
     measured = ["--mean", *args["mean"], "--std", *args["std"]]
     workers = ["--num_workers", 2]
-    run_script("main_dino.py", *ON_BANDS, *measured, *workers, "--data_path", bands / "train", "--output_dir", tmp_path)
-    assert same_state(weights(run), weights(tmp_path))
+    run(main_dino, *ON_BANDS, *measured, *workers, "--data_path", bands / "train", "--output_dir", tmp_path)
+    assert same_state(weights(trained), weights(tmp_path))
 
 
 @pytest.fixture
@@ -534,20 +502,17 @@ def test_knn_sees_images_minus_the_mean_divided_by_the_std(with_flags, bands):
     np.testing.assert_allclose(train[3][0].numpy(), (values - mean) / std, atol=1e-3)
 
 
-def test_a_resumed_run_uses_mean_and_std_of_its_checkpoint(run, bands, tmp_path):
-    shutil.copy(run / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
+def test_a_resumed_run_uses_mean_and_std_of_its_checkpoint(trained, bands, tmp_path, capsys):
+    shutil.copy(trained / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
     flags = ["--compute_stats", "true", "--data_path", bands / "train", "--output_dir", tmp_path]
-    done = run_script("main_dino.py", *ON_BANDS, *flags)
-    assert "continuing in epoch 1" in done.stdout
-    assert "measured" not in done.stdout
-    assert same_state(weights(run), weights(tmp_path))
-
-
-def test_another_value_range_is_measured_again(run, tmp_path):
-    shutil.copy(run / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
-    args = arguments_of(main_dino, *ON_BANDS, "--compute_stats", "true", "--output_dir", tmp_path)
+    run(main_dino, *ON_BANDS, *flags)
+    said = capsys.readouterr().out
+    assert "continuing in epoch 1" in said
+    assert "measured" not in said
+    assert same_state(weights(trained), weights(tmp_path))
+    args = arguments_of(main_dino, *ON_BANDS, *flags)
     assert dino_data.earlier_statistics(args)
-    args.value_range = [0.0, 2.0]
+    args.value_range = [0.0, 2.0]  # then it is measured again
     assert dino_data.earlier_statistics(args) is None
 
 
@@ -570,22 +535,23 @@ def test_a_run_on_photographs_resumes_only_with_the_same_statistics(stored):
         check("--in_chans", 1, "--mean", 0.5, "--std", 0.2)
 
 
-def test_mean_and_std_are_in_run_json(run):
-    found = json.loads((run / "run.json").read_text())["changed"]
+def test_mean_and_std_are_in_run_json(trained):
+    found = json.loads((trained / "run.json").read_text())["changed"]
     assert len(found["mean"]) == len(found["std"]) == found["in_chans"] == 4
-    log = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+    log = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
     assert all(0 <= line["knn_top1"] <= 100 for line in log)
 
 
-def test_evaluations_use_channels_mean_and_std_of_the_checkpoint(run, bands, tmp_path):
+def test_evaluations_use_channels_mean_and_std_of_the_checkpoint(trained, bands, tmp_path, capsys):
     flags = [*EVALUATED, "--image_size", 32, "--data_path", bands, "--num_workers", 0]
-    trained = ["--pretrained_weights", run / "checkpoint.pth"]
-    done = run_script("eval_knn.py", *flags, *trained, "--nb_knn", 20, "--baselines", "true")
-    logged = json.loads((run / "log.txt").read_text().splitlines()[-1])["knn_top1"]
-    assert f"20-NN classifier result: Top1: {logged}" in done.stdout
-    assert re.search(r"raw pixels +\d", done.stdout)
-    done = run_script("eval_linear.py", *flags, *trained, "--epochs", 1, "--output_dir", tmp_path)
-    assert "The linear classifier is trained" in done.stdout
+    flags += ["--pretrained_weights", trained / "checkpoint.pth"]
+    run(eval_knn, *flags, "--nb_knn", 20, "--baselines", "true")
+    logged = json.loads((trained / "log.txt").read_text().splitlines()[-1])["knn_top1"]
+    said = capsys.readouterr().out
+    assert f"20-NN classifier result: Top1: {logged}" in said
+    assert re.search(r"raw pixels +\d", said)
+    run(eval_linear, *flags, "--epochs", 1, "--n_last_blocks", 1, "--output_dir", tmp_path)
+    assert "The linear classifier is trained" in capsys.readouterr().out
 
 
 def test_linear_evaluation_normalizes_random_crops_and_validation_images(bands, monkeypatch):
@@ -600,29 +566,29 @@ def test_linear_evaluation_normalizes_random_crops_and_validation_images(bands, 
         torch.testing.assert_close(normalized, (plain - 0.25) / 0.5, atol=1e-5, rtol=0)
 
 
-def test_an_exported_backbone_of_4_channels_needs_its_checkpoint_to_load(run, tmp_path):
-    flags = ["--arch", "vit_nano", "--pretrained_weights", run / "checkpoint.pth", "--to", "backbone"]
-    done = run_script("export.py", *flags, "--output", tmp_path / "plain.pth")
-    assert "in_chans=4" in done.stdout
-    assert "4 channels of values from 0 to 1, less the mean (0." in done.stdout
+def test_an_exported_backbone_of_4_channels_needs_its_checkpoint_to_load(trained, tmp_path, capsys):
+    flags = ["--arch", "vit_nano", "--pretrained_weights", trained / "checkpoint.pth", "--to", "backbone"]
+    run(export, *flags, "--output", tmp_path / "plain.pth")
+    said = capsys.readouterr().out
+    assert "in_chans=4" in said
+    assert "4 channels of values from 0 to 1, less the mean (0." in said
     model, _ = dino_backbones.build_backbone("vit_nano", 16)
     with pytest.raises(UserError, match="Use the training checkpoint, which says how many channels"):
         dino_backbones.load_weights(model, tmp_path / "plain.pth", arch="vit_nano")
 
 
-def test_a_report_shows_images_of_4_channels(run, bands, tmp_path):
+def test_a_report_shows_images_of_4_channels(trained, bands, tmp_path):
     flags = ["--data_path", bands, "--output", tmp_path / "page.html", "--device", "cpu", "--num_workers", 0]
-    run_script("report.py", run, *flags)
+    run(report, trained, *flags)
     assert (tmp_path / "page.html").read_text().count("<img") > 30
 
 
-def test_evaluations_for_photographs_refuse_other_inputs(run, tmp_path, monkeypatch, capsys):
+def test_evaluations_for_photographs_refuse_other_inputs(trained, tmp_path, refusal):
     for name in ("original/200000.png", "strong/200001.png"):
         (tmp_path / name).parent.mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / name)
-    flags = ["--data_path", tmp_path, "--pretrained_weights", run / "checkpoint.pth"]
-    code, line = ending(monkeypatch, capsys, eval_copy_detection, *EVALUATED, *flags)
-    assert code == 2
+    flags = ["--data_path", tmp_path, "--pretrained_weights", trained / "checkpoint.pth"]
+    line = refusal(eval_copy_detection, *EVALUATED, *flags)
     assert "was trained on other inputs (channels: 4, mean 0." in line
     assert "needs RGB photographs" in line
 
@@ -633,12 +599,11 @@ def test_gray_images_of_16_bits_can_be_trained_on_and_show_their_attention(tmp_p
         Image.fromarray((level + rng.integers(0, 9000, (36, 40))).astype(np.uint16)).save(tmp_path / f"{i}.png")
     out = tmp_path / "out"
     flags = ["--in_chans", 1, "--compute_stats", "true", "--data_path", tmp_path, "--output_dir", out]
-    run_script("main_dino.py", *SMALL_RUN, "--epochs", 1, *flags)
+    run(main_dino, *SMALL_RUN, "--epochs", 1, *flags)
     args = torch.load(out / "checkpoint.pth", weights_only=True)["args"]
     assert 0.3 < args["mean"][0] < 0.7
     shown = ["--image_path", tmp_path / "0.png", "--image_size", 32, "--output_dir", tmp_path / "shown"]
-    trained = ["--pretrained_weights", out / "checkpoint.pth"]
-    run_script("visualize_attention.py", *EVALUATED, *trained, *shown)
+    run(visualize_attention, *EVALUATED, "--pretrained_weights", out / "checkpoint.pth", *shown)
     assert (tmp_path / "shown" / "overview.png").exists()
 
 

@@ -19,29 +19,7 @@ from vision_transformer import DINOHead
 # ---- backbones ----
 
 
-@pytest.mark.parametrize(
-    ("arch", "width", "depth"),
-    [
-        ("vit_nano", 128, 4),
-        ("vit_tiny", 192, 12),
-        ("deit_tiny", 192, 12),
-        ("deit_small", 384, 12),
-        ("vit_base", 768, 12),
-    ],
-)
-def test_vits_are_built_by_either_name(arch, width, depth):
-    with torch.device("meta"):
-        model, features = dino_backbones.build_backbone(arch, patch_size=8, img_size=64, drop_path_rate=0.2)
-    assert (features, model.embed_dim, len(model.blocks)) == (width, width, depth)
-    assert model.pos_embed.shape == (1, 65, width)
-    assert model.patch_embed.patch_size == 8
-    assert model.blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
-    assert isinstance(model.head, nn.Identity)
-
-
-@pytest.mark.parametrize(
-    ("arch", "width"), [("resnet50", 2048), ("mobilenet_v3_small", 1024), ("convnext_tiny", 768), ("densenet121", 1024)]
-)
+@pytest.mark.parametrize(("arch", "width"), [("mobilenet_v3_small", 1024), ("densenet121", 1024)])
 def test_convnets_are_built_without_their_classifier(arch, width):
     model, features = dino_backbones.build_backbone(arch)
     assert features == width
@@ -52,15 +30,11 @@ def test_convnets_are_built_without_their_classifier(arch, width):
 @pytest.mark.parametrize(
     ("arch", "width"),
     [
-        ("squeezenet1_1", 512),  # its classifier is a convolution before a pooling
-        ("vit_b_32", 768),  # heads.head
         ("swin_t", 768),  # head
         ("maxvit_t", 512),  # in a Sequential, without a bias
         ("xcit_nano_12_p16", 128),
-        ("xcit_nano_12_p8_384", 128),
         ("timm:convnext_atto", 320),  # has its pooling in `head`
         ("timm:mambaout_femto", 1152),  # and more than that
-        ("timm:vit_tiny_patch16_224", 192),
     ],
 )
 def test_each_kind_of_backbone_returns_features_of_its_width(arch, width):
@@ -75,7 +49,7 @@ def test_each_kind_of_backbone_returns_features_of_its_width(arch, width):
     assert not torch.allclose(alone[0], alone[1])
 
 
-@pytest.mark.parametrize("arch", ["timm:vit_tiny_patch16_224", "xcit_nano_12_p16", "timm:swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("arch", ["timm:vit_tiny_patch16_224", "timm:swin_tiny_patch4_window7_224"])
 def test_transformers_of_timm_take_crops_of_two_sizes(arch):
     model, width = dino_backbones.build_backbone(arch, img_size=64)
     wrapped = utils.MultiCropWrapper(model, nn.Identity()).eval()
@@ -97,9 +71,10 @@ def test_drop_path_reaches_networks_of_timm_that_have_it():
 @pytest.mark.parametrize(
     ("arch", "size", "says"),
     [
+        ("vit_smal", 96, "unknown --arch vit_smal; did you mean vit_small"),
+        ("qwertz", 96, "vit_small or resnet50"),
         ("timm:convit_tiny", 96, "--arch timm:convit_tiny does not take images of 96 pixels"),
         ("timm:sam2_hiera_tiny_", 96, "unknown --arch timm:sam2_hiera_tiny_; did you mean timm:sam2_hiera_tiny"),
-        ("xcit_smal_12_p16", 96, "unknown --arch xcit_smal_12_p16; did you mean xcit_small_12_p16"),
         ("vit_b_16", 96, "--arch vit_b_16 does not take images of 96 pixels"),
     ],
 )
@@ -134,27 +109,12 @@ def test_the_width_is_found_without_a_trace_in_the_network():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_convnet_in_the_wrapper_gives_its_features_to_the_head():
-    model, width = dino_backbones.build_backbone("mobilenet_v3_small")
-    wrapped = utils.MultiCropWrapper(model, nn.Linear(width, 5)).eval()
-    assert wrapped([torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 32, 32)]).shape == (4, 5)
-
-
-@pytest.mark.parametrize(
-    ("arch", "near"), [("vit_smal", "vit_small"), ("resnet5", "resnet50"), ("qwertz", "vit_small or resnet50")]
-)
-def test_an_unknown_backbone_is_named_with_its_nearest_neighbors(arch, near):
-    with pytest.raises(UserError, match=f"unknown --arch {arch}.*{near}"):
-        dino_backbones.build_backbone(arch)
-
-
 def test_a_network_without_a_classifier_is_a_user_error():
     with pytest.raises(UserError, match="some_net does not end in a classifier"):
         dino_backbones.take_off_classifier(nn.Sequential(nn.Linear(3, 3)), "some_net")
 
 
-@pytest.mark.parametrize("name", ["fc", "classifier", "head", "heads"])
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("name", "nested"), [("fc", False), ("classifier", True), ("head", False), ("heads", True)])
 def test_the_last_linear_is_removed_under_each_of_its_names(name, nested):
     model, last = nn.Module(), nn.Linear(6, 4)
     setattr(model, name, nn.Sequential(nn.Linear(3, 6), last) if nested else last)
@@ -172,10 +132,6 @@ def test_fused_attention_is_on_except_in_half_precision_on_a_cpu(device, amp_dty
     model = tiny_vit(depth=2)
     dino_backbones.use_fused_attention(model, torch.device(device), amp_dtype)
     assert [block.attn.fused for block in model.blocks] == [fused, fused]
-
-
-def test_fused_attention_leaves_convnets_alone():
-    dino_backbones.use_fused_attention(nn.Linear(1, 1), torch.device("cpu"))
 
 
 def test_batch_norms_are_found_wherever_they_are():
@@ -257,11 +213,6 @@ def test_initial_weights_come_from_the_teacher_or_the_only_network(save):
     assert dino_backbones.initial_weights(save(plain), "vit_tiny", 16)[0].keys() == plain.keys()
 
 
-def test_initial_weights_that_nobody_published_are_an_error():
-    with pytest.raises(UserError, match="no weights were published for --arch vit_nano --patch_size 16"):
-        dino_backbones.initial_weights("published", "vit_nano", 16)
-
-
 @pytest.mark.parametrize(
     ("arch", "patch_size", "name"),
     [
@@ -315,22 +266,18 @@ def test_positions_are_resampled_to_the_grid_of_the_network():
     assert rows.mean().item() == pytest.approx((larger - 1) / 2, abs=1e-4)
 
 
-def test_a_teacher_is_loaded_without_its_prefix_and_head(save, capsys):
+def test_a_teacher_and_a_student_are_loaded_without_prefix_and_head(save, capsys):
     source, target = tiny_vit(0), tiny_vit(1)
     path = save(training_checkpoint(source))
     number = len(target.state_dict())
     assert dino_backbones.load_weights(target, path) == (number, number)
     assert same_state(target, source)
     assert capsys.readouterr().out == f"loaded {number} of {number} tensors from {path} [teacher]\n"
-
-
-def test_a_student_is_loaded_without_both_prefixes(save):
-    source, target = tiny_vit(0), tiny_vit(1)
-    dino_backbones.load_weights(target, save(training_checkpoint(source)), "student")
+    dino_backbones.load_weights(target, path, "student")
     assert same_state(target, {key: value + 1 for key, value in source.state_dict().items()})
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.backbone."])
 def test_a_plain_state_dict_is_loaded_under_any_wrapper(save, prefix):
     source, target = tiny_vit(0), tiny_vit(1)
     dino_backbones.load_weights(target, save(prefixed(source.state_dict(), prefix)))
@@ -348,14 +295,6 @@ def test_a_convnets_weights_are_loaded_with_the_buffers_of_its_batch_norms(save)
     assert target[1].num_batches_tracked == 1
 
 
-def test_a_missing_tensor_is_named_and_nothing_is_loaded(save):
-    source, target = tiny_vit(0).state_dict(), tiny_vit(1)
-    del source["norm.bias"]
-    with pytest.raises(UserError, match=r"has only 17 of the 18 tensors .*it lacks norm\.bias"):
-        dino_backbones.load_weights(target, save(source))
-    assert same_state(target, tiny_vit(1))
-
-
 def test_left_over_tensors_are_named(save, capsys):
     source, target = tiny_vit(0), tiny_vit(1)
     assert dino_backbones.load_weights(target, save({**source.state_dict(), "mask_token": torch.zeros(1)})) == (18, 18)
@@ -363,35 +302,31 @@ def test_left_over_tensors_are_named(save, capsys):
     assert "weights.pth has tensors that the model does not have: mask_token\n" in capsys.readouterr().out
 
 
-def test_weights_of_another_network_altogether_are_a_user_error(save):
-    with pytest.raises(UserError, match=r"none of the 18 tensors of vit_tiny .*it has weight, bias.*--checkpoint_key"):
-        dino_backbones.load_weights(tiny_vit(), save(nn.Linear(2, 2).state_dict()), arch="vit_tiny")
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
 
 
-def test_a_tensor_of_another_shape_is_named_with_both_shapes_and_nothing_is_loaded(save):
-    target = tiny_vit(1, num_heads=1)
-    before = {key: value.clone() for key, value in target.state_dict().items()}
-    path = save({**tiny_vit(0).state_dict(), "blocks.0.mlp.fc2.weight": torch.zeros(16, 48)})
-    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc2\.weight is \[16, 48\] in .* but \[16, 64\] in vit_tiny"):
-        dino_backbones.load_weights(target, path, arch="vit_tiny")
-    assert same_state(target, before)
-
-
-def test_a_wrong_checkpoint_key_is_lists_the_networks_in_the_file(save):
-    path = save(training_checkpoint(tiny_vit()))
-    with pytest.raises(UserError, match=r"no network 'techer'; it has student, teacher \(--checkpoint_key\)$"):
-        dino_backbones.load_weights(tiny_vit(), path, "techer")
-
-
-def test_a_checkpoint_key_that_holds_no_network_is_a_user_error(save):
-    with pytest.raises(UserError, match="epoch"):
-        dino_backbones.load_weights(tiny_vit(), save(training_checkpoint(tiny_vit())), "epoch")
-
-
-@pytest.mark.parametrize("content", [[1, 2], torch.ones(3)])
-def test_a_file_without_a_state_dict_is_a_user_error(save, content):
-    with pytest.raises(UserError, match=f"contains a {type(content).__name__}, not a state dict"):
-        dino_backbones.load_weights(tiny_vit(), save(content))
+@pytest.mark.parametrize(
+    ("change", "key", "message"),
+    [
+        (lambda state: without(state, "norm.bias"), None, r"has only 17 of the 18 tensors .*it lacks norm\.bias"),
+        (lambda _: nn.Linear(2, 2).state_dict(), None, r"none of the 18 tensors of vit_tiny .*it has weight, bias"),
+        (
+            lambda state: {**state, "blocks.0.mlp.fc2.weight": torch.zeros(16, 48)},
+            None,
+            r"\[16, 48\] in .* \[16, 64\] in",
+        ),
+        (lambda state: {**state, "pos_embed": torch.zeros(1, 17, 24)}, None, r"pos_embed is \[1, .* but \[1, 17, 16\]"),
+        (lambda state: {**state, "pos_embed": torch.zeros(1, 16, 16)}, None, r"pos_embed is \[1, .* but \[1, 17, 16\]"),
+        (lambda _: training_checkpoint(tiny_vit()), "techer", r"no network 'techer'; it has student, teacher \("),
+        (lambda _: [1, 2], None, "contains a list, not a state dict"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded(save, change, key, message):
+    target = tiny_vit(1)
+    with pytest.raises(UserError, match=message):
+        dino_backbones.load_weights(target, save(change(tiny_vit(0).state_dict())), key or "teacher", arch="vit_tiny")
+    assert same_state(target, tiny_vit(1))
 
 
 def test_the_model_gets_the_positional_grid_of_the_file(save):
@@ -402,20 +337,6 @@ def test_the_model_gets_the_positional_grid_of_the_file(save):
     for size in (48, 32, 40):
         images = tensor("images", (2, 3, size, size))
         assert torch.equal(target.eval()(images), source.eval()(images))
-
-
-def test_a_new_grid_keeps_precision_and_freezing_of_the_model(save):
-    target = tiny_vit(1).double().requires_grad_(False)
-    dino_backbones.load_weights(target, save(tiny_vit(0, img_size=[48]).state_dict()))
-    assert target.pos_embed.dtype == torch.float64
-    assert not target.pos_embed.requires_grad
-
-
-@pytest.mark.parametrize("shape", [(1, 17, 24), (1, 16, 16)])
-def test_positions_that_fit_no_grid_are_a_shape_error(save, shape):
-    path = save({**tiny_vit().state_dict(), "pos_embed": torch.zeros(shape)})
-    with pytest.raises(UserError, match=r"pos_embed is \[1, .* but \[1, 17, 16\]"):
-        dino_backbones.load_weights(tiny_vit(), path)
 
 
 def test_random_weights_stay_and_are_logged(capsys):
@@ -472,11 +393,6 @@ def test_a_download_that_fails_is_a_user_error(monkeypatch):
         dino_backbones.load_weights(tiny_vit(), "", arch="vit_small", patch_size=16)
 
 
-def test_timm_has_no_weights_of_our_smallest_vit():
-    with pytest.raises(UserError, match="timm has no weights of vit_nano_patch8_224"):
-        dino_backbones.initial_weights("timm", "vit_nano", 8)
-
-
 def test_the_authors_names_for_loading_weights_work(downloads, save):
     source, target = tiny_vit(0), tiny_vit(1)
     path = save({"teacher": prefixed(source.state_dict(), "backbone.")})
@@ -508,8 +424,3 @@ def test_only_the_authors_two_other_names_are_aliases(arch, becomes):
     args = arguments_of(main_dino, "--arch", arch)
     main_dino.check_args(args)
     assert args.arch == becomes
-
-
-def test_deit_base_is_not_a_name():
-    with pytest.raises(UserError, match="unknown --arch deit_base"):
-        main_dino.check_args(arguments_of(main_dino, "--arch", "deit_base"))

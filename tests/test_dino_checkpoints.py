@@ -109,8 +109,7 @@ class Wrapped(nn.Module):
         self.module = module
 
 
-@pytest.mark.parametrize("in_file", [True, False])
-@pytest.mark.parametrize("in_model", [True, False])
+@pytest.mark.parametrize(("in_file", "in_model"), [(True, False), (False, True)])
 def test_resuming_works_with_and_without_the_module_prefix(tmp_path, in_file, in_model):
     source, target = nn.Linear(3, 2), nn.Linear(3, 2)
     state = source.state_dict()
@@ -122,25 +121,6 @@ def test_resuming_works_with_and_without_the_module_prefix(tmp_path, in_file, in
     )
     assert same_state(target, source)
     assert progress == {"epoch": 7, "best": 1}
-
-
-def test_resuming_restores_the_optimizer(tmp_path):
-    def trained(steps):
-        torch.manual_seed(0)
-        net = nn.Linear(3, 2)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
-        for _ in range(steps):
-            net(torch.ones(1, 3)).sum().backward()
-            optimizer.step()
-        return net, optimizer
-
-    _, optimizer = trained(3)
-    utils.save_on_master({"optimizer": optimizer.state_dict()}, tmp_path / "c.pth")
-    _, fresh = trained(0)
-    dino_checkpoints.restart_from_checkpoint(tmp_path / "c.pth", optimizer=fresh)
-    for p, q in zip(optimizer.param_groups[0]["params"], fresh.param_groups[0]["params"], strict=True):
-        assert torch.equal(optimizer.state[p]["exp_avg_sq"], fresh.state[q]["exp_avg_sq"])
-        assert fresh.state[q]["step"] == 3
 
 
 def test_nothing_to_resume_from_changes_nothing(tmp_path):

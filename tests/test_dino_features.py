@@ -3,16 +3,13 @@
 import inspect
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, assert_near, tensor
+from conftest import ROOT, assert_near, run_script, tensor
 from torch.utils.data import DataLoader, Dataset
 
 import dino_features
@@ -128,23 +125,14 @@ def two_processes(tmp_path_factory):
     script = folder / "script.py"
     classes = inspect.getsource(Levels) + inspect.getsource(FirstPixel)
     script.write_text(TWO_PROCESSES.format(root=str(ROOT), classes=classes, folder=folder))
-    started = []
-    for rank in "01":
-        launcher = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
-        command = [sys.executable, str(script)]
-        started.append(
-            subprocess.Popen(command, env={**os.environ, **launcher}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
-    results = []
-    try:
-        for process in started:
-            out, err = process.communicate(timeout=120)
-            assert process.returncode == 0, err.decode()
-            *lines, last = out.decode().splitlines()
-            results.append((json.loads(last), lines))
-    finally:
-        for process in started:
-            process.kill()
+    done = run_script(script, processes=2)
+    results, lines = [], []
+    for line in done.stdout.splitlines():  # of rank 0, then of rank 1
+        if line.startswith("{"):
+            results.append((json.loads(line), lines))
+            lines = []
+        else:
+            lines.append(line)
     return results
 
 

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import SMALL_RUN, arguments_of, ending, run_script
+from conftest import SMALL_RUN, arguments_of, assert_same, ending, run_script
 from PIL import Image
-from test_restarts import Run, assert_same, finish
+from test_restarts import Run, finish
 
 import dino_data
 import dino_images
@@ -117,9 +117,7 @@ def test_folders_named_like_shards_are_recognized_by_their_content(tmp_path):
     assert dino_data.find_images(tmp_path / "images.tar").sharded is False
 
 
-@pytest.mark.parametrize(
-    "pattern", ["{0000..0002}.tar", "*.tar", "", "000{0,1,2}.tar", "{0000,000[12]}.tar", "000?.tar"]
-)
+@pytest.mark.parametrize("pattern", ["{0000..0002}.tar", "*.tar", "", "{0000,000[12]}.tar"])
 def test_patterns_and_folders_name_the_same_shards_also_below_a_name_with_brackets(tmp_path, pattern):
     root = write_shards(tmp_path / "a[1]", [2, 2, 2])
     (root / "._0000.tar").write_bytes(b"")
@@ -138,8 +136,6 @@ def test_a_file_with_braces_in_its_name_is_one_shard(tmp_path):
     ("pattern", "message"),
     [
         ("{0000..0003}.tar", "no such shards; 2 of 4 are missing: .*0002.tar"),
-        ("{0..2.tar", "is not a pattern of shards"),
-        ("{0..1}.tar", "no such shards; 2 of 2 are missing"),
         ("*x.tar", "there are no such shards"),
         ("{0000,0000}.tar", "names a shard twice"),
         ("{000000000..999999999}.tar", "more than 1000 shards"),
@@ -164,12 +160,7 @@ def test_a_pattern_without_quotes_is_an_error_of_one_line():
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [
-        ("train/0.tar", "Name one of the folders"),
-        ("0.tar.gz", "gunzip"),
-        ("0.tgz", "gunzip"),
-        ("a/0.npy", "with --in_chans"),
-    ],
+    [("train/0.tar", "Name one of the folders"), ("0.tar.gz", "gunzip"), ("a/0.npy", "with --in_chans")],
 )
 def test_a_folder_without_images_gives_a_hint_on_its_content(tmp_path, name, hint):
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -249,11 +240,7 @@ def test_crops_of_an_image_are_the_same_from_a_shard_and_from_a_folder(tmp_path)
     ("members", "kind", "message"),
     [
         ({"../../x.jpg": b"x"}, None, "a path outside of its folder"),
-        ({"/tmp/canary.jpg": b"x"}, None, "a path outside of its folder"),
-        ({"a/../../x.jpg": b"x"}, None, "a path outside of its folder"),
         ({"x.jpg": b""}, tarfile.SYMTYPE, "a link or a device"),
-        ({"x.jpg": b""}, tarfile.LNKTYPE, "a link or a device"),
-        ({"x.jpg": b""}, tarfile.CHRTYPE, "a link or a device"),
         ({"x.jpg": b""}, tarfile.FIFOTYPE, "a link or a device"),
         ({"x.cls": b""}, tarfile.SYMTYPE, "a link or a device"),
         ({"a" * 2000 + ".jpg": b"x"}, None, "a name of 2004 characters"),
@@ -268,16 +255,6 @@ def test_shards_with_members_that_no_training_set_has_are_refused(tmp_path, memb
     assert set(os.listdir(tmp_path)) - before <= {"cache"}
 
 
-def test_a_run_on_a_hostile_shard_ends_with_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    path = write_tar(tmp_path / "x.tar", {"../canary.jpg": b"x"})
-    flags = (*SMALL_RUN, "--data_path", path, "--output_dir", tmp_path / "run")
-    code, line = ending(monkeypatch, capsys, main_dino, *flags)
-    assert code == 2
-    assert "contains ../canary.jpg" in line
-    assert not (tmp_path / "run" / "checkpoint.pth").exists()
-    assert not (tmp_path.parent / "canary.jpg").exists()
-
-
 def test_sparse_files_are_refused(tmp_path):
     if not shutil.which("tar"):
         pytest.skip("no tar program here")
@@ -287,7 +264,7 @@ def test_sparse_files_are_refused(tmp_path):
     assert_refused(tmp_path / "x.tar", "a sparse file")
 
 
-@pytest.mark.parametrize("size", [-512, -1024, -5000, 2**40])
+@pytest.mark.parametrize("size", [-512, 2**40])
 @pytest.mark.parametrize("how", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_impossible_sizes_are_refused(tmp_path, size, how):
     good, bad = tarfile.TarInfo("a.jpg"), tarfile.TarInfo("b.jpg")
@@ -348,7 +325,7 @@ def test_a_second_start_reads_no_shard_except_a_changed_one(tmp_path, monkeypatc
     assert listed[2:] == ["0001.tar"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"path": 1}', b"\x93NUMPY", "removed", "shorter"])
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"path": 1}', "removed", "shorter"])
 @pytest.mark.parametrize("suffix", [".json", ".npy"])
 def test_damaged_indexes_are_made_again(tmp_path, cache, suffix, damage):
     root = write_shards(tmp_path / "s", [3])
@@ -464,8 +441,7 @@ def indices_of_ranks(images, world_size, batch_size, epoch=0, images_done=0, see
     return found
 
 
-@pytest.mark.parametrize("window", [1, 10, 16_384])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("window", "world_size"), [(1, 1), (10, 4), (16_384, 2)])
 def test_each_image_is_seen_once_per_epoch(images, monkeypatch, world_size, window):
     monkeypatch.setattr(dino_shards, "WINDOW", window)
     for epoch in range(3):
@@ -474,7 +450,7 @@ def test_each_image_is_seen_once_per_epoch(images, monkeypatch, world_size, wind
         assert sorted(itertools.chain(*ranks)) == list(range(NUMBER))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize("world_size", [1, 3, 12])
 def test_all_ranks_together_see_the_same_images_in_step_k_for_any_number_of_ranks(images, world_size):
     order, batch_size = list(images.order(5, epoch=2)), 12 // world_size
     ranks = indices_of_ranks(images, world_size, batch_size, epoch=2)
@@ -508,7 +484,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(images):
     assert orders == [tuple(images.order(seed, epoch)) for seed in range(2) for epoch in range(2)]
 
 
-@pytest.mark.parametrize("epoch", range(3))
+@pytest.mark.parametrize("epoch", range(2))
 def test_images_of_neighboring_shards_are_shuffled_within_windows_and_only_there(tmp_path, monkeypatch, epoch):
     images = TarShards(str(write_shards(tmp_path / "s", COUNTS, labels=False)))
     monkeypatch.setattr(dino_shards, "WINDOW", 1)
@@ -598,7 +574,7 @@ def test_shards_whose_names_contain_train_and_val_are_refused(tmp_path):
         dino_data.labeled_images(tmp_path, None)
 
 
-@pytest.mark.parametrize("name", ["val", "x_val", "val.1", "x.val-2", "interval-strain", "trainval"])
+@pytest.mark.parametrize("name", ["val", "x_val", "x.val-2", "interval-strain", "trainval"])
 def test_a_part_of_shards_has_train_or_val_as_a_word_in_its_name(tmp_path, name):
     os.rename(write_shards(tmp_path, [1]) / "0000.tar", tmp_path / f"{name}.tar")
     found = dino_data.find_part(tmp_path, "val")
@@ -641,9 +617,9 @@ def steps_of(file, world_size, epoch, count=STEPS):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "after", "workers"), [(1, 1, 2), (2, 2, 0), (1, 2, 0), (2, 1, 2), (4, 2, 0)])
+@pytest.mark.parametrize(("world_size", "after", "workers"), [(1, 1, 2), (2, 1, 0)])
 def test_a_killed_run_on_shards_resumes_with_the_images_that_are_left(tmp_path, world_size, after, workers):
-    root, everything = write_shards(tmp_path / "s", [3, 5, 4, 6, 2, 4, 1, 7] * 2), [f"{i:04}.png" for i in range(64)]
+    root, everything = write_shards(tmp_path / "s", [3, 5, 4, 6, 2, 4, 1, 7] * 2), [f"s/{i:04}.png" for i in range(64)]
 
     def flags(name, number, workers):
         batch = ("--batch_size_per_gpu", 4 // number, "--num_workers", workers)

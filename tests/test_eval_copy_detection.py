@@ -4,12 +4,13 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import arguments_of, assert_near, ending, run_script, shared, tensor
+from conftest import area_under_curve, arguments_of, assert_near, run_script, shared, tensor, wide_nano
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 import dino_data
@@ -97,14 +98,7 @@ def others(sample_root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(5)
-    path = tmp_path_factory.mktemp("weights") / "nano.pth"
-    state = vits.vit_nano(patch_size=8, img_size=[40]).state_dict()
-    wide = {key: 4 * value if key.endswith(("weight", "embed")) else value for key, value in state.items()}
-    wide["norm.weight"] = torch.rand(128)  # features of different lengths
-    wide["norm.bias"] = torch.randn(128)
-    torch.save(wide, path)  # larger than initial weights, so that features of different images differ
-    return path
+    return wide_nano(tmp_path_factory.mktemp("weights") / "nano.pth", 40)
 
 
 def run(capsys, *flags):
@@ -113,11 +107,10 @@ def run(capsys, *flags):
     return capsys.readouterr().out
 
 
-def error_line(monkeypatch, capsys, *flags):
-    """The error line of a run that exits with code 2."""
-    code, line = ending(monkeypatch, capsys, copy_detection, *SMALL, *flags)
-    assert code == 2
-    return line
+@pytest.fixture
+def error_line(refusal):
+    """error_line(*flags) -> the error line of a run that exits with code 2."""
+    return partial(refusal, copy_detection, *SMALL)
 
 
 def results(output):
@@ -134,39 +127,22 @@ def test_flags_have_the_published_names_and_defaults():
     published = {"arch": "vit_base", "patch_size": 8, "imsize": 320, "batch_size_per_gpu": 16, "use_cuda": True}
     published |= {"pretrained_weights": "", "checkpoint_key": "teacher"}
     assert published.items() <= args.items()
-    assert {
-        "data_path",
-        "whitening_path",
-        "distractors_path",
-        "dist_url",
-        "local_rank",
-        "device",
-        "num_workers",
-    } <= args.keys()
+    assert {"data_path", "whitening_path", "distractors_path", "dist_url", "local_rank", "num_workers"} <= args.keys()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--imsize", "7"], "--imsize 7 is smaller than one patch (--patch_size 8)"),
         (["--arch", "resnet50"], "--arch resnet50 has no CLS and patch tokens. Use one of vit_"),
-        (["--arch", "vit_smal"], "unknown --arch vit_smal; did you mean vit_small"),
         (["--whitening_path", "EMPTY"], "--whitening_path EMPTY"),
         (["--distractors_path", "EMPTY"], "--distractors_path EMPTY"),
-        (["--whitening_path", "none"], "--whitening_path none"),
         (["--data_path", "EMPTY"], "--data_path EMPTY must hold original/"),
-        (["--data_path", "none"], "--data_path none must hold original/"),
     ],
 )
-def test_a_mistake_in_the_arguments_is_one_line(monkeypatch, capsys, copydays, tmp_path, flags, message):
+def test_a_mistake_in_the_arguments_is_one_line(error_line, copydays, tmp_path, flags, message):
     flags = [flag.replace("EMPTY", str(tmp_path)) for flag in flags]
-    line = error_line(monkeypatch, capsys, "--data_path", copydays, "--pretrained_weights", "random", *flags)
+    line = error_line("--data_path", copydays, "--pretrained_weights", "random", *flags)
     assert message.replace("EMPTY", str(tmp_path)) in line
-
-
-def test_images_of_one_patch_are_supported(capsys, copydays, weights):
-    flags = ("--data_path", copydays, "--pretrained_weights", weights, "--imsize", 8)
-    assert results(run(capsys, *flags))["original"] == (1, 8)
 
 
 # ---- data ----
@@ -203,7 +179,6 @@ def test_originals_are_matched_by_name_by_prefix_or_by_order():
 @pytest.mark.parametrize(
     ("block", "names", "unmatched"),
     [
-        ("crops/50", ["x.jpg", "y.jpg"], "2 of the 2 images in crops/50/ have no original: f/x.jpg, f/y.jpg"),
         ("crops/50", ["2000.jpg", "2001.jpg", "2003.jpg"], "1 of the 3 images in crops/50/ have no original: f/2003"),
         ("strong", ["2000a.jpg", "2009a.jpg"], "1 of the 2 images in strong/ have no original: f/2009a.jpg"),
         ("strong", ["x.jpg", "y.jpg", "z.jpg"], "3 of the 3 images in strong/ have no original"),
@@ -215,26 +190,25 @@ def test_copies_without_an_original_are_named(block, names, unmatched):
         copy_detection.positives(block, paths("f", *names), originals)
 
 
-def test_incomplete_data_is_one_line(monkeypatch, capsys, own):
+def test_incomplete_data_is_one_line(error_line, own):
     flags = ("--data_path", own, "--pretrained_weights", "random")
     (own / "strong" / "299900.jpg").symlink_to(own / "strong" / "200001.jpg")
-    assert "1 of the 11 images in strong/ have no original" in error_line(monkeypatch, capsys, *flags)
+    assert "1 of the 11 images in strong/ have no original" in error_line(*flags)
     for file in (own / "strong").iterdir():
         file.unlink()
-    assert f"--data_path {own}/strong has no images" in error_line(monkeypatch, capsys, *flags)
+    assert f"--data_path {own}/strong has no images" in error_line(*flags)
     for block in ("strong", "jpegqual", "crops"):
         shutil.rmtree(own / block)
-    assert f"--data_path {own} must hold original/" in error_line(monkeypatch, capsys, *flags)
+    assert f"--data_path {own} must hold original/" in error_line(*flags)
     (own / "original").rename(own / "strong")
-    assert f"--data_path {own} must hold original/" in error_line(monkeypatch, capsys, *flags)
+    assert f"--data_path {own} must hold original/" in error_line(*flags)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_damaged_images_are_named(monkeypatch, capsys, own, workers):
+def test_damaged_images_are_named(error_line, own):
     image = own / "crops" / "80" / "200050.jpg"
     image.write_bytes(image.read_bytes()[:400])
-    flags = ("--data_path", own, "--pretrained_weights", "random", "--num_workers", workers)
-    assert f"can't read the image {image}" in error_line(monkeypatch, capsys, *flags)
+    flags = ("--data_path", own, "--pretrained_weights", "random", "--num_workers", 1)
+    assert f"can't read the image {image}" in error_line(*flags)
 
 
 def test_case_of_the_extension_renamed_blocks_and_other_files_do_not_matter(capsys, own, weights):
@@ -247,12 +221,12 @@ def test_case_of_the_extension_renamed_blocks_and_other_files_do_not_matter(caps
     assert results(run(capsys, *flags)) == before
 
 
-def test_nan_features_are_an_error_and_not_a_result(monkeypatch, capsys, copydays, weights, tmp_path):
+def test_nan_features_are_an_error_and_not_a_result(error_line, copydays, weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     state["blocks.0.mlp.fc1.bias"][0] = np.nan
     torch.save(state, tmp_path / "diverged.pth")
     flags = ("--data_path", copydays, "--pretrained_weights", tmp_path / "diverged.pth")
-    assert "NaN or infinite numbers" in error_line(monkeypatch, capsys, *flags)
+    assert "NaN or infinite numbers" in error_line(*flags)
 
 
 # ---- features ----
@@ -277,15 +251,6 @@ def test_features_are_the_cls_token_and_the_gem_pooled_patch_tokens():
         assert_near(feature, [*image[0], *pooled], 2e-6)
 
 
-def test_gem_pooling_clamps_negative_values():
-    class Tokens(torch.nn.Module):
-        def get_intermediate_layers(self, images, n):
-            return [torch.tensor([[[-5.0, 2.0], [-3.0, 2.0], [-1.0, 4.0]]])]
-
-    features = copy_detection.CopyFeatures(Tokens())(None)
-    assert_near(features, [[-5, 2, 1e-6, ((2**4 + 4**4) / 2) ** 0.25]], 1e-5)
-
-
 # ---- whitening ----
 
 
@@ -303,15 +268,6 @@ def test_the_whitened_covariance_matches_the_golden_value():
     projected = pca.apply(rows)
     assert projected.shape == (16, 8)
     assert projected.T @ projected == pytest.approx(want, abs=1e-6)
-
-
-def test_pca_keeps_the_components_of_largest_variance():
-    rows, gram, _ = golden_rows()
-    pca = dino_features.PCA(dim=5, whit=0)
-    pca.train_pca(gram)
-    projected = pca.apply(rows)
-    largest = np.linalg.svd(rows, compute_uv=False)[:5] ** 2
-    assert projected.T @ projected == pytest.approx(np.diag(largest), rel=1e-9, abs=1e-9)
 
 
 def test_pca_divides_each_component_by_a_power_of_its_variance():
@@ -365,26 +321,15 @@ def test_whitening_from_few_images_gives_a_warning_and_is_finite(capsys):
     assert gram.numpy() == pytest.approx(np.eye(6), abs=1e-3)
 
 
-def test_whitening_needs_images_that_differ(monkeypatch, capsys, copydays, weights, tmp_path):
+def test_whitening_needs_images_that_differ(error_line, copydays, weights, tmp_path):
     flags = ("--data_path", copydays, "--pretrained_weights", weights, "--whitening_path", tmp_path)
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         shutil.copy(copydays / "original" / "200100.jpg", tmp_path / name)
-        line = error_line(monkeypatch, capsys, *flags, "--batch_size_per_gpu", 2)
+        line = error_line(*flags, "--batch_size_per_gpu", 2)
         assert "all images in --whitening_path have the same features" in line
 
 
 # ---- search ----
-
-
-def slow_ap(right, ranked):
-    """Area under the precision-recall curve of the first 20 ranks, one trapezoid per positive."""
-    area, hits = 0.0, 0
-    for rank, number in enumerate(ranked[:20]):
-        if number in right:
-            left = hits / rank if rank else 1.0
-            hits += 1
-            area += (left + hits / (rank + 1)) / 2 / len(right)
-    return area
 
 
 def test_only_the_20_nearest_images_count():
@@ -404,7 +349,7 @@ def test_average_precisions_match_a_float64_search():
     want = []
     for query, numbers in zip(queries.tolist(), right, strict=True):
         similarity = [sum(a * b for a, b in zip(query, row, strict=True)) for row in database.tolist()]
-        want.append(slow_ap(numbers, sorted(range(40), key=lambda i, s=similarity: -s[i])))
+        want.append(area_under_curve(numbers, sorted(range(40), key=lambda i, s=similarity: -s[i])[:20]))
     assert copy_detection.average_precisions(queries, database, right) == pytest.approx(want, abs=1e-9)
     assert len(set(want)) > 10
 
@@ -453,7 +398,7 @@ def slow_results(data, weights, whitening=None, distractors=None):
         for name, query in zip(sorted(os.listdir(data / block)), directions(data / block), strict=True):
             end = 4 if block == "strong" else None
             right = [i for i, original in enumerate(originals) if original[:end] == name[:end]]
-            aps.append(slow_ap(right, (-(database @ query)).argsort().tolist()))
+            aps.append(area_under_curve(right, (-(database @ query)).argsort().tolist()[:20]))
         found[block] = (sum(aps) / len(aps), len(aps))
     return found
 
@@ -465,23 +410,15 @@ def assert_results(printed, want):
     assert len({mean_ap for mean_ap, _ in want.values()}) > 2
 
 
-@pytest.mark.parametrize("parts", [(), ("distractors",), ("whitening", "distractors")])
-def test_results_match_a_float64_evaluation(copydays, weights, others, parts):
+@pytest.mark.parametrize("parts", [(), ("whitening", "distractors")])
+def test_results_match_a_float64_evaluation(capsys, copydays, weights, others, parts):
     flags = [word for part in parts for word in (f"--{part}_path", others / part)]
-    flags = [*SMALL, "--data_path", copydays, "--pretrained_weights", weights, *flags]
-    output = run_script("eval_copy_detection.py", *flags).stdout
+    flags = ["--data_path", copydays, "--pretrained_weights", weights, *flags]
+    output = run(capsys, *flags)
     assert_results(results(output), slow_results(copydays, weights, **{part: others / part for part in parts}))
     number = 54 if "distractors" in parts else 0
     assert f"database: {8 + number} images, including {number} distractors" in output
     assert "warning" not in output
-
-
-def test_whitening_from_few_images_matches_a_float64_evaluation(capsys, copydays, weights, others, tmp_path):
-    for file in sorted((others / "whitening").iterdir())[::13]:
-        (tmp_path / file.name).symlink_to(file.resolve())
-    output = run(capsys, "--data_path", copydays, "--pretrained_weights", weights, "--whitening_path", tmp_path)
-    assert "warning: only 24 images in --whitening_path" in output
-    assert_results(results(output), slow_results(copydays, weights, whitening=tmp_path))
 
 
 def test_a_distractor_nearer_than_the_original_lowers_the_result(capsys, copydays, weights, tmp_path):

@@ -4,12 +4,13 @@ import json
 import os
 import pickle
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arguments_of, ending, run_script, shared
+from conftest import area_under_curve, arguments_of, run_script, shared, wide_nano
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision import transforms
 
@@ -64,21 +65,13 @@ def data(tmp_path, photographs):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(5)
-    path = tmp_path_factory.mktemp("weights") / "nano.pth"
-    state = vits.vit_nano(patch_size=8, img_size=[64]).state_dict()
-    wide = {key: 4 * value if key.endswith(("weight", "embed")) else value for key, value in state.items()}
-    wide["norm.weight"] = torch.rand(128)  # features of different lengths
-    wide["norm.bias"] = torch.randn(128)
-    torch.save(wide, path)  # larger than initial weights, so that features of different images differ
-    return path
+    return wide_nano(tmp_path_factory.mktemp("weights") / "nano.pth", 64)
 
 
-def error_line(monkeypatch, capsys, *flags):
-    """The error line of a run that exits with code 2."""
-    code, line = ending(monkeypatch, capsys, retrieval, *SMALL, *flags)
-    assert code == 2
-    return line
+@pytest.fixture
+def error_line(refusal):
+    """error_line(*flags) -> the error line of a run that exits with code 2."""
+    return partial(refusal, retrieval, *SMALL)
 
 
 def test_flags_have_the_published_names_and_defaults():
@@ -92,15 +85,6 @@ def test_flags_have_the_published_names_and_defaults():
 # ---- mean average precision ----
 
 
-def slow_ap(found, number):
-    """Area under the precision-recall curve, one trapezoid per positive."""
-    area = 0.0
-    for j, rank in enumerate(found):
-        left = j / rank if rank else 1.0
-        area += (left + (j + 1) / (rank + 1)) / 2 / number
-    return area
-
-
 def slow_map(ranks, gnd, kappas):
     aps, precisions = [], []
     for i, query in enumerate(gnd):
@@ -108,7 +92,7 @@ def slow_map(ranks, gnd, kappas):
             continue
         kept = [image for image in ranks[:, i] if image not in query["junk"]]
         found = [rank for rank, image in enumerate(kept) if image in query["ok"]]
-        aps.append(slow_ap(found, len(query["ok"])))
+        aps.append(area_under_curve(query["ok"], kept))
         row = []
         for k in kappas:
             depth = min(k, found[-1] + 1)
@@ -127,7 +111,7 @@ def test_map_and_precisions_match_the_golden_values():
         assert np.isnan(ours) if theirs is None else ours == pytest.approx(theirs, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_map_and_precisions_match_a_loop_over_random_rankings(seed):
     rng = np.random.default_rng(seed)
     ranks = np.stack([rng.permutation(40) for _ in range(12)], axis=1)
@@ -156,18 +140,6 @@ def test_junk_images_are_ignored():
     assert dino_features.compute_map(ranks, [{"ok": [0]}], [1])[0] == pytest.approx(0.25)
 
 
-def test_precision_is_computed_up_to_the_last_positive():
-    ranks = np.arange(10)[:, None]
-    _, _, precisions, _ = dino_features.compute_map(ranks, [{"ok": [0, 2], "junk": []}], [1, 2, 10])
-    assert precisions.tolist() == pytest.approx([1, 1 / 2, 2 / 3])
-
-
-def test_map_without_positives_is_nan():
-    mean_ap, _, precisions, _ = dino_features.compute_map(np.arange(3)[:, None], [{"ok": [], "junk": []}], [1])
-    assert np.isnan(mean_ap)
-    assert np.isnan(precisions).all()
-
-
 def test_a_protocol_ignores_the_positives_of_the_others():
     gnd = [{"easy": [1], "hard": [2, 3], "junk": [4]}]
     found = {name: retrieval.protocol_truth(gnd, name)[0] for name in retrieval.PROTOCOLS}
@@ -178,7 +150,7 @@ def test_a_protocol_ignores_the_positives_of_the_others():
 # ---- ground truth ----
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_ground_truth_of_any_pickle_protocol_is_read(tmp_path, protocol):
     gnd = {"easy": np.array([0]), "hard": [np.int64(1)], "junk": np.array([], dtype=np.int32), "bbx": np.ones(4) * 2.5}
     with open(tmp_path / "gnd.pkl", "wb") as file:
@@ -196,12 +168,12 @@ def test_ground_truth_pickled_by_numpy_1_is_read(tmp_path):
     assert retrieval.load_ground_truth(tmp_path / "gnd.pkl")["gnd"] == [{"easy": [0], "hard": [1], "junk": []}]
 
 
-def test_an_invalid_ground_truth_is_one_line(monkeypatch, capsys, data):
+def test_an_invalid_ground_truth_is_one_line(error_line, data):
     path = data / "roxford5k" / "gnd_roxford5k.pkl"
     whole = path.read_bytes()
     for share in (0, 0.3, 0.9):
         path.write_bytes(whole[: int(share * len(whole))])
-        assert "gnd_roxford5k.pkl was not loaded" in error_line(monkeypatch, capsys, "--data_path", data)
+        assert "gnd_roxford5k.pkl was not loaded" in error_line("--data_path", data)
     cfg = pickle.loads(whole)
     nothing = {"easy": [], "hard": [], "junk": []}
     infinite = {**cfg, "gnd": [{**query, "easy": [np.inf]} for query in cfg["gnd"]]}
@@ -211,10 +183,10 @@ def test_an_invalid_ground_truth_is_one_line(monkeypatch, capsys, data):
     outside = [{**cfg, "gnd": [*cfg["gnd"][:4], {**nothing, "junk": [number]}]} for number in (-1, 15)]
     for wrong in ([1, 2], {"imlist": ["a"]}, *shortened, *outside, infinite, empty, no_positives):
         path.write_bytes(pickle.dumps(wrong))
-        line = error_line(monkeypatch, capsys, "--data_path", data)
+        line = error_line("--data_path", data)
         assert "must hold imlist, qimlist and gnd (easy, hard, junk): " in line
     path.unlink()
-    assert "No such file" in error_line(monkeypatch, capsys, "--data_path", data)
+    assert "No such file" in error_line("--data_path", data)
 
 
 def test_an_image_listed_twice_gives_a_warning(tmp_path, capsys):
@@ -224,32 +196,26 @@ def test_an_image_listed_twice_gives_a_warning(tmp_path, capsys):
     assert "lists an image twice for queries 1\n" in capsys.readouterr().out
 
 
-def test_missing_damaged_and_too_small_images_are_named(monkeypatch, capsys, data):
+def test_missing_damaged_and_too_small_images_are_named(error_line, data):
     flags = ("--data_path", data, "--pretrained_weights", "random", "--multiscale", "true")
     query = data / "roxford5k" / "jpg" / "query_1.jpg"
     Image.new("RGB", (64, 15)).save(query)  # multiscale halves the size, and one patch has 8 pixels
-    assert f"{query} has 64 × 15 pixels, at least 16 are needed" in error_line(monkeypatch, capsys, *flags)
+    assert f"{query} has 64 × 15 pixels, at least 16 are needed" in error_line(*flags)
     image = data / "roxford5k" / "jpg" / "view_2_1.jpg"
     image.write_bytes(image.read_bytes()[:900])
-    assert str(image) in error_line(monkeypatch, capsys, *flags)
+    assert str(image) in error_line(*flags)
     image.unlink()
-    line = error_line(monkeypatch, capsys, *flags)
+    line = error_line(*flags)
     assert "1 of the 15 database images are missing" in line
     assert str(image) in line
 
 
-def test_nan_features_are_an_error_and_not_a_result(monkeypatch, capsys, data, weights):
+def test_nan_features_are_an_error_and_not_a_result(error_line, data, weights):
     state = torch.load(weights, weights_only=True)
     state["norm.bias"][0] = np.nan
     torch.save(state, data / "nan.pth")
     flags = ("--data_path", data, "--pretrained_weights", data / "nan.pth")
-    assert "NaN or infinite numbers" in error_line(monkeypatch, capsys, *flags)
-
-
-def test_an_architecture_with_a_fixed_input_shape_is_one_line(monkeypatch, capsys, data):
-    flags = ("--data_path", data, "--pretrained_weights", "random", "--arch", "timm:vit_tiny_patch16_224")
-    line = error_line(monkeypatch, capsys, *flags)
-    assert "--arch timm:vit_tiny_patch16_224 does not support images of any shape: Input" in line
+    assert "NaN or infinite numbers" in error_line(*flags)
 
 
 # ---- images ----
@@ -338,12 +304,9 @@ def test_two_processes_print_what_one_prints(data, weights):
     assert results(alone) == results(together) != {}
 
 
-def test_the_default_weights_are_the_ones_trained_on_landmarks(monkeypatch, capsys, data):
-    def offline(url, **_):
-        raise OSError(url)
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    line = error_line(monkeypatch, capsys, "--data_path", data, "--arch", "vit_small", "--patch_size", "16")
+@pytest.mark.usefixtures("offline")
+def test_the_default_weights_are_the_ones_trained_on_landmarks(error_line, data):
+    line = error_line("--data_path", data, "--arch", "vit_small", "--patch_size", "16")
     assert "dino_vitsmall16_googlelandmark_pretrain.pth" in line
 
 

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, arguments_of, assert_near, ending, run_script
+from conftest import arguments_of, assert_near, assert_same, ending, run_script
 from PIL import Image
 from torch import nn
 from torchvision import datasets, transforms
@@ -110,7 +110,7 @@ def normalized(image):
     return (image / 255 - mean[:, None, None]) / std[:, None, None]
 
 
-@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("n", [1, 3])
 def test_vit_features_are_the_cls_tokens_of_the_last_blocks_after_the_final_norm(n):
     model = backbone()
     nn.init.normal_(model.norm.weight)
@@ -147,7 +147,6 @@ def test_features_of_a_convnet_are_its_pooled_output():
         (["--n_last_blocks", "1", "--avgpool_patchtokens", "true"], 256),
         (["--arch", "resnet18"], 512),
         (["--arch", "xcit_nano_12_p16"], 128),
-        (["--arch", "timm:vit_tiny_patch16_224"], 192),
     ],
 )
 def test_the_announced_width_is_the_width_of_the_features(flags, width):
@@ -219,12 +218,6 @@ def test_training_matches_a_float64_loop_over_the_same_crops(batch, tiny_root, d
     assert_near(state["module.linear.weight"] - start, weight - start, 1e-4)
     assert_near(state["module.linear.bias"], bias, 1e-4)
     assert [line["train_loss"] for line in log_of(tmp_path / "run")] == pytest.approx(losses, rel=1e-5)
-
-
-def test_the_learning_rate_follows_a_cosine_per_epoch_and_scales_with_the_batch(data, tmp_path):
-    run(*data, "--epochs", 5, "--val_freq", 9, "--output_dir", tmp_path)
-    want = [0.5 * 16 / 256 * (1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in range(5)]
-    assert [line["train_lr"] for line in log_of(tmp_path)] == pytest.approx(want)
 
 
 def test_num_workers_does_not_change_the_result(data, trained, tmp_path):
@@ -333,18 +326,7 @@ def interrupt(epoch, folder, data):
     return checkpoint_of(folder)
 
 
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-@pytest.mark.parametrize("published", [False, True])  # the authors' checkpoints store no args
-@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize(("epoch", "published"), [(1, False), (2, True)])  # the authors' checkpoints store no args
 def test_an_interrupted_run_resumes_bit_identically(epoch, published, data, trained, tmp_path):
     checkpoint = interrupt(epoch, tmp_path, data)
     if published:
@@ -381,7 +363,7 @@ def test_a_finished_run_prints_its_result_again_also_if_its_weights_moved(capsys
 # ---- --evaluate ----
 
 
-@pytest.mark.parametrize("arch", ["vit_nano", "resnet18", "xcit_nano_12_p16"])
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet18"])
 def test_evaluating_the_trained_head_gives_the_logged_result(arch, capsys, tiny_root, tmp_path):
     """Training must not change the network: not even the running statistics of its batch norms."""
     torch.save(backbone(arch).state_dict(), tmp_path / "weights.pth")
@@ -427,17 +409,6 @@ def test_the_published_network_and_head_are_downloaded_and_evaluated(monkeypatch
     assert "4 classes of the data use the first of the head's 1000 outputs" in out
 
 
-def test_a_failed_download_is_one_line(monkeypatch, capsys, data):
-    def offline(url, **_):
-        raise OSError("no route")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    flags = ["--arch", "vit_base", "--pretrained_weights", "random", "--evaluate"]
-    code, line = ending(monkeypatch, capsys, eval_linear, *SMALL, *data, *flags)
-    assert code == 2
-    assert re.search(r"\S+/dino_vitbase16_linearweights\.pth: no route", line)
-
-
 # ---- errors ----
 
 HEAD = ["--evaluate", "--linear_weights", "TRAINED/checkpoint.pth.tar"]
@@ -446,37 +417,28 @@ HEAD = ["--evaluate", "--linear_weights", "TRAINED/checkpoint.pth.tar"]
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data_path", "/no/where"], "--data_path /no/where"),
-        (["--pretrained_weights", "/no/where.pth"], "/no/where.pth"),
         (["--n_last_blocks", "5"], "--n_last_blocks 5: vit_nano has only 4 blocks"),
         (["--arch", "resnet18", "--avgpool_patchtokens", "true"], "resnet18 has no patch tokens"),
         (["--image_size", "15"], "--image_size 15 is smaller than one patch (--patch_size 16)"),
-        (["--arch", "vit_smal", "--data_path", "/no/where"], "did you mean vit_small"),
         (["--arch", "alexnet"], "--arch alexnet"),
         (["--num_labels", "3"], "has 4 classes, more than --num_labels 3"),
         (["--linear_weights", "TRAINED/checkpoint.pth.tar"], "--linear_weights needs --evaluate"),
         (["--evaluate"], "no linear head was published for vit_nano with --patch_size 16"),
-        (["--evaluate", "--linear_weights", "/no/where.pth"], "/no/where.pth"),
         (["--evaluate", "--linear_weights", "WEIGHTS"], "holds no linear.weight and linear.bias"),
         ([*HEAD, "--n_last_blocks", "2"], "4 labels and 512 features; this run has 4 labels and 256 features"),
-        ([*HEAD, "--num_labels", "9"], "4 labels and 512 features; this run has 9 labels and 512 features"),
         ([*HEAD, "--pretrained_weights", "random"], "was made with weights "),
         (["--output_dir", "TRAINED", "--epochs", "9"], "was made with epochs 3; this run has epochs 9"),
-        (["--output_dir", "TRAINED", "--lr", "1"], "was made with lr 0.5; this run has lr 1.0"),
-        (["--output_dir", "TRAINED", "--n_last_blocks", "1"], "n_last_blocks 4; this run has n_last_blocks 1"),
         (["--output_dir", "TRAINED", "--batch_size_per_gpu", "8"], "global_batch 16; this run has global_batch 8"),
         (["--output_dir", "TRAINED", "--pretrained_weights", "random"], "Use the same, or another --output_dir"),
-        (["--output_dir", "WEIGHTS"], "can't write to --output_dir"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_and_changes_no_file(
-    monkeypatch, capsys, data, weights, trained, tmp_path, flags, message
+    refusal, data, weights, trained, tmp_path, flags, message
 ):
     places = {"TRAINED": str(trained), "WEIGHTS": str(weights)}
     flags = [re.sub("TRAINED|WEIGHTS", lambda found: places[found[0]], flag) for flag in flags]
     before = sorted((path.name, path.read_bytes()) for path in trained.iterdir())
-    code, line = ending(monkeypatch, capsys, eval_linear, *SMALL, *data, "--output_dir", tmp_path, *flags)
-    assert code == 2
+    line = refusal(eval_linear, *SMALL, *data, "--output_dir", tmp_path, *flags)
     assert message in line
     assert not list(tmp_path.iterdir())
     assert sorted((path.name, path.read_bytes()) for path in trained.iterdir()) == before
@@ -486,7 +448,7 @@ SAVED = {"epoch": "3", "best_acc": 0.0, "state_dict": {}, "optimizer": {}, "sche
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3, "teacher": {}}, [1, 2], SAVED, "PUBLISHED"])
-def test_a_checkpoint_that_does_not_fit_is_not_overwritten(monkeypatch, capsys, data, trained, tmp_path, content):
+def test_a_checkpoint_that_does_not_fit_is_not_overwritten(refusal, data, trained, tmp_path, content):
     message = "is not a checkpoint of this script. Move it"
     if content == "PUBLISHED":  # without args, so that only the shapes tell that the features differ
         content = {name: part for name, part in checkpoint_of(trained).items() if name != "args"}
@@ -494,8 +456,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_overwritten(monkeypatch, capsys, 
     torch.save(content, tmp_path / "checkpoint.pth.tar")
     before = (tmp_path / "checkpoint.pth.tar").read_bytes()
     flags = ["--n_last_blocks", 2, "--output_dir", tmp_path]
-    code, line = ending(monkeypatch, capsys, eval_linear, *SMALL, *data, *flags)
-    assert code == 2
+    line = refusal(eval_linear, *SMALL, *data, *flags)
     assert message in line
     assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
 
@@ -511,13 +472,6 @@ def test_more_processes_than_training_images_are_an_error(data):
 # ---- whole commands ----
 
 
-def test_the_command_line_trains_and_evaluates(data, trained, tmp_path):
-    done = run_script("eval_linear.py", *SMALL, *data, "--output_dir", tmp_path)
-    assert log_of(tmp_path) == log_of(trained)
-    assert len(RESULT.findall(done.stdout)) == 3
-    assert re.search(r"^Epoch: \[2/3\]  \[2/3\]  eta: 0:00:00  loss: \S+ \(\S+\)  lr: ", done.stdout, re.M)
-
-
 @pytest.mark.slow
 def test_two_processes_match_one_with_twice_the_batch(tiny_root, data, tmp_path):
     root = tmp_path / "odd"  # 19 validation images: 10 for one process, 9 for the other
@@ -525,8 +479,8 @@ def test_two_processes_match_one_with_twice_the_batch(tiny_root, data, tmp_path)
     next((root / "val" / "text").iterdir()).unlink()
     flags = [*SMALL, *data, "--data_path", root]
     eval_linear.main(arguments(*flags, "--output_dir", tmp_path / "one"))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "eval_linear.py")
-    out = run_script(*launcher, *flags, "--batch_size_per_gpu", 8, "--output_dir", tmp_path / "two").stdout
+    flags += ["--batch_size_per_gpu", 8, "--output_dir", tmp_path / "two"]
+    out = run_script("eval_linear.py", *flags, processes=2).stdout
     assert [number for number, _ in RESULT.findall(out)] == ["19"] * 3
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     for a, b in zip(one, two, strict=True):

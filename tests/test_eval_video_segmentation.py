@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arguments_of, assert_near, ending, fill, run_script, shared, tensor
+from conftest import arguments_of, assert_near, fill, run_script, shared, sizes_of_results, tensor
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dino_data
 import dino_images
@@ -78,14 +77,17 @@ def run(*flags):
     evs.main(arguments(*flags))
 
 
-def error_line(monkeypatch, capsys, davis, *flags):
-    """The error line of a run that exits with code 2 and leaves no masks."""
-    output_dir = davis.parent / "masks"
-    flags = ("--data_path", davis, "--output_dir", output_dir, *flags)
-    code, line = ending(monkeypatch, capsys, evs, *SMALL, *flags)
-    assert code == 2
-    assert not output_dir.is_dir() or not list(output_dir.iterdir())
-    return line
+@pytest.fixture
+def error_line(refusal, davis):
+    """error_line(*flags) -> the error line of a run that exits with code 2 and leaves no masks."""
+
+    def run(*flags):
+        output_dir = davis.parent / "masks"
+        line = refusal(evs, *SMALL, "--data_path", davis, "--output_dir", output_dir, *flags)
+        assert not output_dir.is_dir() or not list(output_dir.iterdir())
+        return line
+
+    return run
 
 
 def labels_in(folder):
@@ -110,8 +112,7 @@ def test_flags_have_the_published_names_and_defaults():
 
 
 @pytest.mark.parametrize(
-    ("original", "scaled"),
-    [((480, 854), (480, 832)), ((854, 480), (832, 480)), ((480, 480), (480, 448)), ((1080, 1920), (480, 832))],
+    ("original", "scaled"), [((854, 480), (832, 480)), ((480, 480), (480, 448)), ((1080, 1920), (480, 832))]
 )
 def test_the_short_side_becomes_480_and_the_long_one_a_multiple_of_64(original, scaled, tmp_path):
     Image.new("RGB", original[::-1]).save(tmp_path / "0.jpg")
@@ -183,13 +184,6 @@ def test_the_palette_is_the_pascal_voc_palette():
     assert [palette[32], palette[64], palette[255]] == [[0, 0, 64], [32, 0, 0], [224, 224, 192]]
 
 
-def test_the_palette_matches_the_published_annotations():
-    with Image.open(shared("data/davis_mini/Annotations/480p/bike/00000.png")) as image:
-        stored = np.reshape(image.getpalette(), (-1, 3))
-        used = np.unique(np.array(image))
-    assert np.array_equal(stored[used], evs.davis_palette()[used])
-
-
 def test_masks_are_written_as_indexed_png_if_they_have_two_dimensions(tmp_path):
     labels = np.arange(256, dtype=np.uint8).reshape(8, 32)
     evs.imwrite_indexed(tmp_path / "0.png", labels)
@@ -248,10 +242,10 @@ def step_input(h, w, n=2, d=6, classes=3):
 
 # Frames smaller than one tile, of several tiles, and of incomplete tiles; windows larger than the frame; topk larger
 # than the window.
-STEPS = [(5, 7, 0, 5), (5, 7, 1, 5), (5, 7, 2, 1), (14, 9, 3, 4), (3, 26, 2, 5), (5, 7, 1, 30), (4, 4, 20, 5)]
+STEPS = [(5, 7, 0, 5), (5, 7, 2, 1), (14, 9, 3, 4), (5, 7, 1, 30), (4, 4, 20, 5), (13, 14, 0, 3)]
 
 
-@pytest.mark.parametrize(("h", "w", "reach", "topk"), [*STEPS, (2, 2, 0, 9), (13, 14, 0, 3)])
+@pytest.mark.parametrize(("h", "w", "reach", "topk"), STEPS)
 def test_a_step_matches_a_float64_loop(h, w, reach, topk):
     features, sources, labels = step_input(h, w)
     got = evs.propagate(features, sources, labels, reach, topk)
@@ -300,15 +294,7 @@ def test_the_neighborhood_is_a_square_window_cropped_at_the_borders():
 
 def test_the_memory_of_a_step_is_bounded_by_the_window():
     features, sources, labels = step_input(40, 60, n=4)
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
-            return out
-
-    with Watch():
+    with sizes_of_results() as sizes:
         evs.propagate(features, sources, labels, 3, 5)
     assert max(sizes) <= max(sources.numel(), 144 * 4 * 18 * 18)  # the dense matrix would have 23 million numbers
 
@@ -322,13 +308,6 @@ def test_norm_mask_matches_the_golden_values_and_does_not_change_its_input():
     before = given.clone()
     assert_near(evs.norm_mask(given), golden["norm_mask"], 1e-6)
     assert torch.equal(given, before)
-
-
-def test_norm_mask_rescales_channels_with_positive_values():
-    maps = torch.stack((torch.tensor([[2.0, 3.0], [4.0, 6.0]]), torch.zeros(2, 2), torch.full((2, 2), 5.0)))
-    maps = torch.cat((maps, torch.tensor([[[-4.0, -3.0], [-2.0, -1.0]]])))
-    want = [[[0, 0.25], [0.5, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 0]], [[-4, -3], [-2, -1]]]
-    assert evs.norm_mask(maps).tolist() == want
 
 
 def test_pixel_labels_are_the_argmax_of_the_rescaled_upsampled_maps():
@@ -359,7 +338,7 @@ def slow_video(args, model, frames, first_seg, shape):
     return masks
 
 
-@pytest.mark.parametrize("flags", [[], ["--n_last_frames", "0"], ["--n_last_frames", "2", "--bs", "2"]])
+@pytest.mark.parametrize("flags", [["--n_last_frames", "0"], ["--n_last_frames", "2", "--bs", "2"]])
 def test_labels_come_from_the_first_frame_and_the_last_n_frames(davis, tmp_path, flags):
     args, model = arguments("--output_dir", tmp_path, "--size_mask_neighborhood", "4", *flags), small_model()
     first_seg, seg_ori = evs.read_seg(annotation(davis), 32)
@@ -370,14 +349,6 @@ def test_labels_come_from_the_first_frame_and_the_last_n_frames(davis, tmp_path,
         assert (mask != expected).mean() < 0.002  # rounding may decide where two labels are almost equal
     for mask, written in zip(got, labels_in(tmp_path / "cup"), strict=True):
         assert np.array_equal(mask, written)
-
-
-def test_bs_is_the_number_of_frames_per_forward_pass(davis, tmp_path):
-    model, sizes = small_model(), []
-    model.patch_embed.register_forward_hook(lambda module, given, out: sizes.append(len(given[0])))
-    args = arguments("--output_dir", tmp_path, "--bs", "2")
-    evs.eval_video_tracking_davis(args, model, paths(davis), "cup", *evs.read_seg(annotation(davis), 32))
-    assert sizes == [2, 2, 1]
 
 
 def test_the_first_mask_is_copied_including_void(davis, tmp_path):
@@ -431,8 +402,7 @@ def slow_boundary_accuracy(mask, truth, tolerance):
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("tolerance", [1, 2])
+@pytest.mark.parametrize(("seed", "tolerance"), [(0, 1), (1, 2), (3, 2)])
 def test_boundary_accuracy_matches_a_loop_over_pixels(seed, tolerance):
     mask, truth = random_masks(seed)
     bound_th = (tolerance - 0.5) / math.hypot(40, 56)  # rounded up
@@ -509,11 +479,6 @@ def test_objects_are_the_labels_of_the_first_annotation_and_void_is_background(d
     assert scores[200]["J"]["mean"] == scores[200]["F"]["mean"] == 1
 
 
-def test_two_frames_are_too_few_for_scores(davis):
-    files = [annotation(davis, t) for t in range(2)]
-    assert evs.score_video([evs.read_mask(file) for file in files], files) == {}
-
-
 # ---- the script ----
 
 
@@ -567,17 +532,6 @@ def test_a_real_video_without_later_annotations_gets_masks_but_no_scores(tmp_pat
     assert sorted(os.listdir(tmp_path)) == ["bike"]
 
 
-def test_an_earlier_result_is_overwritten(davis, tmp_path):
-    run("--data_path", davis, "--output_dir", tmp_path / "masks")
-    before = labels_in(tmp_path / "masks" / "cup")
-    for t in (1, 3):
-        Image.new("P", (WIDTH, HEIGHT)).save(tmp_path / "masks" / "cup" / f"{t:05}.png")
-    run("--data_path", davis, "--output_dir", tmp_path / "masks")
-    after = labels_in(tmp_path / "masks" / "cup")
-    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    assert sorted(os.listdir(tmp_path / "masks")) == ["cup", "results.json"]
-
-
 # ---- errors ----
 
 
@@ -596,10 +550,6 @@ def listing(davis):
     return davis / "ImageSets" / "2017" / "val.txt"
 
 
-def frame_dir(davis):
-    return davis / "JPEGImages" / "480p" / "cup"
-
-
 def crop(width, height):
     return lambda image: image.crop((0, 0, width, height))
 
@@ -609,12 +559,9 @@ def crop(width, height):
     [
         (lambda davis: shutil.rmtree(davis), "val.txt"),
         (lambda davis: listing(davis).write_text("\n"), "val.txt names no videos"),
-        (lambda davis: listing(davis).write_text("sub/cup\n"), "names 'sub/cup', which is not a folder name"),
-        (lambda davis: shutil.rmtree(frame_dir(davis)), "cup is missing"),
         (lambda davis: [os.remove(path) for path in paths(davis)], "cup has no *.jpg files"),
         (lambda davis: annotation(davis).unlink(), "can't read {annotation}: No such file or directory"),
         (lambda davis: truncate(annotation(davis), -60), "can't read {annotation}: "),
-        (lambda davis: truncate(paths(davis)[3], 0), "can't read {frame}: "),
         (lambda davis: truncate(paths(davis)[3], 1500), "{frame}: "),
         (
             lambda davis: rewrite(annotation(davis), lambda image: image.convert("RGB")),
@@ -628,29 +575,28 @@ def crop(width, height):
         ),
     ],
 )
-def test_missing_and_damaged_files_are_named(damage, message, davis, monkeypatch, capsys):
+def test_missing_and_damaged_files_are_named(damage, message, davis, error_line):
     damage(davis)
     message = message.format(annotation=annotation(davis), frame=paths(davis)[3] if "frame" in message else "")
-    assert message in error_line(monkeypatch, capsys, davis, "--bs", "1")
+    assert message in error_line("--bs", "1")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--arch", "resnet50"], "--arch resnet50 has no patch features"),
-        (["--arch", "vit_smal"], "unknown --arch vit_smal; did you mean"),
         (["--output_dir", "FILE/masks"], "can't write to --output_dir"),
     ],
 )
-def test_a_mistake_in_the_arguments_is_one_line(flags, message, davis, monkeypatch, capsys):
+def test_a_mistake_in_the_arguments_is_one_line(flags, message, davis, error_line):
     (davis.parent / "file").touch()
     flags = [flag.replace("FILE", str(davis.parent / "file")) for flag in flags]
-    assert message in error_line(monkeypatch, capsys, davis, *flags)
+    assert message in error_line(*flags)
 
 
-@pytest.mark.parametrize("place", ["notes", "file", "Annotations", "JPEGImages"])
-def test_only_an_earlier_result_is_overwritten(place, davis, monkeypatch, capsys):
-    output_dir = davis / place / "480p" if place in ("Annotations", "JPEGImages") else davis.parent / "other"
+@pytest.mark.parametrize("place", ["notes", "file", "Annotations"])
+def test_only_an_earlier_result_is_overwritten(place, davis, error_line):
+    output_dir = davis / place / "480p" if place == "Annotations" else davis.parent / "other"
     if place == "notes":
         (output_dir / "cup").mkdir(parents=True)
         (output_dir / "cup" / "notes.txt").touch()
@@ -658,13 +604,13 @@ def test_only_an_earlier_result_is_overwritten(place, davis, monkeypatch, capsys
         output_dir.mkdir()
         (output_dir / "cup").touch()
     before = {path: path.read_bytes() for path in davis.parent.rglob("*") if path.is_file()}
-    line = error_line(monkeypatch, capsys, davis, "--output_dir", output_dir)
+    line = error_line("--output_dir", output_dir)
     assert f"{output_dir / 'cup'} is not an earlier result and would be overwritten" in line
     assert {path: path.read_bytes() for path in davis.parent.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("cause", ["damaged frame", "full disk"])
-def test_an_interrupted_video_keeps_the_earlier_result(cause, davis, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_video_keeps_the_earlier_result(cause, davis, tmp_path, error_line, capsys):
     run("--data_path", davis, "--output_dir", tmp_path / "earlier")
     before = {path: path.read_bytes() for path in (tmp_path / "earlier" / "cup").iterdir()}
     capsys.readouterr()
@@ -674,7 +620,7 @@ def test_an_interrupted_video_keeps_the_earlier_result(cause, davis, tmp_path, m
     else:
         truncate(paths(davis)[3], 1500)
     try:
-        line = error_line(monkeypatch, capsys, davis, "--output_dir", tmp_path / "earlier", "--bs", "1")
+        line = error_line("--output_dir", tmp_path / "earlier", "--bs", "1")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     place = tmp_path / "earlier" / "cup" if cause == "full disk" else paths(davis)[3]

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import nn
 
 import dino_backbones
-import dino_cli
 import dino_crops
 import dino_data
 import export
@@ -88,26 +87,15 @@ def printed_usage(capsys):
 # ---- flags ----
 
 
-def test_the_flags_are_those_of_an_evaluation_and_three_more():
-    args = vars(arguments_of(export, *SMALL, "--to", "onnx", "--output", "a.onnx"))
-    assert set(args) == set(vars(dino_cli.model_flags().parse_args([]))) | {"to", "output", "image_size"}
-    assert (args["checkpoint_key"], args["device"], args["image_size"]) == ("teacher", "cpu", None)
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--output", "a.pth"], "--to"),
-        (["--to", "onnx"], "--output"),
         (["--to", "onnx", "--output", "a.pth"], r"a\.pth must end in \.onnx"),
         (["--to", "backbone", "--output", "a.pt"], r"must end in \.pth or \.safetensors"),
         (["--to", "hf", "--output", "a.safetensors"], r"a\.safetensors names a file.*folder"),
         (["--to", "hf", "--output", "a", "--arch", "resnet18"], "resnet18.*backbone or onnx"),
         (["--to", "onnx", "--output", "a.onnx", "--image_size", "48", "8"], "48 8 is not a multiple.*--patch_size 16"),
-        (["--to", "onnx", "--output", "a.onnx", "--image_size", "0"], "--image_size: 0 must be at least 1"),
-        (["--to", "onnx", "--output", "a.onnx", "--image_size", "1", "2", "3"], "1 2 3: give height and width"),
         (["--to", "backbone", "--output", "a.pth", "--image_size", "48"], "any image size. Remove the flag"),
-        (["--to", "backbone", "--output", "a.pth", "--arch", "vit_smal"], "unknown --arch vit_smal.*vit_small"),
         (["--to", "backbone", "--output", "a.pth", "--pretrained_weights", ""], "no published weights of.* vit_nano"),
     ],
 )
@@ -122,8 +110,7 @@ def test_a_mistake_in_the_flags_is_one_line(monkeypatch, capsys, tmp_path, flags
 # ---- plain weights ----
 
 
-@pytest.mark.parametrize("name", ["student", "teacher"])
-@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.parametrize(("name", "ending"), [("student", ".pth"), ("teacher", ".safetensors")])
 def test_plain_weights_are_the_checkpoints_tensors_in_the_published_layout(tmp_path, nano, name, ending):
     path = tmp_path / f"new/out{ending}"
     run("--to", "backbone", "--output", path, "--checkpoint_key", name, *nano)
@@ -214,17 +201,6 @@ def test_the_traced_exporter_of_torch_before_2_9_works_too(tmp_path, nano, monke
     assert_near(onnx_features(tmp_path / "old.onnx", images), features(network(), images), 1e-5)
 
 
-def test_a_convnet_is_exported_to_onnx_at_224_pixels(tmp_path):
-    pytest.importorskip("onnxscript")
-    model, _ = dino_backbones.build_backbone("resnet18")
-    fill(model, "resnet").eval()
-    torch.save(model.state_dict(), tmp_path / "resnet.pth")
-    flags = ["--arch", "resnet18", "--pretrained_weights", tmp_path / "resnet.pth"]
-    run("--to", "onnx", "--output", tmp_path / "a.onnx", *flags)
-    images = tensor("onnx", (2, 3, 224, 224))
-    assert_near(onnx_features(tmp_path / "a.onnx", images), features(model, images), 1e-5)
-
-
 def test_more_than_2_gb_of_weights_do_not_fit_into_an_onnx_file(tmp_path):
     pytest.importorskip("onnxruntime")
     args = arguments_of(export, *SMALL, "--to", "onnx", "--output", "a.onnx")
@@ -240,10 +216,7 @@ def test_more_than_2_gb_of_weights_do_not_fit_into_an_onnx_file(tmp_path):
     [
         ("vit_small", 16, "vit_small_patch16_224.dino"),
         ("deit_small", 8, "vit_small_patch8_224.dino"),
-        ("vit_base", 16, "vit_base_patch16_224.dino"),
         ("vit_base", 8, "vit_base_patch8_224.dino"),
-        ("vit_base", 32, "vit_base_patch32_224"),
-        ("vit_tiny", 16, "vit_tiny_patch16_224"),
         ("vit_tiny", 8, "vit_tiny_patch16_224"),
         ("vit_nano", 14, "vit_tiny_patch16_224"),
     ],
@@ -261,7 +234,7 @@ def test_timm_has_a_network_for_each_vit(arch, patch_size, name):
     assert theirs.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
 
 
-@pytest.mark.parametrize(("size", "ending"), [((48, 48), ".pth"), ((32, 80), ".safetensors"), ((224, 224), ".pth")])
+@pytest.mark.parametrize(("size", "ending"), [((48, 48), ".pth"), ((32, 80), ".safetensors")])
 def test_the_printed_line_makes_timm_give_the_same_features(tmp_path, nano, capsys, monkeypatch, offline, size, ending):
     timm = pytest.importorskip("timm")
     sizes = ["--image_size", *size] if size != (48, 48) else []  # 48 is the size of the positions
@@ -272,20 +245,7 @@ def test_the_printed_line_makes_timm_give_the_same_features(tmp_path, nano, caps
     assert_near(features(theirs, images), features(network(), images), 1e-5)
 
 
-def test_timms_own_converter_reads_plain_weights(tmp_path, nano):
-    timm = pytest.importorskip("timm")
-    run("--to", "backbone", "--output", tmp_path / "out.pth", *nano)
-    shape = {"embed_dim": 128, "depth": 4, "num_heads": 4, "num_classes": 0}
-    convert = timm.models.vision_transformer.checkpoint_filter_fn
-    same, larger = (timm.create_model("vit_tiny_patch16_224", img_size=side, **shape).eval() for side in (48, 96))
-    for model in (same, larger):
-        timm.models.load_checkpoint(model, str(tmp_path / "out.pth"), filter_fn=convert)
-    images = tensor("timm", (2, 3, 48, 48))
-    assert_near(features(same, images), features(network(), images), 1e-5)
-    assert_near(larger.pos_embed[:, 0], network().pos_embed[:, 0], 1e-6)
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "xcit_nano_12_p16", "timm:resnet10t"])
+@pytest.mark.parametrize("arch", ["xcit_nano_12_p16", "timm:resnet10t"])
 def test_other_networks_are_exported_to_timm_and_to_plain_files(tmp_path, capsys, monkeypatch, arch):
     timm = pytest.importorskip("timm")
     model, _ = dino_backbones.build_backbone(arch)
@@ -319,10 +279,14 @@ def test_a_network_that_timm_does_not_have_is_an_error(tmp_path, monkeypatch, ca
 # ---- Hugging Face ----
 
 
-@pytest.fixture
-def folder(tmp_path, nano, transformers):
-    run("--to", "hf", "--output", tmp_path / "vit.nano", *nano)
-    return tmp_path / "vit.nano"
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("hf") / "vit.nano"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        run("--to", "hf", "--output", path, "--pretrained_weights", checkpoint)
+    return path
 
 
 def test_transformers_gives_the_same_tokens(folder, transformers):
@@ -330,14 +294,6 @@ def test_transformers_gives_the_same_tokens(folder, transformers):
     images = tensor("hf", (2, 3, 48, 48))
     (want,) = network().get_intermediate_layers(images)
     assert_near(features(theirs, images).last_hidden_state, want, 1e-5)
-
-
-def test_the_config_describes_the_network(folder, transformers):
-    config = transformers.AutoConfig.from_pretrained(folder)
-    got = [config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size]
-    assert got == [128, 4, 4, 512]
-    assert (config.image_size, config.patch_size, config.layer_norm_eps) == (48, 16, 1e-6)
-    assert (config.hidden_act, config.qkv_bias, config.architectures) == ("gelu", True, ["ViTModel"])
 
 
 def test_the_tensors_have_the_names_that_files_on_the_hub_have(folder):
@@ -379,21 +335,6 @@ def test_transformers_accepts_oblong_images(tmp_path, nano, transformers):
 # ---- verification ----
 
 
-def test_fixed_positions_are_row_by_row_and_the_network_is_unchanged():
-    """Positions that grow along the columns: bicubic interpolation keeps the order in each row."""
-    model = network()
-    model.pos_embed[:, 1:] = torch.arange(3.0).repeat(3)[None, :, None]
-    before = model.pos_embed.clone()
-    assert torch.equal(export.with_fixed_size(model, (48, 48)).pos_embed, before)
-    positions = export.with_fixed_size(model, (32, 80)).pos_embed
-    assert positions.shape == (1, 11, 128)
-    assert torch.equal(positions[:, 0], before[:, 0])
-    rows = positions[0, 1:, 0].view(2, 5)
-    assert (rows.diff(dim=1) > 0).all()
-    assert torch.allclose(rows[0], rows[1], atol=1e-6)
-    assert torch.equal(model.pos_embed, before)
-
-
 @pytest.mark.parametrize(
     ("opened", "deviation"),
     [
@@ -408,17 +349,6 @@ def test_fixed_positions_are_row_by_row_and_the_network_is_unchanged():
 def test_the_deviation_is_relative_to_the_largest_feature(opened, deviation):
     images, want = torch.zeros(3, 3, 2, 2), torch.tensor([[1.0, -8.0], [2.0, 4.0], [0.0, 1.0]])
     assert export.largest_deviation(lambda x: opened(x, want[: len(x)]), images, want) == deviation
-
-
-@pytest.mark.parametrize(("deviation", "code"), [(0.99e-4, None), (1.01e-4, 4), (math.inf, 4), (math.nan, 4)])
-def test_a_deviation_of_up_to_a_ten_thousandth_is_accepted(tmp_path, nano, monkeypatch, capsys, deviation, code):
-    monkeypatch.setattr(export, "largest_deviation", lambda *_: deviation)
-    flags = ["--to", "backbone", "--output", tmp_path / "a.pth", *nano]
-    if code is None:
-        run(*flags)
-    else:
-        assert end(monkeypatch, capsys, *flags)[0] == code
-    assert (tmp_path / "a.pth").exists() == (code is None)
 
 
 @pytest.mark.parametrize(
@@ -476,13 +406,6 @@ def test_a_diverged_network_is_not_exported(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "a.pth").exists()
 
 
-def test_an_image_size_that_a_network_does_not_accept_is_named(monkeypatch, capsys, tmp_path):
-    pytest.importorskip("onnxscript")
-    flags = ["--arch", "alexnet", "--image_size", "224", "16", "--pretrained_weights", "random"]
-    code, line = end(monkeypatch, capsys, "--to", "onnx", "--output", tmp_path / "a.onnx", *flags)
-    assert (code, "alexnet does not accept images of 224 x 16 pixels" in line) == (2, True)
-
-
 # ---- files ----
 
 
@@ -523,26 +446,13 @@ def test_the_target_of_a_link_is_written(tmp_path, nano, kind, name):
     assert [path.name for path in (tmp_path / "disk").iterdir()] == [name]
 
 
-def test_an_empty_folder_is_filled_and_has_the_usual_permissions(tmp_path, nano, transformers):
-    (tmp_path / "here").mkdir()
-    run("--to", "hf", "--output", tmp_path / "here", *nano)
-    names = {file.name for file in (tmp_path / "here").iterdir()}
-    assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
-    (tmp_path / "usual").mkdir()
-    assert (tmp_path / "here").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--to", "hf", "--output", "{tmp}/file.d"], "file.d exists already. Name a new folder"),
         (["--to", "hf", "--output", "{tmp}/full"], "full exists already. Name a new folder"),
         (["--to", "backbone", "--output", "{tmp}/folder.pth"], "folder.pth is a folder"),
         (["--to", "backbone", "--output", "{tmp}/file.d/a.pth"], "can't write to the folder of --output"),
         (["--to", "backbone", "--output", "{tmp}/mine.pth"], "would replace --pretrained_weights"),
-        (["--to", "backbone", "--output", "{tmp}/a.pth", "--pretrained_weights", "missing.pth"], "no file missing.pth"),
-        (["--to", "backbone", "--output", "{tmp}/a.pth", "--arch", "vit_tiny"], "vit_tiny"),
-        (["--to", "backbone", "--output", "{tmp}/a.pth", "--patch_size", "8"], "--patch_size"),
         (["--to", "backbone", "--output", "{tmp}/a.pth", "--checkpoint_key", "ema"], "student, teacher"),
     ],
 )
@@ -563,13 +473,7 @@ def test_nothing_is_written_over_other_files_or_from_wrong_weights(
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "library"),
-    [
-        ("backbone", "a.safetensors", "safetensors"),
-        ("timm", "a.pth", "timm"),
-        ("onnx", "a.onnx", "onnxscript"),
-        ("hf", "a", "transformers"),
-    ],
+    ("kind", "name", "library"), [("backbone", "a.safetensors", "safetensors"), ("hf", "a", "transformers")]
 )
 def test_a_missing_library_is_named_with_the_pip_command(tmp_path, nano, monkeypatch, capsys, kind, name, library):
     for other in {"onnx": ("onnx", "onnxruntime"), "hf": ("safetensors",)}.get(kind, ()):
@@ -577,13 +481,6 @@ def test_a_missing_library_is_named_with_the_pip_command(tmp_path, nano, monkeyp
     monkeypatch.setitem(sys.modules, library, None)
     code, line = end(monkeypatch, capsys, "--to", kind, "--output", tmp_path / name, *nano)
     assert (code, line.endswith(f": pip install {library}")) == (2, True)
-
-
-def test_plain_weights_need_no_other_library(tmp_path, nano, monkeypatch):
-    for library in ("safetensors", "timm", "onnx", "onnxruntime", "transformers"):
-        monkeypatch.setitem(sys.modules, library, None)
-    run("--to", "backbone", "--output", tmp_path / "a.pth", *nano)
-    assert (tmp_path / "a.pth").exists()
 
 
 def test_the_script_prints_the_size_the_check_and_the_normalization(tmp_path, checkpoint):

@@ -6,21 +6,22 @@ The classifier itself is tested in test_eval_knn.py.
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, arguments_of, log_without_times, run_script
+from conftest import SMALL_RUN, arguments_of, assert_same, log_without_times, run_script
 from PIL import Image
+from test_restarts import Run, finish
 
 import dino_data
 import dino_health
+import eval_knn
 import main_dino
 import utils
 
+pytestmark = pytest.mark.usefixtures("small_networks")
 RUN = [*SMALL_RUN, "--use_bn_in_head", "true", "--lr", "0.05"]
 
 
@@ -98,29 +99,29 @@ def labeled(sample_root, tmp_path_factory):
     return root
 
 
-def accuracies_printed(root, weights):
+def accuracies_printed(capsys, root, weights):
     """(top-1, top-5) that eval_knn.py prints for a checkpoint."""
     flags = ["--arch", "vit_nano", "--image_size", 32, "--nb_knn", 20, "--data_path", root, "--num_workers", 0]
-    out = run_script("eval_knn.py", *flags, "--pretrained_weights", weights, "--device", "cpu").stdout
-    return [float(number) for number in re.search(r"Top1: (\S+), Top5: (\S+)", out).groups()]
+    eval_knn.main(arguments_of(eval_knn, *flags, "--pretrained_weights", weights, "--device", "cpu"))
+    return [float(number) for number in re.search(r"Top1: (\S+), Top5: (\S+)", capsys.readouterr().out).groups()]
 
 
-def test_logged_accuracies_match_eval_knn_and_the_best_checkpoint_is_saved(tiny_root, labeled, tmp_path):
+def test_logged_accuracies_match_eval_knn_and_the_best_checkpoint_is_saved(capsys, tiny_root, labeled, tmp_path):
     folder = train(tiny_root, tmp_path, "--knn_every", 1, "--epochs", 4, "--knn_data", labeled)
     logged = [[line["knn_top1"], line["knn_top5"]] for line in log_without_times(folder)]
     assert len(logged) == 4
-    assert accuracies_printed(labeled, folder / "checkpoint.pth") == pytest.approx(logged[-1])
+    assert accuracies_printed(capsys, labeled, folder / "checkpoint.pth") == pytest.approx(logged[-1])
     best = max(range(4), key=lambda epoch: logged[epoch][0])
     assert logged[best][0] > min(top1 for top1, _ in logged)
     assert checkpoint(folder, "checkpoint_best.pth")["epoch"] == best + 1
-    assert accuracies_printed(labeled, folder / "checkpoint_best.pth") == pytest.approx(logged[best])
+    assert accuracies_printed(capsys, labeled, folder / "checkpoint_best.pth") == pytest.approx(logged[best])
 
 
-def test_two_processes_log_what_eval_knn_prints(tiny_root, labeled, tmp_path):
+def test_two_processes_log_what_eval_knn_prints(capsys, tiny_root, labeled, tmp_path):
     flags = [*RUN, "--data_path", tiny_root / "train", "--knn_data", labeled, "--batch_size_per_gpu", 3, "--epochs", 1]
-    run_script("main_dino.py", *flags, "--knn_every", 1, "--output_dir", tmp_path, processes=2)
+    run_script("main_dino.py", *flags, "--knn_every", 1, "--output_dir", tmp_path, processes=2, blocks=2)
     (line,) = log_without_times(tmp_path)
-    printed = accuracies_printed(labeled, tmp_path / "checkpoint.pth")
+    printed = accuracies_printed(capsys, labeled, tmp_path / "checkpoint.pth")
     assert printed == pytest.approx([line["knn_top1"], line["knn_top5"]])
 
 
@@ -155,37 +156,21 @@ def test_a_resumed_run_remembers_the_best_accuracy():
 
 # ---- no effect on training ----
 
-RESNET = ("--arch", "resnet18", "--use_fp16", "false")  # its batch norms keep running statistics
+CONVNET = ("--arch", "mobilenet_v3_small", "--use_fp16", "false")  # its batch norms keep running statistics
 
 
-@pytest.fixture(scope="module")
-def without_knn(tiny_root, tmp_path_factory):
-    return train(tiny_root, tmp_path_factory.mktemp("without"), *RESNET)
-
-
-@pytest.mark.xdist_group("knn")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_training_is_bit_identical_with_and_without_knn(without_knn, tiny_root, tmp_path, workers):
-    with_knn = train(tiny_root, tmp_path, *RESNET, "--knn_every", 1, "--num_workers", workers)
+def test_training_is_bit_identical_with_and_without_knn(tiny_root, tmp_path):
+    without_knn = train(tiny_root, tmp_path / "without", *CONVNET)
+    with_knn = train(tiny_root, tmp_path / "with", *CONVNET, "--knn_every", 1, "--num_workers", 2)
     one, other = checkpoint(without_knn), checkpoint(with_knn)
     for part in ("student", "teacher", "dino_loss"):
-        assert one[part].keys() == other[part].keys()
-        assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
+        assert_same(one[part], other[part])
     logs = [log_without_times(folder) for folder in (without_knn, with_knn)]
     assert logs[0] == [{k: v for k, v in line.items() if not k.startswith("knn_")} for line in logs[1]]
 
 
 # The last step of the epoch is saved before k-NN starts, so that a resumed run repeats the evaluation only.
-RESUMED = re.compile(r"continuing in epoch 0 after step 5")
-
-
-def command_of(tiny_root, folder, *flags):
-    return [str(word) for word in (*RUN, "--data_path", tiny_root / "train", "--output_dir", folder, *flags)]
-
-
-def start(words, **how):
-    command = [sys.executable, str(ROOT / "main_dino.py"), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+RESUMED = "continuing in epoch 0 after step 5"
 
 
 def test_a_run_killed_during_knn_resumes_there(tiny_root, tmp_path):
@@ -202,19 +187,18 @@ def test_a_run_killed_during_knn_resumes_there(tiny_root, tmp_path):
     image.unlink()
     os.mkfifo(image)  # a pipe nobody writes to: the evaluation waits here until the run is killed
     folder = tmp_path / "killed"
-    words = command_of(tiny_root, folder, *flags)
-    run = start(words)
+    words = [*RUN, "--data_path", tiny_root / "train", "--output_dir", folder, *flags]
+    run = Run(*words)
     until = time.monotonic() + 60
     while not (folder / "checkpoint.pth").exists() and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.5)
-    assert run.poll() is None
+    assert run.processes[0].is_alive()
     run.kill()
-    run.communicate()
 
     image.unlink()
     image.symlink_to(target)
-    assert RESUMED.search(run_script("main_dino.py", *words, small_heads=False).stdout)
+    assert RESUMED in finish(*words)
     assert log_without_times(folder) == log_without_times(undisturbed)
     for name in ("checkpoint.pth", "checkpoint_best.pth"):
         one, other = (checkpoint(f, name) for f in (folder, undisturbed))
@@ -222,25 +206,18 @@ def test_a_run_killed_during_knn_resumes_there(tiny_root, tmp_path):
         assert all(torch.equal(one["teacher"][key], other["teacher"][key]) for key in one["teacher"])
 
 
-@pytest.fixture(scope="module")
-def long_knn(tiny_root, sample_root, tmp_path_factory):
-    """Flags of a run whose k-NN evaluation takes seconds, and the folder of an undisturbed one."""
+def test_a_signal_during_knn_stops_the_run_which_resumes_there(sample_root, tiny_root, tmp_path):
     flags = ("--knn_every", 1, "--knn_data", sample_root, "--epochs", 1, "--warmup_epochs", 0, "--num_workers", 2)
-    return flags, train(tiny_root, tmp_path_factory.mktemp("undisturbed"), *flags)
-
-
-@pytest.mark.xdist_group("signal")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_signal_during_knn_stops_the_run_which_resumes_there(long_knn, tiny_root, tmp_path, number):
-    flags, undisturbed = long_knn
-    words = command_of(tiny_root, tmp_path, *flags)
-    run = start(words, start_new_session=True)
-    next(line for line in run.stdout if line.startswith("Features:"))
-    os.killpg(run.pid, number)  # the data loader's processes receive it too
-    out, err = run.communicate(timeout=60)
-    assert (run.returncode, err) == (128 + number, "")
-    assert re.search(r"stopped \w+ epoch 0\b", out)
-    assert "[100/540]" not in out
-    assert not (tmp_path / "log.txt").exists()
-    assert RESUMED.search(run_script("main_dino.py", *words, small_heads=False).stdout)
-    assert log_without_times(tmp_path) == log_without_times(undisturbed)
+    undisturbed = train(tiny_root, tmp_path / "undisturbed", *flags)
+    words = [*RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "run", *flags]
+    run = Run(*words)
+    run.wait_for("Features:")
+    os.killpg(run.processes[0].pid, signal.SIGTERM)  # the data loader's processes receive it too
+    codes, (said,) = run.end()
+    assert codes == [128 + signal.SIGTERM]
+    assert "Traceback" not in said
+    assert re.search(r"stopped \w+ epoch 0\b", said)
+    assert "[100/135]" not in said
+    assert not (tmp_path / "run" / "log.txt").exists()
+    assert RESUMED in finish(*words)
+    assert log_without_times(tmp_path / "run") == log_without_times(undisturbed)

@@ -5,9 +5,6 @@ import json
 import math
 import random
 import shutil
-import socket
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +12,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, SMALL_RUN, assert_near, fill, log_without_times, run_script, shared, tensor
-from PIL import Image, ImageFilter, ImageOps
-from torchvision import transforms
-from torchvision.transforms import functional as TF
+from conftest import (
+    ROOT,
+    SMALL_RUN,
+    arguments_of,
+    assert_near,
+    assert_same,
+    ending,
+    fill,
+    free_port,
+    run_script,
+    shared,
+    tensor,
+)
+from PIL import Image
 
 import dino_backbones
 import dino_checkpoints
@@ -29,10 +36,8 @@ import utils
 import vision_transformer as vits
 from vision_transformer import DINOHead
 
-
-def arguments(*flags):
-    parser = dino_cli.OneLineParser(parents=[main_dino.get_args_parser()])
-    return dino_cli.parse_args(parser, [str(flag) for flag in flags])
+pytestmark = pytest.mark.usefixtures("small_networks")
+arguments = partial(arguments_of, main_dino)
 
 
 def train(root, output, *flags):
@@ -41,32 +46,9 @@ def train(root, output, *flags):
     return torch.load(output / "checkpoint.pth", weights_only=True)
 
 
-@pytest.fixture
-def small_head(monkeypatch):
-    """Projection heads of 64 instead of 2,048 units, which take a CPU a second per step in half precision."""
-    monkeypatch.setattr(main_dino, "DINOHead", partial(vits.DINOHead, hidden_dim=64))
-
-
-def assert_same_tensors(one, other):
-    """Bit for bit, through nested dicts and lists."""
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert list(one) == list(other)
-        for key in one:
-            assert_same_tensors(one[key], other[key])
-    elif isinstance(one, list):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_same_tensors(a, b)
-    else:
-        assert one == other
-
-
 def assert_same_run(one, other):
     for part in ("student", "teacher", "optimizer", "epoch", "dino_loss"):
-        assert_same_tensors(one[part], other[part])
+        assert_same(one[part], other[part])
 
 
 # ---- arguments ----
@@ -116,17 +98,6 @@ def test_parser_can_be_a_parent_of_another():
     assert args.local_rank == 3
 
 
-def fails(monkeypatch, capsys, *flags):
-    """Exit code and the one line of a run that must not start."""
-    monkeypatch.setattr(sys, "argv", ["main_dino.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as stop:
-        dino_cli.run(main_dino.train_dino, main_dino.get_args_parser(), "")
-    error = capsys.readouterr().err.strip()
-    assert error.count("\n") == 0, error
-    assert error.startswith("error: ")
-    return stop.value.code, error
-
-
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -135,63 +106,21 @@ def fails(monkeypatch, capsys, *flags):
         ("--global_crops_size 100", "--global_crops_size 100 is not a multiple of --patch_size 16. Use 96 or 112"),
         ("--local_crops_size 8", "--local_crops_size 8 is not a multiple of --patch_size 16. Use 16"),
         ("--arch vit_smal", "vit_small"),
-        ("--arch resnet5", "resnet50"),
-        ("--use_fp16 maybe", "'maybe' is neither"),
-        ("--optimizer adam", "invalid choice: 'adam'"),
         ("--data_path /nowhere/at/all", "--data_path /nowhere/at/all does not exist"),
-        ("--momentum_teacher 1.5", "--momentum_teacher: 1.5 must be between 0 and 1"),
-        ("--batch_size_per_gpu 0", "--batch_size_per_gpu: 0 must be at least 1"),
-        ("--local_crops_number=-1", "--local_crops_number: -1 must be at least 0"),
         ("--local_crops_scale 0.5 0.1", "--local_crops_scale 0.5 0.1"),
-        ("--teacher_temp 0", "--teacher_temp"),
-        ("--clip_grad=-1", "--clip_grad: -1 must be at least 0"),
-        ("--lr nan", "--lr: nan must be at least 0"),
-        ("--weight_decay inf", "--weight_decay: inf"),
         ("--blur_radius 2 1", "--blur_radius 2.0 1.0"),
-        ("--seed 99999999999999999999", "--seed"),
-        ("--drop_path_rate 1", "--drop_path_rate: 1 must be"),
-        ("--unknown_flag 1", "--unknown_flag"),
-        ("--config /nowhere.yaml", "/nowhere.yaml"),
     ],
 )
 def test_bad_arguments_exit_with_2_and_one_line(monkeypatch, capsys, tmp_path, flags, says):
-    code, error = fails(monkeypatch, capsys, "--device", "cpu", "--output_dir", tmp_path / "out", *flags.split())
+    code, error = ending(
+        monkeypatch, capsys, main_dino, "--device", "cpu", "--output_dir", tmp_path / "out", *flags.split()
+    )
     assert code == 2
     assert says in error
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_cuda_without_a_gpu_is_an_error(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, error = fails(monkeypatch, capsys, "--device", "cuda")
-    assert code == 2
-    assert "--device cuda is not available" in error
-
-
-def test_folders_without_images_are_errors(monkeypatch, capsys, tmp_path):
-    (tmp_path / "flat").mkdir()
-    (tmp_path / "empty" / "class").mkdir(parents=True)
-    for name in ("flat", "empty"):
-        assert f"{name} has no images (" in fails(monkeypatch, capsys, *SMALL_RUN, "--data_path", tmp_path / name)[1]
-
-
-def test_fewer_images_than_a_step_names_a_batch_size_that_fits(monkeypatch, capsys, tiny_root):
-    flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--batch_size_per_gpu", 64]
-    code, error = fails(monkeypatch, capsys, *flags)
-    assert code == 2
-    assert "the 40 training images are fewer than one step of 64" in error
-    assert error.endswith("Use --batch_size_per_gpu 40 or less")
-
-
-def test_an_unwritable_output_folder_is_an_error(monkeypatch, capsys, tiny_root, tmp_path):
-    (tmp_path / "file").touch()
-    flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "file" / "run"]
-    code, error = fails(monkeypatch, capsys, *flags)
-    assert code == 2
-    assert "can't write to --output_dir" in error
-
-
-def test_strict_images_ends_the_run_at_a_broken_image_and_names_it(monkeypatch, capsys, tiny_root, tmp_path):
+def test_strict_images_ends_the_run_at_a_broken_image_and_names_it(refusal, tiny_root, tmp_path):
     folder = tmp_path / "train" / "class"
     folder.mkdir(parents=True)
     whole = next((tiny_root / "train" / "brick").iterdir()).read_bytes()
@@ -199,8 +128,7 @@ def test_strict_images_ends_the_run_at_a_broken_image_and_names_it(monkeypatch, 
         (folder / f"{i}.png").write_bytes(whole if i != 3 else whole[: len(whole) // 2])
     for workers in (0, 1):
         flags = [*SMALL_RUN, "--data_path", tmp_path / "train", "--output_dir", tmp_path, "--num_workers", workers]
-        code, error = fails(monkeypatch, capsys, *flags, "--strict_images", "true")
-        assert code == 2
+        error = refusal(main_dino, *flags, "--strict_images", "true")
         assert error.startswith(f"error: can't read the image {folder / '3.png'}: ")
 
 
@@ -225,36 +153,6 @@ def test_crops_match_the_reference_numbers():
                 normalized = utils.normalize(crop)
                 assert_near(normalized.mean((1, 2)), reference[f"seed{seed}_crop{i}_mean"], 1e-5)
                 assert_near(normalized.std((1, 2)), reference[f"seed{seed}_crop{i}_std"], 1e-5)
-
-
-def test_crops_equal_torchvision_and_PIL_operations_one_by_one(sample_root):
-    image = Image.open(next((sample_root / "train" / "astronaut").iterdir())).convert("RGB").resize((160, 120))
-
-    def crop_by_hand(size, scale, blur_p, solarize_p=None):
-        box = transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
-        x = TF.resized_crop(image, *box, [size, size], transforms.InterpolationMode.BICUBIC)
-        x = TF.hflip(x) if torch.rand(1) < 0.5 else x
-        if not torch.rand(1) > 0.8:
-            x = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)(x)
-        x = TF.rgb_to_grayscale(x, 3) if torch.rand(1) < 0.2 else x
-        if random.random() <= blur_p:
-            x = x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
-        if solarize_p is not None and random.random() < solarize_p:
-            x = ImageOps.solarize(x, 128)
-        return TF.pil_to_tensor(x)
-
-    augment = main_dino.DataAugmentationDINO(
-        (0.4, 1.0), (0.05, 0.4), 3, global_crops_size=48, local_crops_size=32, as_uint8=True
-    )
-    for seed in range(12):
-        utils.fix_random_seeds(seed)
-        got = augment(image)
-        utils.fix_random_seeds(seed)
-        want = [crop_by_hand(48, (0.4, 1.0), 1.0), crop_by_hand(48, (0.4, 1.0), 0.1, 0.2)]
-        want += [crop_by_hand(32, (0.05, 0.4), 0.5) for _ in range(3)]
-        assert len(got) == 5
-        for crop, expected in zip(got, want, strict=True):
-            assert torch.equal(crop, expected)
 
 
 # ---- loss ----
@@ -380,7 +278,7 @@ def check_trajectory(name, want):
         norm = partial(nn.LayerNorm, eps=1e-6)
         size = {"img_size": [64], "patch_size": 16, "embed_dim": 96, "depth": 3, "num_heads": 3}
         backbone = vits.VisionTransformer(**size, mlp_ratio=4, qkv_bias=True, norm_layer=norm)
-        return fill(utils.MultiCropWrapper(backbone, DINOHead(96, 256)), f"open/{tag}")
+        return fill(utils.MultiCropWrapper(backbone, DINOHead(96, 256, hidden_dim=2048)), f"open/{tag}")
 
     student, teacher = network(), network().requires_grad_(False)
     steps = len(want["losses"])
@@ -431,8 +329,13 @@ def one_epoch_of(monkeypatch, tmp_path, tiny_root, *flags):
     return seen, checkpoint
 
 
-@pytest.mark.usefixtures("small_head")
+def start_scaling_at(monkeypatch, scale):
+    """Gradients of these small networks overflow at the default scale."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=scale))
+
+
 def test_fp16_trains_with_a_gradient_scaler_and_saves_it(monkeypatch, tmp_path, tiny_root):
+    start_scaling_at(monkeypatch, 2.0**10)
     seen, checkpoint = one_epoch_of(monkeypatch, tmp_path, tiny_root, "--amp_dtype", "fp16")
     assert seen == {torch.float16}
     assert checkpoint["fp16_scaler"]["scale"] > 0
@@ -444,13 +347,6 @@ def test_fp16_trains_with_a_gradient_scaler_and_saves_it(monkeypatch, tmp_path, 
 def test_bf16_trains_without_a_scaler(monkeypatch, tmp_path, tiny_root):
     seen, checkpoint = one_epoch_of(monkeypatch, tmp_path, tiny_root, "--amp_dtype", "bf16")
     assert seen == {torch.bfloat16}
-    assert "fp16_scaler" not in checkpoint
-
-
-def test_use_fp16_false_ignores_amp_dtype(monkeypatch, tmp_path, tiny_root):
-    flags = ("--use_fp16", "false", "--amp_dtype", "fp16")
-    seen, checkpoint = one_epoch_of(monkeypatch, tmp_path, tiny_root, *flags)
-    assert seen == {torch.float32}
     assert "fp16_scaler" not in checkpoint
 
 
@@ -486,8 +382,9 @@ def losses_that_are(monkeypatch, bad):
 
 def test_too_many_bad_steps_exit_with_3_and_keep_the_checkpoint(monkeypatch, capsys, tmp_path, tiny_root):
     flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path, "--max_bad_steps", 2]
-    losses_that_are(monkeypatch, range(6, 100))  # 5 steps an epoch
-    code, error = fails(monkeypatch, capsys, *flags)
+    flags += ["--grad_accum_steps", 2, "--batch_size_per_gpu", 4]
+    losses_that_are(monkeypatch, range(12, 100))  # 5 steps of 2 passes an epoch
+    code, error = ending(monkeypatch, capsys, main_dino, *flags)
     assert code == 3
     assert "the loss is nan in epoch 1, step 3, after 2 such steps in a row; bad_step.json" in error
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
@@ -497,17 +394,6 @@ def test_too_many_bad_steps_exit_with_3_and_keep_the_checkpoint(monkeypatch, cap
     assert len(found["images"]) == 8
     assert all(Path(image).is_file() for image in found["images"])
     assert {"backbone.cls_token", "head.mlp.0.weight"} <= set(found["gradient_norms"])
-
-
-def test_bad_step_json_has_the_true_norms_of_accumulated_fp16_gradients(tmp_path, tiny_root):
-    flags = ["--grad_accum_steps", 2, "--batch_size_per_gpu", 4, "--max_bad_steps", 0, "--lr", "1e20"]
-    done = run_script(
-        "main_dino.py", *SMALL_RUN, *flags, "--warmup_epochs", 0, "--data_path", tiny_root / "train",
-        "--output_dir", tmp_path, check=False,
-    )  # fmt: skip
-    assert done.returncode == 3, done.stderr
-    (found,) = json.loads((tmp_path / "bad_step.json").read_text())
-    assert len(found["images"]) == 8
 
 
 def test_a_skipped_step_leaves_no_trace(monkeypatch, capsys, tmp_path, tiny_root):
@@ -525,25 +411,30 @@ def test_a_skipped_step_leaves_no_trace(monkeypatch, capsys, tmp_path, tiny_root
     flags = ("--epochs", 1, "--warmup_epochs", 0, "--use_bn_in_head", "false")
     checkpoint = train(tiny_root, tmp_path, *flags)
     for before, after in zip(states[0], states[1], strict=True):
-        assert_same_tensors(before, after)
+        assert_same(before, after)
     assert not torch.equal(states[1][2]["center"], states[2][2]["center"])
     assert all(value.isfinite().all() for value in checkpoint["student"].values())
     assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {4}
     assert "the loss is nan in epoch 0, step 0: this step is skipped (1 in a row)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arch", ["resnet18"])
-def test_batch_norm_statistics_of_a_skipped_step_are_undone(monkeypatch, tmp_path, tiny_root, arch):
-    losses_that_are(monkeypatch, {0})
-    flags = ("--arch", arch, "--global_crops_size", 64, "--local_crops_size", 32, "--epochs", 1, "--warmup_epochs", 0)
-    state = train(tiny_root, tmp_path, *flags, "--use_fp16", "false")["student"]
-    counts = {int(v) for k, v in state.items() if k.endswith("num_batches_tracked")}
-    assert counts == {8}  # 4 of 5 steps, with two crop sizes each
-
-
 def test_single_bad_steps_are_not_added_up(monkeypatch, tmp_path, tiny_root):
     losses_that_are(monkeypatch, {1, 3, 6, 8})
     assert train(tiny_root, tmp_path, "--max_bad_steps", 1)["epoch"] == 2
+
+
+def test_a_save_that_is_due_in_a_bad_step_is_put_off(monkeypatch, tmp_path, tiny_root):
+    """Steps 3, 6 and 9 are to be saved; the loss of step 3 is bad. Each step notes whether one before it was saved."""
+    losses_that_are(monkeypatch, {2})
+    saved, forward = [], main_dino.DINOLoss.forward
+
+    def note(*args, **named):
+        saved.append((tmp_path / "checkpoint.pth").exists())
+        return forward(*args, **named)
+
+    monkeypatch.setattr(main_dino.DINOLoss, "forward", note)
+    train(tiny_root, tmp_path, "--saveckp_iters", 3)
+    assert saved == [False] * 5 + [True] * 5  # after the first epoch of 5 steps
 
 
 # ---- gradient accumulation ----
@@ -566,7 +457,8 @@ def test_accumulated_gradients_equal_a_large_batch(tiny_root, tmp_path):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
 
 
-def test_fp16_clips_unscaled_gradients(tmp_path, tiny_root):
+def test_fp16_clips_unscaled_gradients(monkeypatch, tmp_path, tiny_root):
+    start_scaling_at(monkeypatch, 2.0**10)
     # Without weight decay, which would hide how small the clipped gradients are.
     flags = ("--optimizer", "sgd", "--lr", 1, "--clip_grad", 0.01, "--epochs", 1, "--warmup_epochs", 0)
     flags += ("--weight_decay", 0, "--weight_decay_end", 0)
@@ -585,7 +477,7 @@ def seeded(args):
 
 def test_student_and_teacher_start_equal_and_only_the_student_has_drop_path():
     student, teacher = main_dino.build_student_and_teacher(arguments(*SMALL_RUN), torch.device("cpu"), None)
-    assert_same_tensors(dict(student.state_dict()), dict(teacher.state_dict()))
+    assert_same(dict(student.state_dict()), dict(teacher.state_dict()))
     assert max(m.drop_prob for m in student.modules() if isinstance(m, vits.DropPath)) == pytest.approx(0.1)
     assert not [m for m in teacher.modules() if isinstance(m, vits.DropPath)]
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -647,9 +539,8 @@ def test_equal_seeds_give_equal_runs_and_other_seeds_others(finished, tiny_root,
     assert not torch.equal(other["teacher"][key], finished[0]["teacher"][key])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_run_does_not_depend_on_num_workers(finished, tiny_root, tmp_path, workers):
-    assert_same_run(train(tiny_root, tmp_path, "--num_workers", workers), finished[0])
+def test_a_run_does_not_depend_on_num_workers(finished, tiny_root, tmp_path):
+    assert_same_run(train(tiny_root, tmp_path, "--num_workers", 2), finished[0])
 
 
 def test_a_run_does_not_depend_on_the_callers_random_state(finished, tiny_root, tmp_path, monkeypatch):
@@ -673,41 +564,27 @@ def test_drop_path_is_a_function_of_seed_step_and_rank(monkeypatch):
     assert len({tuple(draw.tolist()) for draw in draws.values()}) == 3
 
 
-def test_saveckp_freq_keeps_extra_checkpoints(tiny_root, tmp_path):
-    train(tiny_root, tmp_path, "--epochs", 3, "--saveckp_freq", 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".lock",
-        "checkpoint.prev.pth",
-        "checkpoint.pth",
-        "checkpoint0000.pth",
-        "checkpoint0002.pth",
-        "log.txt",
-        "run.json",
-    ]
-
-
 def test_grad_checkpointing_changes_no_number(tiny_root, tmp_path):
     flags = ["--epochs", 1, "--warmup_epochs", 0, "--drop_path_rate", 0.5]
     plain = train(tiny_root, tmp_path / "plain", *flags)
     again = train(tiny_root, tmp_path / "again", *flags, "--grad_checkpointing", "true")
-    assert_same_tensors(plain["student"], again["student"])
+    assert_same(plain["student"], again["student"])
 
 
-def test_grad_checkpointing_of_a_network_with_batch_norms_is_an_error(monkeypatch, capsys, tmp_path, tiny_root):
+def test_grad_checkpointing_of_a_network_with_batch_norms_is_an_error(refusal, tmp_path, tiny_root):
     flags = [*SMALL_RUN, "--arch", "resnet18", "--grad_checkpointing", "true", "--data_path", tiny_root / "train"]
-    code, error = fails(monkeypatch, capsys, *flags, "--output_dir", tmp_path)
-    assert code == 2
+    error = refusal(main_dino, *flags, "--output_dir", tmp_path)
     assert "not for --arch resnet18" in error
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 def test_compile_gives_the_same_losses_to_rounding(tiny_root, tmp_path):
-    """Of two blocks: each of the compiler's files takes it a second."""
+    """Of one block: each of the compiler's files takes it a second."""
     script = tmp_path / "shallow.py"
     script.write_text(
         "from functools import partial\nimport dino_cli, main_dino\nimport vision_transformer as vits\n"
-        "vits.vit_nano = partial(vits.vit_nano, depth=2)\n"
+        "vits.vit_nano = partial(vits.vit_nano, depth=1)\n"
         "dino_cli.run(main_dino.train_dino, main_dino.get_args_parser(), '')\n"
     )
     flags = [*SMALL_RUN, "--epochs", 1, "--warmup_epochs", 0, "--use_fp16", "false", "--local_crops_number", 0]
@@ -716,7 +593,7 @@ def test_compile_gives_the_same_losses_to_rounding(tiny_root, tmp_path):
     for compiled in ("false", "true"):
         folder = tmp_path / compiled
         words = (script, *flags, "--compile", compiled, "--output_dir", folder)
-        run_script(*words, env={"PYTHONPATH": str(ROOT)})
+        run_script(*words, env={"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "1"})
         losses.append(json.loads((folder / "log.txt").read_text())["train_loss"])
     one, other = (torch.load(tmp_path / f"{c}/checkpoint.pth", weights_only=True) for c in ("false", "true"))
     assert one["student"].keys() == other["student"].keys()
@@ -738,9 +615,8 @@ def test_one_process_makes_no_process_group(finished):
     assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-def test_other_optimizers_train_and_resume(tiny_root, tmp_path, optimizer, finished):
-    flags = ("--optimizer", optimizer, "--lr", 0.03)
+def test_other_optimizers_train_and_resume(tiny_root, tmp_path, finished):
+    flags = ("--optimizer", "lars", "--lr", 0.03)
     whole = train(tiny_root, tmp_path / "whole", *flags)
     assert_same_run(interrupted(tiny_root, tmp_path / "cut", *flags), whole)
     key = "backbone.blocks.0.attn.qkv.weight"
@@ -768,41 +644,15 @@ def interrupted(root, output, *flags):
     return train(root, output, *flags)
 
 
-def test_a_run_resumed_between_epochs_is_bit_identical(finished, tiny_root, tmp_path):
-    assert_same_run(interrupted(tiny_root, tmp_path), finished[0])
-    assert log_without_times(tmp_path) == log_without_times(finished[1])
+def test_starting_a_finished_run_changes_nothing(finished, tiny_root):
+    before = (finished[1] / "checkpoint.pth").read_bytes()
+    train(tiny_root, finished[1])
+    assert (finished[1] / "checkpoint.pth").read_bytes() == before
 
 
-def test_starting_a_finished_run_changes_nothing(tiny_root, tmp_path):
-    train(tiny_root, tmp_path, "--epochs", 1)
-    before = (tmp_path / "checkpoint.pth").read_bytes()
-    train(tiny_root, tmp_path, "--epochs", 1)
-    assert (tmp_path / "checkpoint.pth").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        ("--out_dim 128", "--out_dim 64, this run has --out_dim 128"),
-        ("--arch vit_tiny", "--arch vit_nano, this run has --arch vit_tiny"),
-        ("--optimizer sgd --patch_size 8", "--patch_size 16 --optimizer adamw"),
-    ],
-)
-def test_a_checkpoint_of_other_settings_names_what_differs(monkeypatch, capsys, finished, tiny_root, flags, says):
-    _, output = finished
-    before = (output / "checkpoint.pth").read_bytes()
-    run = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", output, *flags.split()]
-    code, error = fails(monkeypatch, capsys, *run)
-    assert code == 2
-    assert says in error
-    assert (output / "checkpoint.pth").read_bytes() == before
-
-
-@pytest.mark.usefixtures("small_head")
-@pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
-def test_resumes_from_a_checkpoint_of_the_authors_release(tiny_root, tmp_path, amp_dtype):
+def test_resumes_from_a_checkpoint_of_the_authors_release(tiny_root, tmp_path):
     """Arguments as a Namespace, learning rates as numpy scalars, groups and steps as an old torch wrote them."""
-    flags = ("--amp_dtype", amp_dtype, "--saveckp_freq", 1)
+    flags = ("--amp_dtype", "fp16", "--saveckp_freq", 1)
     whole = train(tiny_root, tmp_path, *flags)
     checkpoint = torch.load(tmp_path / "checkpoint0000.pth", weights_only=True)
     args = {k: v for k, v in checkpoint["args"].items() if k not in ("device", "amp_dtype", "global_crops_size")}
@@ -817,16 +667,6 @@ def test_resumes_from_a_checkpoint_of_the_authors_release(tiny_root, tmp_path, a
     assert_same_run(train(tiny_root, tmp_path, *flags), whole)
 
 
-@pytest.mark.usefixtures("small_head")
-def test_the_gradient_scaler_is_resumed(tiny_root, tmp_path):
-    flags = ("--amp_dtype", "fp16", "--saveckp_freq", 1)
-    train(tiny_root, tmp_path, *flags)
-    checkpoint = torch.load(tmp_path / "checkpoint0000.pth", weights_only=True)
-    checkpoint["fp16_scaler"]["scale"] = 8.0
-    torch.save(checkpoint, tmp_path / "checkpoint.pth")
-    assert train(tiny_root, tmp_path, *flags)["fp16_scaler"]["scale"] == 8.0
-
-
 SOUND = {"epoch": 0, "step": 3, "images_done": 24, "meters": [{"loss": (1.5, 3), "lr": (2, 3)}], "args": {}}
 RUN = argparse.Namespace(batch_size_per_gpu=8)
 
@@ -834,10 +674,9 @@ RUN = argparse.Namespace(batch_size_per_gpu=8)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("epoch", value) for value in ("x", -1, None)),
+        ("epoch", -1),
         *(("images_done", value) for value in (1.5, True, 2**70)),
-        *(("meters", value) for value in (None, [3], [{"loss": 3}], [{"loss": ("a", 1)}], [{"loss": (1.0, 1.0)}])),
-        *(("meters", [{"loss": total}]) for total in ((10**400, 1), (1.0, -1), (1.0, 2**70), (1.0,))),
+        *(("meters", value) for value in (None, [{"loss": 3}], [{"loss": (1.0, 1.0)}], [{"loss": (10**400, 1)}])),
     ],
 )
 def test_an_impossible_position_is_refused(name, value):
@@ -852,38 +691,15 @@ def test_older_checkpoints_count_steps_of_their_own_batch(before, want):
     assert dino_checkpoints.position(progress, RUN, "checkpoint.pth") == (0, want)
 
 
-def test_a_run_does_not_resume_from_an_impossible_position(monkeypatch, capsys, finished, tiny_root, tmp_path):
-    torch.save({**finished[0], "images_done": "two"}, tmp_path / "checkpoint.pth")
-    run = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path]
-    code, line = fails(monkeypatch, capsys, *run)
-    assert code == 2
-    assert "has an impossible position" in line
-
-
-def test_a_file_that_is_not_a_training_checkpoint_is_not_overwritten(
-    monkeypatch, capsys, finished, tiny_root, tmp_path
-):
-    torch.save(finished[0]["teacher"], tmp_path / "checkpoint.pth")
-    before = (tmp_path / "checkpoint.pth").read_bytes()
-    run = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path]
-    assert "is not a training checkpoint" in fails(monkeypatch, capsys, *run)[1]
-    assert (tmp_path / "checkpoint.pth").read_bytes() == before
-
-
 def test_a_folder_with_train_and_val_is_refused(monkeypatch, capsys, tiny_root, tmp_path):
     for name in ("train", "val"):
         (tmp_path / "data" / name).mkdir(parents=True)
         image = next((tiny_root / "train" / "brick").iterdir())
         (tmp_path / "data" / name / "0.png").write_bytes(image.read_bytes())
     run = [*SMALL_RUN, "--data_path", tmp_path / "data", "--output_dir", tmp_path / "out"]
-    assert fails(monkeypatch, capsys, *run)[1].endswith(
+    assert ending(monkeypatch, capsys, main_dino, *run)[1].endswith(
         f"Train on train alone: --data_path {tmp_path / 'data' / 'train'}"
     )
-
-
-def test_a_network_for_one_image_size_is_an_error(monkeypatch, capsys, tiny_root, tmp_path):
-    run = [*SMALL_RUN, "--arch", "vit_b_32", "--data_path", tiny_root / "train", "--output_dir", tmp_path]
-    assert "--arch vit_b_32 does not take images of 32 pixels" in fails(monkeypatch, capsys, *run)[1]
 
 
 # ---- initial weights ----
@@ -900,8 +716,8 @@ def first_networks(*flags):
 def test_a_run_starts_from_the_teacher_of_another_with_its_head(finished, capsys):
     source = finished[1] / "checkpoint.pth"
     student, teacher = first_networks("--init_from", source)
-    assert_same_tensors(dict(student), finished[0]["teacher"])
-    assert_same_tensors(dict(teacher), finished[0]["teacher"])
+    assert_same(dict(student), finished[0]["teacher"])
+    assert_same(dict(teacher), finished[0]["teacher"])
     said = capsys.readouterr().out
     number = sum(key.startswith("backbone.") for key in student)
     assert f"loaded {number} of {number} tensors from {source} [teacher]" in said
@@ -912,12 +728,12 @@ def test_a_run_starts_from_a_backbone_of_another_size_with_a_new_head(tmp_path, 
     published = vits.vit_nano(patch_size=16, img_size=[64]).state_dict()
     torch.save(published, tmp_path / "backbone.pth")
     student, teacher = first_networks("--init_from", tmp_path / "backbone.pth")
-    assert_same_tensors(dict(student), dict(teacher))
+    assert_same(dict(student), dict(teacher))
     assert student["backbone.pos_embed"].shape == (1, 5, 128)  # crops of 32 pixels are 2 x 2 patches
-    assert torch.equal(student["backbone.blocks.3.mlp.fc2.weight"], published["blocks.3.mlp.fc2.weight"])
+    assert torch.equal(student["backbone.blocks.1.mlp.fc2.weight"], published["blocks.1.mlp.fc2.weight"])
     untouched, _ = first_networks()
     heads = [{k: v for k, v in network.items() if k.startswith("head.")} for network in (student, untouched)]
-    assert_same_tensors(*heads)
+    assert_same(*heads)
     assert "the projection head starts at random" in capsys.readouterr().out
 
 
@@ -930,9 +746,9 @@ def test_an_interrupted_run_resumes_from_its_own_weights_not_from_init_from(tiny
 
 def test_missing_or_unfit_initial_weights_are_one_line(monkeypatch, capsys, tiny_root, tmp_path):
     run = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "out", "--init_from"]
-    assert "there is no file nowhere.pth" in fails(monkeypatch, capsys, *run, "nowhere.pth")[1]
+    assert "there is no file nowhere.pth" in ending(monkeypatch, capsys, main_dino, *run, "nowhere.pth")[1]
     torch.save(vits.vit_tiny().state_dict(), tmp_path / "tiny.pth")
-    assert "is [1, 1, 192] in" in fails(monkeypatch, capsys, *run, tmp_path / "tiny.pth")[1]
+    assert "is [1, 1, 192] in" in ending(monkeypatch, capsys, main_dino, *run, tmp_path / "tiny.pth")[1]
     assert not (tmp_path / "out" / "checkpoint.pth").exists()
 
 
@@ -948,7 +764,7 @@ def test_list_archs_prints_one_known_name_per_line(monkeypatch, capsys):
     assert "list_archs" not in vars(arguments())
 
 
-@pytest.mark.parametrize("arch", ["xcit_nano_12_p16", "timm:vit_tiny_patch16_224", "timm:resnet10t"])
+@pytest.mark.parametrize("arch", ["xcit_nano_12_p16", "timm:resnet10t"])
 def test_timm_networks_train(tiny_root, tmp_path, arch):
     flags = ("--arch", arch, "--epochs", 1, "--local_crops_size", 16 if "vit" in arch else 32)
     flags += ("--global_crops_size", 64)
@@ -982,34 +798,23 @@ dino_cli.run(main, main_dino.get_args_parser(), "")
 """
 
 
-def recorded_losses(tmp_path, launcher, name, *flags, **options):
+def recorded_losses(tmp_path, name, *flags, **options):
     script = tmp_path / "recorder.py"
     script.write_text(RECORDER)
     output = tmp_path / name
     flags = [*SMALL_RUN, "--output_dir", output, *flags]
-    run_script(*launcher, script, tmp_path / f"{name}.json", *flags, env={"PYTHONPATH": str(ROOT)}, **options)
+    run_script(script, tmp_path / f"{name}.json", *flags, env={"PYTHONPATH": str(ROOT)}, **options)
     return json.loads((tmp_path / f"{name}.json").read_text()), torch.load(output / "checkpoint.pth", weights_only=True)
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "tolerance"), [("sgd", 1e-6), ("adamw", 1e-4)])
-def test_two_processes_match_one_with_the_same_global_batch(tmp_path, tiny_root, optimizer, tolerance):
-    flags = [
-        "--data_path",
-        tiny_root / "train",
-        "--optimizer",
-        optimizer,
-        "--lr",
-        0.05 if optimizer == "sgd" else 0.002,
-    ]
+def test_two_processes_match_one_with_the_same_global_batch(tmp_path, tiny_root):
+    flags = ["--data_path", tiny_root / "train", "--optimizer", "sgd", "--lr", 0.05]
     flags += ["--drop_path_rate", 0, "--use_fp16", "false"]
-    one, state = recorded_losses(tmp_path, (), "one", *flags, "--batch_size_per_gpu", 8)
-    two, states = recorded_losses(tmp_path, (), "two", *flags, "--batch_size_per_gpu", 4, processes=2)
+    one, state = recorded_losses(tmp_path, "one", *flags, "--batch_size_per_gpu", 8)
+    two, states = recorded_losses(tmp_path, "two", *flags, "--batch_size_per_gpu", 4, processes=2)
     assert len(one) == 10
-    assert_near(two, one, tolerance)
+    assert_near(two, one, 1e-6)
     assert one[0] != one[-1]
     assert_near(states["dino_loss"]["center"], state["dino_loss"]["center"], 1e-3)
     assert set(states["student"]) == set(state["student"])
@@ -1017,52 +822,29 @@ def test_two_processes_match_one_with_the_same_global_batch(tmp_path, tiny_root,
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_resnet50_trains_three_steps_on_two_processes(tmp_path, tiny_root):
-    flags = ["--config", "recipes/imagenet_resnet50.yaml", *SMALL_RUN, "--arch", "resnet50", "--local_crops_size", 32]
+def test_a_resnet_trains_on_two_processes_and_is_evaluated(tmp_path, tiny_root):
+    flags = ["--config", "recipes/imagenet_resnet50.yaml", *SMALL_RUN, "--arch", "resnet18", "--local_crops_size", 32]
     flags += ["--data_path", tiny_root / "train", "--output_dir", tmp_path, "--batch_size_per_gpu", 6, "--epochs", 1]
     done = run_script("main_dino.py", *flags, processes=2)
     assert "[2/3]" in done.stdout
     assert done.stdout.count("each process normalizes its own batch") == 1
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert all(key.startswith("module.backbone.") or key.startswith("module.head.") for key in checkpoint["teacher"])
-    evaluated = run_script(
-        *("eval_knn.py", "--arch", "resnet50", "--data_path", tiny_root, "--image_size", 32, "--nb_knn", 5),
-        *("--pretrained_weights", tmp_path / "checkpoint.pth", "--num_workers", 0, "--device", "cpu"),
-    )
-    assert "loaded 318 of 318 tensors" in evaluated.stdout
+    model, _ = dino_backbones.build_backbone("resnet18")
+    number = len(model.state_dict())
+    assert dino_backbones.load_weights(model, tmp_path / "checkpoint.pth") == (number, number)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("spelling", "number"), [("--local_rank", 2), ("--local-rank", 1)])
-def test_the_old_launcher_and_both_spellings_of_local_rank_work(tmp_path, tiny_root, spelling, number):
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node", number, "--master_port", port)
+def test_the_old_launcher_works(tmp_path, tiny_root):
+    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node", 2, "--master_port", free_port())
     flags = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path, "--epochs", 1]
-    run_script(*launcher, "main_dino.py", f"{spelling}=0", *flags, "--warmup_epochs", 0)
+    run_script(*launcher, "main_dino.py", "--local_rank=0", *flags, "--warmup_epochs", 0)
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
 
 
-@pytest.mark.slow
-def test_two_nodes_match_one_process(tmp_path, tiny_root):
-    flags = ["--data_path", tiny_root / "train", "--optimizer", "sgd", "--lr", 0.05, "--epochs", 1]
-    flags += ["--warmup_epochs", 0, "--drop_path_rate", 0, "--use_fp16", "false"]
-    one, _ = recorded_losses(tmp_path, (), "one", *flags)
-    with socket.create_server(("localhost", 0)) as server:
-        meeting = f"localhost:{server.getsockname()[1]}"
-    node = ("-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d")
-    node += ("--rdzv_endpoint", meeting, "--rdzv_id", "dino")
-    with ThreadPoolExecutor() as both:  # the same command on each
-        flags += ["--batch_size_per_gpu", 4]
-        runs = [both.submit(recorded_losses, tmp_path, node, "two", *flags) for _ in range(2)]
-        (two, _), _ = [run.result() for run in runs]
-    assert len(one) == 5
-    assert_near(two, one, 1e-6)
-
-
-@pytest.mark.slow
 def test_an_error_ends_all_processes_without_a_traceback(tmp_path):
-    done = run_script(*TORCHRUN, "main_dino.py", *SMALL_RUN, "--data_path", tmp_path / "none", check=False)
-    assert done.returncode != 0
+    done = run_script("main_dino.py", *SMALL_RUN, "--data_path", tmp_path / "none", check=False, processes=2)
+    assert done.returncode == 2
     assert "error (rank 0): --data_path" in done.stderr
-    assert "in train_dino" not in done.stderr
+    assert "Traceback" not in done.stderr

@@ -5,16 +5,15 @@ import fcntl
 import os
 import pty
 import re
-import signal
+import select
 import struct
-import sys
 import termios
 import time
 from io import StringIO
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, log_without_times, run_script
+from conftest import FORKS, SMALL_RUN, become, log_without_times, run_script, start_forks
 
 import utils
 
@@ -46,28 +45,25 @@ def on_terminal(*words, env=None, type_at=""):
     Once the text `type_at` has appeared, Ctrl-C is pressed.
     """
     environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "", **(env or {})}
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(ROOT)
-        os.execve(sys.executable, [sys.executable, *map(str, words)], environment)
+    terminal, other_end = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+    start_forks()
+    process = FORKS.Process(target=become, args=([str(word) for word in words], environment, os.ttyname(other_end), 4))
+    process.start()
     written, until = b"", time.monotonic() + 120
-    while time.monotonic() < until:
-        try:
-            part = os.read(terminal, 4096)
-        except OSError:  # Linux: all processes of the terminal have ended
-            break
-        if not part:
-            break
-        written += part
+    while process.is_alive() or select.select([terminal], [], [], 0)[0]:
+        if time.monotonic() > until:
+            process.kill()
+        if not select.select([terminal], [], [], 0.02)[0]:
+            continue
+        written += os.read(terminal, 4096)
         if type_at and type_at.encode() in written:
             time.sleep(0.3)  # Ctrl-C makes the terminal discard what it has not shown yet
             os.write(terminal, b"\x03")
             type_at = ""
-    else:
-        os.kill(process, signal.SIGKILL)
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), written.decode()
+    os.close(other_end)
+    return process.exitcode, written.decode()
 
 
 def left_on_screen(written):

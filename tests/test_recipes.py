@@ -235,15 +235,11 @@ def read(tmp_path):
     [
         ("tensorboard: off", "off"),
         ("use_fp16: off", False),
-        ("use_fp16: False", False),
-        ("data_path: 2024", "2024"),
         ("data_path: 007", "007"),
         ("data_path: 1:30", "1:30"),
         ("data_path: 'a # b'", "a # b"),
         ("data_path: grün", "grün"),
         ("lr: 1e-3", 1e-3),
-        ("lr: .5", 0.5),
-        ("clip_grad: 3", 3.0),
         ("local_crops_scale: [.1, 1]", [0.1, 1.0]),
         ("lr: 1\nlr: 2", 2.0),  # the last one counts
     ],
@@ -266,6 +262,7 @@ def test_the_command_line_overrides_a_recipe(read):
         ("print_config: true\n", "unknown key 'print_config'"),
         ("out_dims: 3\n", "unknown key 'out_dims'; did you mean out_dim"),
         ("5: 3\n", "unknown key '5'"),
+        ("config: other.yaml\n", "unknown key 'config'"),
         ("lr: 1\x00\n", r"can't read the recipe --config .*mine\.yaml"),
         ("- lr\n", "no `flag: value` lines"),
         ("lr: " + "[" * 20_000, r"can't read the recipe --config .*mine\.yaml"),
@@ -280,11 +277,9 @@ def test_a_mistake_in_a_recipe_is_one_line(read, text, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("epochs: 3.5", "argument --epochs: invalid int value: '3.5'"),
         ("epochs: 0", "argument --epochs: 0 must be at least 1"),
         ("lr: [1, 2]", "unrecognized arguments: 2"),
         ("global_crops_scale: 1", "argument --global_crops_scale: expected 2 arguments"),
-        ("optimizer: adam", "argument --optimizer: invalid choice: 'adam'"),
         ("use_fp16: 7", "argument --use_fp16: '7' is neither"),
     ],
 )
@@ -295,13 +290,10 @@ def test_a_wrong_value_in_a_recipe_is_one_line(read, capsys, line, message):
     assert re.fullmatch(rf"error: in \S*mine\.yaml: {re.escape(message)}.*\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("word", "value"), [("true", True), ("True", True), ("false", False)])
-def test_a_recipe_sets_a_switch(read, word, value):
-    settings = read(f"wait: {word}\nlr: 1\n", script=run_with_submitit)
-    assert (settings["wait"], settings["use_volta32"], settings["lr"]) == (value, False, 1.0)
-
-
-def test_a_switch_that_is_neither_true_nor_false_is_refused(read, capsys):
+def test_a_recipe_sets_a_switch_to_true_or_false(read, capsys):
+    for word, value in (("True", True), ("false", False)):
+        settings = read(f"wait: {word}\nlr: 1\n", script=run_with_submitit)
+        assert (settings["wait"], settings["use_volta32"], settings["lr"]) == (value, False, 1.0)
     with pytest.raises(SystemExit):
         read("wait: maybe\n", script=run_with_submitit)
     assert "mine.yaml: argument --wait: ignored explicit argument 'maybe'" in capsys.readouterr().err
@@ -389,10 +381,7 @@ def test_print_config_reports_mistakes(printed, capsys, words, message):
 
 def test_the_script_prints_before_any_work_and_its_output_runs_again(tmp_path):
     words = ["main_dino.py", "--config", "recipes/imagenet_vitb8.yaml", "--output_dir", tmp_path / "out"]
-    done = run_script("-X", "importtime", *words, "--print_config", "--data_path", "/nowhere")
-    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.M))
-    assert "torch" in imported
-    assert "timm" not in imported  # it takes seconds, and only other networks need it
+    done = run_script(*words, "--print_config", "--data_path", "/nowhere")
     assert not (tmp_path / "out").exists()
     (tmp_path / "again.yaml").write_text(done.stdout)
     assert run_script("main_dino.py", "--config", tmp_path / "again.yaml", "--print_config").stdout == done.stdout

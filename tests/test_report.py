@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, arguments_of, assert_near, ending, run_script
+from conftest import SMALL_RUN, arguments_of, assert_near, ending, run_script, sharp_nano
 from matplotlib import colormaps
 from PIL import Image
 
-import dino_backbones
 import dino_crops
 import dino_images
 import report
@@ -57,12 +56,7 @@ ARGS = {"arch": "vit_nano", "patch_size": 16, "global_crops_size": 32, "epochs":
 
 
 def teacher(seed=1):
-    """An untrained network that attends to some patches much more than to others."""
-    torch.manual_seed(seed)
-    model = dino_backbones.build_backbone("vit_nano", 16, 32)[0].eval()
-    for block in model.blocks:
-        block.attn.qkv.weight.data *= 6
-    return model
+    return sharp_nano(32, seed)
 
 
 def make_run(folder, log=LOG, info=INFO, model=None, args=ARGS):
@@ -166,12 +160,6 @@ def test_columns_are_the_epochs_with_a_finite_first_number():
     assert found["b"][1] == 5
 
 
-def test_settings_are_the_checkpoints_overridden_by_run_json(tmp_path, monkeypatch):
-    monkeypatch.chdir(make_run(tmp_path, info={"changed": {"epochs": 9}}, model=teacher()))
-    run = report.read_run("A", ".")
-    assert (run.args, run.folder) == ({**ARGS, "epochs": 9}, tmp_path)
-
-
 def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path, images):
     folder = make_run(tmp_path, model=teacher())
     (folder / "checkpoint.pth").rename(folder / "checkpoint.prev.pth")
@@ -186,12 +174,6 @@ def test_the_summary_describes_the_state_of_the_run(page):
     assert "3 of 3 epochs are done. The last loss is 2.000." in page.text
     assert f"The teacher's entropy is 1.000, {100 / LN_K:.0f} % of its maximum ln K = {LN_K:.3f}." in page.text
     assert "The best k-NN accuracy is 62.5 % in epoch 1, the last one 62.5 %. Warnings: 2." in page.text
-
-
-def test_the_best_accuracy_need_not_be_the_last():
-    words = report.summary(run_of([epoch_line(e, knn_top1=top1) for e, top1 in ((0, 50.0), (4, 61.0), (8, 55.5))]))
-    assert words.startswith("9 epochs are done.")
-    assert words.endswith("The best k-NN accuracy is 61.0 % in epoch 4, the last one 55.5 %. Warnings: none.")
 
 
 def test_an_epoch_without_a_finite_loss_is_reported():
@@ -215,11 +197,6 @@ def test_a_warning_of_several_epochs_is_one_row():
     assert "Warnings: 4." in report.summary(run)
 
 
-def test_only_the_first_hundred_warnings_are_shown():
-    html = report.warnings_table(run_of([epoch_line(i, warnings=[f"number {i}"]) for i in range(103)]))
-    assert ("number 99<" in html, "number 100<" in html, "and 3 more" in html) == (True, False, True)
-
-
 # ---- charts ----
 
 
@@ -240,42 +217,6 @@ def test_entropy_and_kl_are_stacked_up_to_the_loss():
     assert tops == [["train_entropy"], ["train_entropy", "train_kl"]]
     assert_near(np.add(data["train_entropy"], data["train_kl"]), data["train_loss"], 1e-12)
     assert glyphs(figure, "Line")[0].data_source.data["train_loss"] == [4.0, 3.0, 2.0]
-
-
-def test_dashed_lines_are_ln_k_and_one_over_the_root_of_the_width():
-    figures = figures_of(LOG)[0]
-    for title, height in (("Loss", LN_K), ("Spread of features", 1 / math.sqrt(192))):
-        (level,) = [line for line in glyphs(figures[title], "Line") if line.glyph.line_dash == [6]]
-        heights = level.data_source.data.get("y", [level.glyph.y] * 2)
-        assert_near(heights, [height, height], 1e-12)
-    assert not [line for line in glyphs(figures["Memory"], "Line") if line.glyph.line_dash == [6]]
-
-
-def test_charts_of_two_runs_share_axes_and_name_all_values():
-    figures, _, captions = figures_of(LOG, LOG[:1])
-    tips = [tool.tooltips for tool in figures["Loss"].tools]
-    assert "A epoch @epoch: loss <b>@train_loss{%.4g}</b>, entropy <b>@train_entropy{%.4g}</b>, kl" in tips[0]
-    assert "B epoch @epoch: loss" in tips[1]
-    assert "<span>2 / 4</span>" in captions[0]
-    colors = [line.glyph.line_color for line in glyphs(figures["k-NN accuracy"], "Line")]
-    assert colors == [report.BLUE, report.ORANGE]
-    assert {(figure.x_range.start, figure.x_range.end) for figure in figures.values()} == {(-0.4, 2.4)}
-
-
-def test_last_values_have_three_digits_or_are_a_dash():
-    captions = figures_of(LOG, [{"epoch": 0, "train_loss": 5.4321}])[2]
-    assert "<span>2 / 5.43</span>" in captions[0]
-    assert "<span>62.5 / –</span>" in captions[1]
-    assert [report.short(x) for x in (0.0136612, -2, 1210.4, 123456.7)] == ["0.0137", "-2", "1210", "123457"]
-
-
-def test_gradient_norms_have_a_log_scale_if_all_are_positive():
-    kinds = [
-        type(figures_of([epoch_line(0, train_grad_norm=norm)])[0]["Norm of gradients"].yaxis[0]).__name__
-        for norm in (0.1, 0.0)
-    ]
-    assert kinds == ["LogAxis", "LinearAxis"]
-    assert type(figures_of(LOG)[0]["Learning rate"].yaxis[0]).__name__ == "LinearAxis"
 
 
 def test_a_log_of_the_authors_code_has_three_charts():
@@ -391,13 +332,6 @@ def test_a_checkpoint_alone_gives_a_page_without_curves(tmp_path, images):
     assert len(page.html) < 500_000  # without Bokeh
 
 
-def test_a_convnet_has_neighbors_only(tmp_path, images):
-    model = dino_backbones.build_backbone("squeezenet1_1", 16, 32)[0]
-    page = page_of(make_run(tmp_path, model=model, args={**ARGS, "arch": "squeezenet1_1"}), images=images)
-    assert "the network is not one of our ViTs" in page.text
-    assert "Nearest neighbors" in page.text
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -414,12 +348,6 @@ def test_a_checkpoint_that_gives_no_pictures_is_explained_on_the_page(tmp_path, 
     page = page_of(make_run(tmp_path, info=None, model=model, args={**ARGS, **change}), images=images)
     assert reason in page.text.split("No pictures: ")[1]
     assert "figure" in [tag for tag, _ in page.tags]
-
-
-def test_odd_values_in_run_json_are_shown_as_text(tmp_path):
-    page = page_of(make_run(tmp_path, info={"changed": [1], "machine": "a box", "git": None, "versions": [["x"], {}]}))
-    assert "machine a box" in page.text
-    assert "git unknown" in page.text
 
 
 def test_names_and_warnings_can_not_inject_html(page, tmp_path, images):
@@ -450,9 +378,7 @@ def test_everything_is_in_the_page(page):
         (["nowhere"], "RUN_DIR nowhere is not a folder"),
         (["{run}", "{run}", "{run}"], "3 runs are too many for one page"),
         (["{run}", "--images", "1"], "--images: 1 must be at least 2"),
-        (["{run}", "--data_path", "nowhere"], "--data_path nowhere"),
         (["{run}", "--output", "{run}/log.txt/out.html"], "can't write to --output"),
-        (["{run}", "--output", "{run}"], "where a file is to be written"),
         (["{empty}"], "has no readable log.txt"),
         (["{folder_as_log}"], "can't read"),
     ],
@@ -473,16 +399,14 @@ def test_without_bokeh_the_pip_command_is_named(monkeypatch, capsys, run_folder)
     assert (code, said.endswith("pip install bokeh")) == (2, True)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_named_and_the_old_page_stays(monkeypatch, capsys, tmp_path, images, workers):
+def test_a_damaged_image_is_named_and_the_old_page_stays(refusal, tmp_path, images):
     folder = make_run(tmp_path / "run", model=teacher())
     (folder / "report.html").write_text("before")
     (tmp_path / "images").mkdir()
     for i, path in enumerate(sorted((images / "brick").iterdir())):
         (tmp_path / "images" / f"{i}.png").write_bytes(path.read_bytes()[: 500 if i == 1 else None])
-    flags = [folder, "--data_path", tmp_path / "images", "--device", "cpu", "--num_workers", workers]
-    code, said = ending(monkeypatch, capsys, report, *flags)
-    assert code == 2
+    flags = [folder, "--data_path", tmp_path / "images", "--device", "cpu", "--num_workers", 1]
+    said = refusal(report, *flags)
     assert str(tmp_path / "images" / "1.png") in said
     assert (folder / "report.html").read_text() == "before"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pth", "log.txt", "report.html", "run.json"]
@@ -517,8 +441,7 @@ PROBE = """<script>addEventListener("load", () => setTimeout(() => {
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("chromium")
-@pytest.mark.parametrize("which", ["page", "page_of_two"])
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (500, True)])
+@pytest.mark.parametrize(("which", "width", "dark"), [("page", 1280, False), ("page_of_two", 500, True)])
 def test_a_browser_draws_all_charts_without_errors_or_overflow(request, tmp_path, which, width, dark):
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:

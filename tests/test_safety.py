@@ -1,13 +1,10 @@
 """No file that is downloaded or loaded runs code, starts another program, or makes a script write elsewhere."""
 
 import functools
-import importlib
 import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +13,6 @@ from conftest import SMALL_RUN
 from PIL import EpsImagePlugin, Image
 
 import dino_checkpoints
-import dino_cli
 import dino_images
 import eval_video_segmentation
 import video_generation
@@ -54,25 +50,6 @@ def content_of(folder):
     """{path: content} of all files and folders in a folder, except a run's lock."""
     found = {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
     return {path: content for path, content in found.items() if path.name != ".lock"}
-
-
-@pytest.fixture
-def refusal(monkeypatch, capsys):
-    """refusal(script, *words) -> the error line of a script that exits with code 2."""
-
-    def run(script, *words):
-        module = importlib.import_module(script)
-        main = getattr(module, "main", None) or module.train_dino
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            dino_cli.run(main, module.get_args_parser(), "")
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        assert ended.value.code == 2
-        assert line.startswith("error: ")
-        return line
-
-    return run
 
 
 # ---- checkpoints ----
@@ -140,15 +117,9 @@ def test_a_report_runs_no_code_in_a_checkpoint(refusal, evil, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("function", [os.system, os.mkdir, subprocess.check_call, exec, functools.partial])
+@pytest.mark.parametrize("function", [os.system, exec, functools.partial])
 def test_a_checkpoint_that_would_run_code_is_refused_and_names_the_function(tmp_path, canary, function, zipped):
-    argument = {
-        os.system: f"touch {canary}",
-        os.mkdir: str(canary),
-        subprocess.check_call: ["touch", str(canary)],
-        exec: f"open({str(canary)!r}, 'w')",
-        functools.partial: print,
-    }[function]
+    argument = {os.system: f"touch {canary}", exec: f"open({str(canary)!r}, 'w')", functools.partial: print}[function]
     state = {"teacher": {"w": torch.ones(1)}, "extra": Malicious(function, argument)}
     torch.save(state, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=rf"c\.pth .*{function.__name__}\b.*was not loaded"):
@@ -202,7 +173,7 @@ def test_a_linear_layer_of_an_odd_form_is_one_line(refusal, tiny_root, tmp_path,
 # ---- pickles of other kinds ----
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("protocol", [0, 4])
 def test_the_ground_truth_of_a_retrieval_benchmark_runs_no_code(refusal, canary, tmp_path, protocol):
     (tmp_path / "roxford5k").mkdir()
     gnd = [Malicious(os.system, f"touch {canary}")]

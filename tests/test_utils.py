@@ -1,7 +1,6 @@
 """utils.py: seeds, devices, processes, meters, schedules, optimizers, files, multi-crop."""
 
 import argparse
-import copy
 import itertools
 import json
 import math
@@ -39,10 +38,6 @@ def test_derived_seeds_do_not_collide_over_a_grid():
     seeds = {utils.derive_seed(*parts) for parts in grid}
     assert len(seeds) == len(grid)  # includes every order of the same parts
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_derived_seeds_depend_on_a_zero_at_the_end():
-    assert len({utils.derive_seed(1, 2), utils.derive_seed(1, 2, 0), utils.derive_seed(1, 2, 0, 0)}) == 3
 
 
 @pytest.mark.parametrize("seed", [0, 5, 2**63 - 1])
@@ -185,11 +180,6 @@ def test_auto_is_the_first_of_cuda_mps_and_cpu(monkeypatch, cuda, mps, local_ran
     assert utils.pick_device("auto", local_rank) == torch.device(device)
 
 
-def test_cpu_can_be_chosen_beside_a_gpu(monkeypatch):
-    machine_with(monkeypatch, cuda=2)
-    assert utils.pick_device("cpu") == torch.device("cpu")
-
-
 @pytest.mark.parametrize("name", ["cuda", "mps"])
 def test_an_unavailable_device_is_an_error(monkeypatch, name):
     machine_with(monkeypatch)
@@ -238,12 +228,7 @@ def test_tf32_needs_a_gpu():
 
 @pytest.mark.parametrize(
     ("text", "want"),
-    [
-        ("flags : fpu avx512f amx_bf16 amx_tile", True),
-        ("flags : avx512_bf16", True),
-        ("Features : asimd bf16", True),
-        ("flags : fpu avx512f avx2 nobf16", False),
-    ],
+    [("flags : avx512_bf16", True), ("Features : asimd bf16", True), ("flags : fpu avx512f avx2 nobf16", False)],
 )
 def test_bf16_support_is_read_from_cpuinfo(monkeypatch, text, want):
     monkeypatch.setattr(utils.Path, "read_text", lambda self: text)
@@ -309,7 +294,7 @@ def test_onednn_is_used_where_it_is_exact_and_faster(monkeypatch, product_precis
     assert product_precision.fp32_precision == want
 
 
-@pytest.mark.parametrize("shape", [(7, 13, 5), (197, 64, 197), (100, 2048, 256), (1576, 384, 1152), (1, 384, 4096)])
+@pytest.mark.parametrize("shape", [(7, 13, 5), (100, 2048, 256), (1, 384, 4096)])
 def test_float32_products_on_a_cpu_are_float32s(shape):
     utils.pick_device("cpu")
     n, k, m = shape
@@ -351,13 +336,6 @@ def test_a_meter_takes_floats_and_tensors_mixed_and_keeps_their_order():
     assert meter.value == 3
 
 
-def test_a_meter_reads_each_tensor_once():
-    meter = meter_of(torch.tensor(2.0))
-    assert (meter.avg, meter.avg, meter.count, meter.total) == (2, 2, 1, 2)
-    meter.update(torch.tensor(4.0))
-    assert (meter.avg, meter.count) == (3, 2)
-
-
 def test_a_meter_of_tensors_is_not_read_before_it_is_asked():
     class Unready(torch.Tensor):
         @classmethod
@@ -369,24 +347,9 @@ def test_a_meter_of_tensors_is_not_read_before_it_is_asked():
     assert meter.count == 0
 
 
-def test_a_meter_prints_median_and_mean_of_all():
-    assert str(meter_of(1.0, 2.0, 6.0)) == "2.000000 (3.000000)"
-    assert str(meter_of(1.0, 2.0, 6.0, fmt="{avg:.1f} {max:.0f} {value:.2f}")) == "3.0 6 6.00"
-
-
-def test_meters_of_one_process_synchronize_without_a_group():
-    logger = utils.MetricLogger()
-    logger.update(loss=torch.tensor(3.0), lr=0.5)
-    logger.update(loss=torch.tensor(5.0), lr=0.5)
-    logger.synchronize_between_processes()
-    assert {name: meter.global_avg for name, meter in logger.meters.items()} == {"loss": 4, "lr": 0.5}
-
-
-def test_a_logger_prints_its_meters_in_the_order_of_their_first_update():
-    logger = utils.MetricLogger()
-    logger.add_meter("acc", utils.SmoothedValue(fmt="{global_avg:.1f}"))
-    logger.update(loss=1.0, acc=2.0)
-    assert str(logger) == "acc: 2.0  loss: 1.000000 (1.000000)"
+def test_an_unknown_meter_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no meter 'los'"):
+        utils.MetricLogger().los  # noqa: B018
 
 
 def test_the_console_line_has_the_public_form(capsys):
@@ -444,21 +407,6 @@ def test_peak_memory_is_in_megabytes_whatever_the_system_counts_in(monkeypatch, 
     assert utils.peak_memory_mb() == megabytes
 
 
-def test_a_host_copy_has_the_same_numbers():
-    assert utils.HostCopy(torch.tensor(1.5, requires_grad=True)).read() == 1.5
-    assert utils.HostCopy(torch.tensor([-2.0, math.inf])).read() == [-2.0, math.inf]
-
-
-def log_lines(folder):
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def test_log_lines_are_appended_as_json(tmp_path):
-    for epoch in range(3):
-        utils.write_log_line(tmp_path, {"train_loss": epoch / 2, "epoch": epoch})
-    assert log_lines(tmp_path) == [{"train_loss": epoch / 2, "epoch": epoch} for epoch in range(3)]
-
-
 # ---- schedules ----
 
 
@@ -472,7 +420,7 @@ def test_cosine_schedules_equal_the_reference_numbers():
         assert_near(got, want, 1e-12, settings)
 
 
-@pytest.mark.parametrize(("warmup_epochs", "start"), [(0, 0), (2, 0), (2, 0.3), (5, 0)])
+@pytest.mark.parametrize(("warmup_epochs", "start"), [(0, 0), (2, 0.3), (5, 0)])
 def test_cosine_schedule_equals_its_formula_step_by_step(warmup_epochs, start):
     base, final, epochs, steps = 0.8, 0.1, 5, 3
     warmup, want = warmup_epochs * steps, []
@@ -496,7 +444,9 @@ def test_a_warm_up_longer_than_the_run_is_a_user_error():
 def test_biases_and_vectors_are_not_decayed_but_positions_and_cls_token_are():
     model = nn.Sequential(tiny_vit(), nn.BatchNorm1d(16), nn.Linear(16, 3))
     names = {p: name for name, p in model.named_parameters()}
-    decayed, plain = ({names[p] for p in group["params"]} for group in utils.get_params_groups(model))
+    groups = utils.get_params_groups(model)
+    assert [group.get("weight_decay") for group in groups] == [None, 0]
+    decayed, plain = ({names[p] for p in group["params"]} for group in groups)
     assert {"0.cls_token", "0.pos_embed", "0.patch_embed.proj.weight", "0.blocks.0.attn.qkv.weight"} <= decayed
     assert plain == {name for name in names.values() if name.endswith("bias") or "norm" in name or name == "1.weight"}
     assert decayed | plain == set(names.values())
@@ -509,12 +459,6 @@ def test_a_bias_of_two_dimensions_is_not_decayed():
     decayed, plain = (group["params"] for group in utils.get_params_groups(module))
     assert any(p is module.inner["w"] for p in decayed)
     assert any(p is module.inner["bias"] for p in plain)
-
-
-def test_only_the_second_group_fixes_its_weight_decay():
-    first, second = utils.get_params_groups(nn.Linear(2, 2))
-    assert "weight_decay" not in first
-    assert second["weight_decay"] == 0
 
 
 def test_frozen_parameters_are_in_no_group():
@@ -562,12 +506,6 @@ def test_clipping_adds_a_millionth_to_the_norm():
     assert module[0].grad[0].item() == pytest.approx(0.5e-6, rel=1e-4)
 
 
-def test_a_gradient_of_zeros_survives_clipping():
-    module = parameters_with(torch.zeros(3))
-    assert utils.clip_gradients(module, 1.0).tolist() == [0]
-    assert torch.equal(module[0].grad, torch.zeros(3))
-
-
 def test_clipping_without_gradients_returns_no_norms():
     assert utils.clip_gradients(nn.Linear(2, 2), 1.0).tolist() == []
 
@@ -610,7 +548,7 @@ def slow_lars(start, gradients, lr, decay, momentum=0.9, eta=0.001):
     return p
 
 
-@pytest.mark.parametrize("shape", [(4, 3), (5,), (2, 3, 2, 2), ()])
+@pytest.mark.parametrize("shape", [(4, 3), (5,), (2, 3, 2, 2)])
 def test_lars_equals_a_step_by_step_computation_in_float64(shape):
     start, gradients = array("start", shape, 3), [array(f"gradient {i}", shape) for i in range(4)]
     p, unused = nn.Parameter(torch.tensor(start)), nn.Parameter(torch.ones(2, 2))
@@ -630,39 +568,7 @@ def test_lars_takes_a_plain_step_where_weight_or_gradient_is_zero():
     assert torch.equal(still, torch.ones(2, 2))
 
 
-def test_lars_goes_on_from_its_saved_momentum():
-    gradients = [torch.tensor(array(f"gradient {i}", (3, 2))) for i in range(4)]
-
-    def train(p, optimizer, part):
-        for gradient in part:
-            p.grad = gradient
-            optimizer.step()
-
-    whole = nn.Parameter(torch.ones(3, 2))
-    optimizer = utils.LARS([whole], lr=1.0)
-    train(whole, optimizer, gradients[:2])
-    resumed = nn.Parameter(whole.detach().clone())
-    again = utils.LARS([resumed], lr=1.0)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert set(again.state[resumed]) == {"mu"}
-    train(whole, optimizer, gradients[2:])
-    train(resumed, again, gradients[2:])
-    assert torch.equal(whole, resumed)
-
-
-def test_lars_leaves_the_gradients_as_they_were():
-    p = nn.Parameter(torch.ones(2, 2))
-    p.grad = torch.full((2, 2), 2.0)
-    utils.LARS([p], lr=1.0, weight_decay=0.5).step()
-    assert torch.equal(p.grad, torch.full((2, 2), 2.0))
-
-
 # ---- writing whole files ----
-
-
-def test_a_file_is_written_whole(tmp_path):
-    utils.write_whole(tmp_path / "file", lambda f: f.write(b"new"))
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"new")]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -4,13 +4,14 @@ import os
 import re
 import resource
 import shutil
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from conftest import arguments_of, assert_near, ending, run_script, shared
+from conftest import arguments_of, assert_near, shared, sharp_nano
 from PIL import Image
 
 import dino_backbones
@@ -25,22 +26,16 @@ def run(*flags):
     video_generation.main(arguments_of(video_generation, *SMALL, *flags))
 
 
-def error_line(monkeypatch, capsys, *flags):
-    """The error line of a run that exits with code 2."""
-    code, line = ending(monkeypatch, capsys, video_generation, *SMALL, *flags)
-    assert code == 2
-    return line
+@pytest.fixture
+def error_line(refusal):
+    """error_line(*flags) -> the error line of a run that exits with code 2."""
+    return partial(refusal, video_generation, *SMALL)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """The state dict of a network whose attention differs from patch to patch."""
-    torch.manual_seed(1)
-    model, _ = dino_backbones.build_backbone("vit_nano", 16, 48)
-    for block in model.blocks:
-        block.attn.qkv.weight.data.mul_(6)
     path = tmp_path_factory.mktemp("weights") / "nano.pth"
-    torch.save(model.state_dict(), path)
+    torch.save(sharp_nano(48).state_dict(), path)
     return path
 
 
@@ -122,13 +117,10 @@ def test_flags_have_the_published_names_and_defaults():
     assert vars(arguments_of(video_generation, "--input_path", "in")) == {**published, "device": "auto"}
 
 
-def test_the_default_weights_are_the_ones_published_for_attention(monkeypatch, capsys, frames, tmp_path):
-    def offline(url, **_):
-        raise OSError(url)
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+@pytest.mark.usefixtures("offline")
+def test_the_default_weights_are_the_ones_published_for_attention(error_line, frames, tmp_path):
     flags = ["--arch", "vit_small", "--patch_size", 8, "--input_path", frames, "--output_path", tmp_path]
-    assert "dino_deitsmall8_300ep_pretrain.pth" in error_line(monkeypatch, capsys, *flags)
+    assert "dino_deitsmall8_300ep_pretrain.pth" in error_line(*flags)
 
 
 # ---- a folder of frames ----
@@ -140,7 +132,7 @@ def test_output_files_are_named_after_the_frames(from_folder):
     assert names_in(from_folder / "masks") == sorted(f"mask-shot{i}.jpg" for i in range(12))
 
 
-@pytest.mark.parametrize("number", [0, 2, 11])
+@pytest.mark.parametrize("number", [2, 11])
 def test_attention_is_the_mean_over_heads_in_inferno(number, from_folder, weights, frames):
     want = in_inferno(mean_attention(weights, frames / f"shot{number}.png"))
     got = read(from_folder / "attention" / f"attn-shot{number}.jpg")
@@ -149,7 +141,7 @@ def test_attention_is_the_mean_over_heads_in_inferno(number, from_folder, weight
     assert difference(got, want[:, ::-1]) > 20
 
 
-@pytest.mark.parametrize("number", [0, 2, 11])
+@pytest.mark.parametrize("number", [2, 11])
 def test_masks_darken_the_frame_outside_the_share_of_the_mean_attention(number, from_folder, weights, frames):
     attention = mean_attention(weights, frames / f"shot{number}.png")
     kept, held = np.zeros((4, 6), dtype=bool), 0.0
@@ -190,17 +182,16 @@ def test_a_batch_gives_the_same_images_as_single_frames(from_folder, weights, fr
         assert difference(read(tmp_path / name), read(from_folder / name)) < 0.5
 
 
-@pytest.mark.parametrize("threshold", ["0", "none"])
-def test_masks_can_be_disabled(threshold, frames, tmp_path):
+def test_masks_can_be_disabled(frames, tmp_path):
     flags = ["--pretrained_weights", "random", "--input_path", frames, "--output_path", tmp_path]
-    run(*flags, "--threshold", threshold)
+    run(*flags, "--threshold", "none")
     assert names_in(tmp_path) == ["attention", "video.mp4"]
 
 
-@pytest.mark.parametrize(("resize", "size"), [(["36"], (32, 48)), (["50", "40"], (48, 32)), ([], (64, 96))])
+@pytest.mark.parametrize(("resize", "size"), [(["36"], (32, 48)), (["50", "40"], (48, 32))])
 def test_resize_sets_the_shorter_side_or_height_and_width(resize, size, frames, tmp_path):
-    flags = ["--resize", *resize] if resize else []
-    run("--pretrained_weights", "random", "--input_path", frames, "--output_path", tmp_path, *flags)
+    flags = ["--pretrained_weights", "random", "--input_path", frames, "--output_path", tmp_path]
+    run(*flags, "--resize", *resize)
     assert read(tmp_path / "attention" / "attn-shot0.jpg").shape[:2] == size
     assert read(tmp_path / "masks" / "mask-shot0.jpg").shape[:2] == size
     assert decode(tmp_path / "video.mp4")[0].shape[1:3] == size
@@ -227,17 +218,6 @@ def test_an_odd_size_is_padded_to_an_even_one(frames, tmp_path):
     assert np.abs(got[:, 35].astype(float) - got[:, 34]).mean() < 15  # the last row is repeated
 
 
-def test_a_constant_map_is_black(frames, tmp_path):
-    model, _ = dino_backbones.build_backbone("vit_nano", 16, 48)
-    for name, parameter in model.named_parameters():
-        if "attn.qkv" in name:
-            parameter.data.zero_()  # equal attention to all tokens
-    torch.save(model.state_dict(), tmp_path / "flat.pth")
-    flags = ["--pretrained_weights", tmp_path / "flat.pth", "--input_path", frames, "--output_path", tmp_path]
-    run(*flags)
-    assert read(tmp_path / "attention" / "attn-shot0.jpg").max() < 5  # inferno starts at (0, 0, 4)
-
-
 # ---- video input and output ----
 
 
@@ -258,11 +238,6 @@ def test_a_video_keeps_its_rate_by_default(clip, tmp_path, flags, rate):
     assert decode(tmp_path / "video.mp4")[1]["rate"] == rate
 
 
-def test_a_folder_has_30_frames_per_second_by_default(frames, tmp_path):
-    run("--input_path", frames, "--output_path", tmp_path, "--video_only")
-    assert decode(tmp_path / "video.mp4")[1]["rate"] == 30
-
-
 def test_an_avi_is_mpeg4_and_shows_the_same_images(clip, from_folder, weights, frames, tmp_path):
     flags = ["--pretrained_weights", weights, "--input_path", frames, "--output_path", tmp_path]
     run(*flags, "--video_format", "avi", "--fps", 29.97)
@@ -271,13 +246,6 @@ def test_an_avi_is_mpeg4_and_shows_the_same_images(clip, from_folder, weights, f
     assert (said["codec"], said["format"]) == ("mpeg4", "yuv420p")
     assert float(said["rate"]) == pytest.approx(29.97, abs=1e-3)
     assert difference(got, decode(from_folder / "video.mp4")[0]) < 6
-
-
-def test_an_avi_keeps_its_quality_on_detailed_images(tmp_path):
-    images = np.random.RandomState(0).randint(0, 255, (8, 60, 80, 3), dtype=np.uint8)
-    images = images.repeat(8, axis=1).repeat(8, axis=2)
-    video_generation.write_video(tmp_path / "video.avi", images, 30)
-    assert difference(decode(tmp_path / "video.avi")[0], images) < 7.5
 
 
 def test_colors_are_preserved_and_the_color_space_is_declared(tmp_path):
@@ -316,13 +284,6 @@ def test_a_truncated_video_gives_a_warning(clip, tmp_path, capsys):
 def test_a_file_name_may_contain_a_colon(clip, tmp_path, monkeypatch):
     monkeypatch.chdir(clip.parent)
     assert len(video_generation.extract_frames(clip.name, tmp_path / "frames")[0]) == 12
-
-
-def test_a_real_video_is_read_in_full(tmp_path):
-    paths, _ = video_generation.extract_frames(shared("data/clip.mp4"), tmp_path / "frames")
-    assert len(paths) == 117
-    assert {Image.open(path).size for path in paths} == {(640, 480)}
-    assert difference(read(paths[0]), read(paths[100])) > 10
 
 
 # ---- --video_only ----
@@ -370,9 +331,9 @@ def test_images_of_an_earlier_run_are_kept_with_a_warning(from_folder, clip, tmp
 
 
 @pytest.mark.parametrize("place", ["attention", "masks", "video.mp4"])
-def test_an_input_is_not_overwritten(place, from_folder, tmp_path, monkeypatch, capsys):
+def test_an_input_is_not_overwritten(place, from_folder, tmp_path, error_line):
     shutil.copytree(from_folder, tmp_path, dirs_exist_ok=True)
-    line = error_line(monkeypatch, capsys, "--input_path", tmp_path / place, "--output_path", tmp_path)
+    line = error_line("--input_path", tmp_path / place, "--output_path", tmp_path)
     assert f"--input_path {tmp_path / place} would be overwritten" in line
 
 
@@ -397,7 +358,7 @@ def test_an_interrupted_run_changes_nothing(from_folder, frames, tmp_path):
 def bad(clip, frames, tmp_path_factory):
     """Unusable inputs, by name."""
     root = tmp_path_factory.mktemp("bad")
-    for name in ("EMPTY", "TORN", "SIZES", "TWICE", "TINY"):
+    for name in ("TORN", "SIZES", "TWICE", "TINY"):
         (root / name).mkdir()
     first = (frames / "shot0.png").read_bytes()
     (root / "TORN" / "0.png").write_bytes(first)
@@ -408,10 +369,7 @@ def bad(clip, frames, tmp_path_factory):
         (root / "TWICE" / name).write_bytes(first)
     Image.new("RGB", (40, 15)).save(root / "TINY" / "0.png")
     (root / "TEXT").write_text("hello\n" * 99)
-    (root / "NOTHING").touch()
     (root / "PICTURE").write_bytes(first)
-    Image.new("RGB", (64, 64)).save(root / "TARGA.tga")
-    (root / "LONG.txt").write_text("hello\n" * 5000)
     (root / "CUT").write_bytes(clip.read_bytes()[:300])
     noise = np.random.RandomState(0).randint(0, 255, (40, 32, 48, 3), dtype=np.uint8)
     video_generation.write_video(root / "HALF.avi", noise, 30)
@@ -433,57 +391,44 @@ def bad(clip, frames, tmp_path_factory):
     ("flags", "message"),
     [
         (["--input_path", "/no/where"], "--input_path /no/where does not exist"),
-        (["--input_path", "EMPTY"], "has no images"),
-        (["--input_path", "EMPTY", "--video_only"], "has no images"),
         (["--input_path", "TORN"], "1.png"),
-        (["--input_path", "TORN", "--video_only"], "1.png"),
         (["--input_path", "SIZES"], "1.png has 99 × 72 pixels"),
-        (["--input_path", "SIZES", "--video_only"], "1.png has 99 × 72 pixels"),
         (["--input_path", "TWICE"], "have the same name. Rename or remove one"),
         (["--input_path", "TINY"], "40 × 15 pixels are less than one patch (--patch_size 16)"),
         (["--resize", "10"], "13 × 10 pixels are less than one patch"),
         (["--input_path", "TEXT"], "as a video: Invalid data found"),
-        (["--input_path", "NOTHING"], "as a video: Invalid data found"),
         (["--input_path", "CUT"], "is not a video"),
         (["--input_path", "HALF"], "HALF.avi: frame 18 is damaged"),
-        (["--input_path", "PICTURE"], "is not a video"),
-        (["--input_path", "TARGA"], "is not a video"),
-        (["--input_path", "LONG"], "is not a video"),
         (["--input_path", "SOUND"], "is not a video"),
         (["--input_path", "FRAMELESS"], "has no frames"),
         (["--input_path", "PICTURE", "--video_only"], "--video_only needs a folder of attention images"),
         (["--video_only", "--resize", "32"], "Remove --resize"),
-        (["--resize", "1", "2", "3"], "--resize 1 2 3 has more than two numbers"),
         (["--arch", "resnet50"], "--arch resnet50 has no CLS token"),
-        (["--arch", "vit_smal"], "did you mean vit_small"),
-        (["--pretrained_weights", "/no/where.pth"], "/no/where.pth"),
         (["--output_path", "PICTURE"], "can't write to --output_path"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2_and_writes_nothing(
-    monkeypatch, capsys, bad, frames, tmp_path, flags, message
-):
+def test_a_mistake_is_one_line_and_exit_code_2_and_writes_nothing(error_line, bad, frames, tmp_path, flags, message):
     flags = [bad.get(flag, flag) for flag in flags]
     standard = ["--pretrained_weights", "random", "--input_path", frames, "--output_path", tmp_path]
-    assert message in error_line(monkeypatch, capsys, *standard, *flags)
+    assert message in error_line(*standard, *flags)
     assert not list(tmp_path.iterdir())
 
 
-def test_attention_that_is_not_finite_is_an_error(monkeypatch, capsys, frames, weights, tmp_path):
+def test_attention_that_is_not_finite_is_an_error(error_line, frames, weights, tmp_path):
     state = torch.load(weights, weights_only=True)
     state["blocks.1.mlp.fc1.bias"][0] = float("nan")
     torch.save(state, tmp_path / "nan.pth")
     flags = ["--pretrained_weights", tmp_path / "nan.pth", "--input_path", frames, "--output_path", tmp_path / "out"]
-    assert "the attention is not finite" in error_line(monkeypatch, capsys, *flags)
+    assert "the attention is not finite" in error_line(*flags)
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_position_of_damage_in_a_video_is_named(monkeypatch, capsys, tmp_path):
+def test_the_position_of_damage_in_a_video_is_named(error_line, tmp_path):
     video = bytearray(shared("data/clip.mp4").read_bytes())
     video[200_000:204_000] = bytes(4000)
     (tmp_path / "clip.mp4").write_bytes(video)
     flags = ["--pretrained_weights", "random", "--input_path", tmp_path / "clip.mp4", "--output_path", tmp_path / "out"]
-    line = error_line(monkeypatch, capsys, *flags)
+    line = error_line(*flags)
     assert re.search(r"clip\.mp4 as a video after frame \d+: Invalid data", line)
     assert not list((tmp_path / "out").iterdir())
 
@@ -497,15 +442,7 @@ def test_the_position_of_damage_in_a_video_is_named(monkeypatch, capsys, tmp_pat
         (Path.mkdir, "video.mp4", "has a folder named video.mp4"),
     ],
 )
-def test_a_file_in_the_place_of_a_folder_is_named(make, name, message, monkeypatch, capsys, frames, tmp_path):
+def test_a_file_in_the_place_of_a_folder_is_named(make, name, message, error_line, frames, tmp_path):
     make(tmp_path / name)
-    line = error_line(monkeypatch, capsys, "--input_path", frames, "--output_path", tmp_path)
+    line = error_line("--input_path", frames, "--output_path", tmp_path)
     assert message.format(place=tmp_path / name) in line
-
-
-def test_the_command_line_makes_a_video_and_shows_its_progress(clip, tmp_path):
-    flags = ["--pretrained_weights", "random", "--input_path", clip, "--output_path", tmp_path, "--fps", "10"]
-    done = run_script("video_generation.py", *SMALL, *flags)
-    assert done.stdout.endswith(f"12 frames: {Path(tmp_path, 'video.mp4')}\n")
-    assert re.search(r"attention: 100%.*12/12", done.stderr)
-    assert len(decode(tmp_path / "video.mp4")[0]) == 12

@@ -80,10 +80,6 @@ SlurmdParameters=config_overrides
 # short intervals for tests (defaults: 60 s, 30 s, 30 s)
 SchedulerParameters=sched_interval=5,bf_interval=5
 KillWait=5
-# a job in "high" makes one in "main" get its --signal, and go back to the queue
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
 # new job IDs: with an old one, submitit would find the result files of an older job
 FirstJobId=$(( $(date +%s) % 60000000 + 1 ))
 GresTypes=gpu
@@ -91,8 +87,7 @@ E
     for k in $(seq "$NODES"); do
       echo "NodeName=n$k NodeAddr=$NET.$((10 + k)) CPUs=64 RealMemory=1000000 Gres=gpu:$GPUS Feature=volta32gb State=UNKNOWN"
     done
-    echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=10"
-    echo "PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF"
+    echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
   } >"$D/slurm.conf"
   printf '%s\n' '#!/bin/sh' "export SLURM_CONF=$D/slurm.conf" "exec ip netns exec $TAG-ctl \"\$@\"" >"$D/enter"
   chmod 755 "$D/enter"
