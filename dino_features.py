@@ -21,24 +21,29 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=N
 
     `data_loader` yields (images, indices into the data set), images as uint8 RGB or normalized floats; each rank's
     loader covers its share, all shares of one length. `use_cuda` keeps the features on the model's GPU, if it has one,
-    instead of in main memory. They are gathered once, at the end. Every 10 batches, all ranks check whether `stop`, a
-    StopRequest, has a signal on any rank, and raise utils.Stopped.
+    instead of in main memory. One process writes them where they belong; several gather them once, at the end. Every 10
+    batches, all ranks check whether `stop`, a StopRequest, has a signal on any rank, and raise utils.Stopped.
     """
     weight = next(model.parameters(), torch.empty(0))
     store = weight.device if use_cuda else torch.device("cpu")
-    parts, places = [], []
+    alone, ordered, parts, places = utils.get_world_size() == 1, None, [], []
     for i, (images, indices) in enumerate(utils.MetricLogger().log_every(data_loader, 10, "Features:")):
         if stop and i % 10 == 0 and (number := max(utils.gather_objects(stop.signal))):
             raise utils.Stopped(int(number))
         images = utils.normalize(images.to(weight.device, non_blocking=True))
         features = multi_scale(images, model) if multiscale else utils.features_of(model, images)
-        parts.append(features.float().to(store))
-        places.append(indices)
-    found, places = torch.cat(parts), torch.cat(places)
-    if utils.get_world_size() > 1:
-        found, places = gather_rows(found, places)
-        if found is None:
-            return None
+        if ordered is None and alone:
+            ordered = torch.empty(len(data_loader.dataset), features.shape[1], device=store)
+        if alone:
+            ordered[indices.to(store, non_blocking=True)] = features.float().to(store)
+        else:
+            parts.append(features.float().to(store))
+            places.append(indices)
+    if alone:
+        return ordered
+    found, places = gather_rows(torch.cat(parts), torch.cat(places))
+    if found is None:
+        return None
     ordered = torch.empty(len(data_loader.dataset), found.shape[1], device=store)
     ordered[places.to(store)] = found.to(store)
     return ordered
@@ -119,7 +124,9 @@ def labeled_features(model, sets, batch_size, num_workers, device, use_cuda=True
         features.append(extract_features(model, loader, use_cuda, stop=stop))
     if not utils.is_main_process():
         return None
-    train_features, test_features = (F.normalize(f, dim=1) for f in features)
+    for rows in features:
+        rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-12))  # in place: they may fill half of a GPU
+    train_features, test_features = features
     return train_features, train_labels.to(train_features.device), test_features, test_labels.to(test_features.device)
 
 

@@ -488,20 +488,26 @@ class OnlineKnn:
         return (epoch + 1) % self.args.knn_every == 0 or epoch + 1 == self.args.epochs
 
     def accuracies(self, backbone, stop=None):
-        """{"knn_top1": ..., "knn_top5": ...} in percent, the same on all ranks. All of them have to call it.
+        """{"knn_top1": ..., "knn_top5": ...} in percent, the same on all ranks; {} if the GPU has no memory for it.
 
-        Raises utils.Stopped if the StopRequest `stop` has a signal on any rank.
+        All ranks have to call it. Raises utils.Stopped if the StopRequest `stop` has a signal on any rank.
         """
         began, training = time.time(), backbone.training
         backbone.eval()
         how = (self.args.batch_size_per_gpu, self.args.num_workers, self.device)
-        features = dino_features.labeled_features(backbone, self.sets, *how, stop=stop)
+        found = {}
+        try:
+            features = dino_features.labeled_features(backbone, self.sets, *how, stop=stop)
+            if features:
+                top1, top5 = dino_features.knn_accuracies(*features, [NEIGHBORS], TEMPERATURE)[NEIGHBORS]
+                found = {"knn_top1": top1, "knn_top5": top5}
+        except torch.cuda.OutOfMemoryError as e:
+            reason = str(e).split(". ")[0]
+            utils.say(f"warning: no k-NN accuracy, the GPU's memory is full ({reason}). Use a smaller --knn_data")
         backbone.train(training)
-        found = None
-        if features:
-            top1, top5 = dino_features.knn_accuracies(*features, [NEIGHBORS], TEMPERATURE)[NEIGHBORS]
-            found = {"knn_top1": top1, "knn_top5": top5}
         found = utils.gather_objects(found)[0]  # the others wait for rank 0 here
+        if not found:
+            return found
         utils.log(
             f"{NEIGHBORS}-NN of the teacher, {len(self.sets[1])} images among {len(self.sets[0])}: "
             f"top-1 {found['knn_top1']:.2f} %, top-5 {found['knn_top5']:.2f} % ({time.time() - began:.0f} s)"

@@ -16,6 +16,7 @@ from PIL import Image
 from test_restarts import Run, finish
 
 import dino_data
+import dino_features
 import dino_health
 import eval_knn
 import main_dino
@@ -128,6 +129,17 @@ def test_two_processes_log_what_eval_knn_prints(capsys, tiny_root, labeled, tmp_
 def test_knn_runs_every_n_epochs_and_after_the_last(tiny_root, tmp_path):
     folder = train(tiny_root, tmp_path, "--knn_every", 2, "--epochs", 5)
     assert [line["epoch"] for line in log_without_times(folder) if "knn_top1" in line] == [1, 3, 4]
+
+
+def test_a_gpu_without_memory_for_knn_is_a_warning(tiny_root, tmp_path, monkeypatch, capsys):
+    def no_memory(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.77 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(dino_features, "knn_accuracies", no_memory)
+    train(tiny_root, tmp_path, "--knn_every", 1, "--epochs", 1)
+    assert "warning: no k-NN accuracy, the GPU's memory is full (CUDA out of memory)." in capsys.readouterr().out
+    assert checkpoint(tmp_path)["epoch"] == 1
+    assert "knn_top1" not in log_without_times(tmp_path)[0]
 
 
 def test_the_best_accuracy_on_other_images_does_not_count(tiny_root, labeled, tmp_path):
