@@ -190,9 +190,8 @@ def features_width(model, img_size, arch, in_chans=3):
     weight = next(model.parameters(), torch.empty(0))
     try:
         with torch.no_grad():
-            features = utils.features_of(
-                model.eval(), torch.zeros(2, in_chans, img_size, img_size, device=weight.device)
-            )
+            images = torch.zeros(2, in_chans, img_size, img_size, device=weight.device)
+            features = utils.features_of(model.eval(), images)
     except (RuntimeError, ValueError, AssertionError) as e:
         problem = " ".join(str(e).split())[:200] or type(e).__name__
         raise UserError(f"--arch {arch} does not take images of {img_size} pixels: {problem}") from e
@@ -213,7 +212,7 @@ def is_vit(model):
 def pick_amp_dtype(device, use_fp16, amp_dtype):
     """dtype of mixed precision, or None for float32. Also sets whether float32 on GPUs may be rounded to TF32.
 
-    "auto" is bf16 where the hardware has it, else fp16 on CUDA and float32 elsewhere. Raises UserError for "tf32" on
+    "auto" is bf16 where it is fast, else fp16 on CUDA and float32 elsewhere. Raises UserError for "tf32" on
     other devices than GPUs.
     """
     tf32 = use_fp16 and amp_dtype == "tf32"
@@ -231,8 +230,12 @@ def pick_amp_dtype(device, use_fp16, amp_dtype):
 
 
 def cpu_computes_bf16():
-    """Whether this CPU multiplies bf16 in hardware. Otherwise bf16 is correct but slower than float32."""
-    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16", "bf16"})
+    """Whether this CPU multiplies bf16 faster than float32. Intel's without AMX have slower instructions for it.
+
+    Not measured: a busy machine gives another answer now and then, and a run has to resume in the same precision.
+    """
+    flags = cpu_flags()
+    return bool(flags & {"amx_bf16", "bf16"}) or {"avx512_bf16", "AuthenticAMD"} <= flags
 
 
 def cpu_flags():
@@ -464,9 +467,7 @@ def load_backbone_state(model, state, source, arch=None, trained_size=None):
             theirs, ours = list(state[key].shape), list(wanted[key].shape)
             alike = len(theirs) == len(ours) == 4 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
             hint = (
-                "Use the training checkpoint, which says how many channels"
-                if alike
-                else "Check --arch and --patch_size"
+                "Use the training checkpoint, which says how many channels" if alike else "Check --arch, --patch_size"
             )
             raise UserError(f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. {hint}")
     model.load_state_dict({key: state[key] for key in matched}, strict=False)

@@ -94,7 +94,7 @@ def get_args_parser():
     optim.add_argument("--use_fp16", default=True, type=bool_flag, metavar="BOOL",
         help="Mixed precision. false trains in float32: slower, and the first thing to try if the loss becomes NaN.")
     optim.add_argument("--amp_dtype", default="auto", choices=["auto", "bf16", "fp16", "tf32"], help="""auto: bf16 where
-        the hardware has it, else fp16 on CUDA and float32 elsewhere. tf32 is for GPUs: twice as fast as float32.""")
+        it is fast, else fp16 on CUDA and float32 elsewhere. tf32 is for GPUs: twice as fast as float32.""")
 
     crops = parser.add_argument_group("multi-crop")
     crops.add_argument("--global_crops_scale", default=(0.4, 1.0), type=between(1e-6, 1, float), nargs=2,

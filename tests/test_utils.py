@@ -228,9 +228,15 @@ def test_tf32_needs_a_gpu():
 
 @pytest.mark.parametrize(
     ("text", "want"),
-    [("flags : avx512_bf16", True), ("Features : asimd bf16", True), ("flags : fpu avx512f avx2 nobf16", False)],
+    [
+        ("vendor_id : AuthenticAMD flags : avx512_bf16", True),
+        ("vendor_id : GenuineIntel flags : avx512_bf16", False),  # 82 GFLOP/s, in float32 149
+        ("vendor_id : GenuineIntel flags : avx512_bf16 amx_bf16", True),
+        ("Features : asimd bf16", True),
+        ("flags : fpu avx512f avx2 nobf16", False),
+    ],
 )
-def test_bf16_support_is_read_from_cpuinfo(monkeypatch, text, want):
+def test_cpus_that_are_fast_in_bf16_are_known_from_cpuinfo(monkeypatch, text, want):
     monkeypatch.setattr(utils.Path, "read_text", lambda self: text)
     assert dino_backbones.cpu_computes_bf16() is want
 
