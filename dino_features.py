@@ -21,29 +21,28 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=N
 
     `data_loader` yields (images, indices into the data set), images as uint8 RGB or normalized floats; each rank's
     loader covers its share, all shares of one length. `use_cuda` keeps the features on the model's GPU, if it has one,
-    instead of in main memory. One process writes them where they belong; several gather them once, at the end. Every 10
-    batches, all ranks check whether `stop`, a StopRequest, has a signal on any rank, and raise utils.Stopped.
+    instead of in main memory. They are gathered once, at the end. Every 10 batches, all ranks check whether `stop`, a
+    StopRequest, has a signal on any rank, and raise utils.Stopped.
     """
     weight = next(model.parameters(), torch.empty(0))
     store = weight.device if use_cuda else torch.device("cpu")
-    alone, ordered, parts, places = utils.get_world_size() == 1, None, [], []
+    found, places = None, torch.empty(len(data_loader.sampler), dtype=torch.long)
+    first = 0
     for i, (images, indices) in enumerate(utils.MetricLogger().log_every(data_loader, 10, "Features:")):
         if stop and i % 10 == 0 and (number := max(utils.gather_objects(stop.signal))):
             raise utils.Stopped(int(number))
         images = utils.normalize(images.to(weight.device, non_blocking=True))
         features = multi_scale(images, model) if multiscale else utils.features_of(model, images)
-        if ordered is None and alone:
-            ordered = torch.empty(len(data_loader.dataset), features.shape[1], device=store)
-        if alone:
-            ordered[indices.to(store, non_blocking=True)] = features.float().to(store)
-        else:
-            parts.append(features.float().to(store))
-            places.append(indices)
-    if alone:
-        return ordered
-    found, places = gather_rows(torch.cat(parts), torch.cat(places))
-    if found is None:
-        return None
+        if found is None:  # one buffer: parts and their concatenation would need twice the memory
+            found = torch.empty(len(places), features.shape[1], device=store)
+        here = slice(first, first + len(indices))
+        found[here], places[here], first = features, indices, here.stop
+    if utils.get_world_size() > 1:
+        found, places = gather_rows(found, places)
+        if found is None:
+            return None
+    if torch.equal(places, torch.arange(len(data_loader.dataset))):
+        return found.to(store)
     ordered = torch.empty(len(data_loader.dataset), found.shape[1], device=store)
     ordered[places.to(store)] = found.to(store)
     return ordered
