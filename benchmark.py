@@ -34,7 +34,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
@@ -613,13 +612,14 @@ def useful_flop(arch, patch_size, batch_size, out_dim=OUT_DIM):
 
     In the last block of a ViT only CLS counts, because the loss needs no other token. The plain step computes them all.
     """
-    student = PlainTraining.network(arch, patch_size, out_dim)
-    if dino_backbones.vit_factory(arch):
-        student.backbone.set_cls_only(True)
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"):
+        student, teacher = (PlainTraining.network(arch, patch_size, out_dim) for _ in range(2))
+        for network in (student, teacher) if dino_backbones.vit_factory(arch) else ():
+            network.backbone.set_cls_only(True)
         crops = [torch.empty(batch_size, 3, size, size) for size in CROP_SIZES]
+    with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
-            student(crops[:2])  # the teacher's share
+            teacher(crops[:2])
         student(crops).sum().backward()
     return counter.get_total_flops()
 

@@ -218,9 +218,9 @@ def pick_amp_dtype(device, use_fp16, amp_dtype):
     tf32 = use_fp16 and amp_dtype == "tf32"
     if tf32 and device.type != "cuda":
         raise UserError(f"--amp_dtype tf32 is a precision of NVIDIA GPUs, not of {device.type}. Use --use_fp16 false")
+    if device.type == "cuda":  # torch's default rounds convolutions alone, which mixed precision keeps
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32, use_fp16
     if tf32 or not use_fp16:
-        if device.type == "cuda":  # torch's defaults: TF32 for convolutions, float32 for products
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         return None
     if amp_dtype != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
@@ -257,8 +257,9 @@ def prepare_for_training(student, teacher, args, device, amp_dtype):
         use_fused_attention(backbone, device, amp_dtype)
         if is_vit(backbone):
             backbone.set_cls_only(True)
-        elif device.type == "cuda":
-            backbone.to(memory_format=torch.channels_last)  # 1.8 times the speed of a ResNet-50 on an H100
+        elif device.type == "cuda":  # 1.8 times the speed of a ResNet-50 on an H100
+            for p in (p for p in backbone.parameters() if p.ndim == 4):
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
     if args.grad_checkpointing:
         checkpoint_activations(student.backbone, args.arch)
     if args.compile:
@@ -374,7 +375,7 @@ def compile_in_place(*models):
     if not any(name and shutil.which(name) for name in compilers):
         raise UserError("--compile needs a C++ compiler, such as g++. Install one, or remove --compile")
     torch._inductor.config.fallback_random = True
-    warnings.filterwarnings("ignore", "TensorFloat32")  # it advises to round the loss
+    warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round what is float32 on purpose
     for model in models:
         model.compile(dynamic=False)
 

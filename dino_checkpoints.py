@@ -369,6 +369,11 @@ def load_state(target, state):
             groups.append({**ours, **theirs, **kernels})
         state = {**state, "param_groups": groups}
     target.load_state_dict(state)
+    if isinstance(target, torch.optim.Optimizer):  # fused kernels read memory in the order of the parameter
+        for parameter, kept in target.state.items():
+            for name, value in kept.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    kept[name] = torch.empty_like(parameter).copy_(value)
 
 
 def position(progress, args, path):

@@ -210,7 +210,8 @@ def changed_settings(args, parser):
 
 def describe_start(args, parser, device, amp_dtype, steps_per_epoch):
     """What runs where, and with which settings."""
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype, "fp32")
+    float32 = "tf32" if args.use_fp16 and args.amp_dtype == "tf32" else "fp32"
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp_dtype, float32)
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else device.type.upper()
     patch = f"/{args.patch_size}" if args.arch in VITS else ""
     settings = {k: v for k, v in changed_settings(args, parser).items() if k not in ("config", "output_dir")}

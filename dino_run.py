@@ -73,7 +73,7 @@ def flags():
     machine.add_argument("--num_workers", default=dino_cli.default_workers(), type=at_least(0), metavar="N",
         help="Processes per GPU that load images. Default: the cores of this process, at most 10.")
     machine.add_argument("--compile", default=False, type=bool_flag, metavar="BOOL",
-        help="torch.compile the backbones. The first step takes minutes, the rest are faster; for long runs.")
+        help="torch.compile networks and loss. The first step takes minutes, the rest are faster; for long runs.")
     machine.add_argument("--grad_checkpointing", default=False, type=bool_flag, metavar="BOOL", help="""Recompute a
         ViT's activations in the backward pass: a third more compute for a fraction of the memory.""")
     machine.add_argument("--dist_url", default="env://", metavar="URL", help="Rendezvous of several processes.")
@@ -488,20 +488,22 @@ class OnlineKnn:
         return (epoch + 1) % self.args.knn_every == 0 or epoch + 1 == self.args.epochs
 
     def accuracies(self, backbone, stop=None):
-        """{"knn_top1": ..., "knn_top5": ...} in percent, the same on all ranks; {} if the GPU has no memory for it.
+        """{"knn_top1": ..., "knn_top5": ...} in percent, the same on all ranks. {} if the GPU has no memory for it.
 
         All ranks have to call it. Raises utils.Stopped if the StopRequest `stop` has a signal on any rank.
         """
         began, training = time.time(), backbone.training
         backbone.eval()
         how = (self.args.batch_size_per_gpu, self.args.num_workers, self.device)
-        found = {}
+        found, features = {}, None
         try:
             features = dino_features.labeled_features(backbone, self.sets, *how, stop=stop)
             if features:
                 top1, top5 = dino_features.knn_accuracies(*features, [NEIGHBORS], TEMPERATURE)[NEIGHBORS]
                 found = {"knn_top1": top1, "knn_top5": top5}
         except torch.cuda.OutOfMemoryError as e:
+            if features is None and utils.get_world_size() > 1:
+                raise  # the others wait for features of this process
             reason = str(e).split(". ")[0]
             utils.say(f"warning: no k-NN accuracy, the GPU's memory is full ({reason}). Use a smaller --knn_data")
         backbone.train(training)

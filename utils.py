@@ -465,17 +465,18 @@ class MetricLogger:
         number = start + len(iterable)
         began = end = time.monotonic()
         waited, pauses, first_done, done = 0.0, [], None, None
+        clock = device_clock if uses_gpu() else time.monotonic
         hidden = None if is_main_process() else True  # None: shown on terminals only
         with tqdm(initial=start, total=number, desc=header, disable=hidden, file=sys.stdout, leave=False) as bar:
             for i, item in enumerate(iterable, start):
                 self.data_time.update(time.monotonic() - end)
                 if done is not None:  # before the first item, loaders start and fill their queues
-                    pauses.append((done, device_clock()))
+                    pauses.append((done, clock()))
                 self.due = i % print_freq == 0 or i == number - 1
                 yield item
                 self.step_time.update(time.monotonic() - end)
-                done = device_clock() if is_main_process() else None
-                first_done = first_done or done
+                done = clock() if is_main_process() else None
+                first_done = done if first_done is None else first_done
                 if self.due and is_main_process():  # other ranks' devices need not wait for a line they don't print
                     waited += sum(seconds_between(*pause) for pause in pauses)
                     self.waiting = waited / max(seconds_between(first_done, done), 1e-9)
@@ -498,17 +499,15 @@ class MetricLogger:
 
 
 def device_clock():
-    """The time now. On a GPU, an event after all work so far: when the GPU gets there, not when the host does."""
-    if not uses_gpu():
-        return time.monotonic()
+    """An event after all work so far: the time when the GPU gets there, not when the host does."""
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
 
 
 def seconds_between(earlier, later):
-    """Seconds between two results of `device_clock`."""
-    if not isinstance(later, torch.cuda.Event):
+    """Seconds between two times of the host, or two events. Waits for the later one."""
+    if isinstance(later, (int, float)):
         return later - earlier
     later.synchronize()
     return earlier.elapsed_time(later) / 1e3

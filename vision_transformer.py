@@ -236,14 +236,14 @@ class VisionTransformer(nn.Module):
         if x.shape[1] == self.pos_embed.shape[1] and w == h:
             return self.pos_embed
 
+        # Two products instead of one F.interpolate, whose backward pass on GPUs adds in another order in each run; in
+        # float64, which neither autocast nor TF32 rounds.
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         grid = self.pos_embed[0, 1:].unflatten(0, (side, side))  # [side, side, D]
-        grid = grid if grid.dtype == torch.float64 else grid.float()  # in half precision, bicubic moves positions
-        # Two products instead of one F.interpolate, whose backward pass on GPUs adds in another order in each run.
-        with torch.autocast(grid.device.type, enabled=False):
-            for pixels in (w, h):
-                weights = _bicubic_weights(side, pixels // self.patch_embed.patch_size, grid)
-                grid = (weights @ grid.flatten(1)).unflatten(1, grid.shape[1:]).transpose(0, 1)
+        grid = grid.float() if grid.device.type == "mps" else grid.double()  # MPS has no float64
+        for pixels in (w, h):
+            weights = _bicubic_weights(side, pixels // self.patch_embed.patch_size, grid)
+            grid = (weights @ grid.flatten(1)).unflatten(1, grid.shape[1:]).transpose(0, 1)
         return torch.cat((self.pos_embed[:, :1], grid.flatten(0, 1)[None].to(self.pos_embed.dtype)), dim=1)
 
     def prepare_tokens(self, x):

@@ -1,6 +1,7 @@
 """dino_checkpoints.py: checkpoints are written whole, read safely, and resumed."""
 
 import argparse
+import copy
 import re
 import sys
 import zipfile
@@ -222,6 +223,32 @@ def test_an_optimizer_state_of_an_older_torch_keeps_the_fused_kernels(tmp_path):
     scaler.scale(network(torch.ones(1, 3)).sum()).backward()
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("last", "first"), ("first", "last")])
+def test_optimizer_moments_follow_the_memory_layout_of_the_weights(tmp_path, saved, resumed):
+    """Convnets are in channels_last on GPUs alone. Fused AdamW reads moments in the order of the weights."""
+    layouts = {"first": torch.contiguous_format, "last": torch.channels_last}
+
+    def training(layout):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(4, 6, 3).to(memory_format=layouts[layout])
+        return conv, utils.build_optimizer("adamw", utils.get_params_groups(conv), torch.device("cpu"))
+
+    def steps(conv, optimizer, number):
+        for seed in range(number):
+            images = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            conv(images).square().sum().backward()
+            optimizer.step()
+
+    straight, other = training(saved), training(resumed)
+    steps(*straight, 3)
+    other[0].load_state_dict(straight[0].state_dict())
+    dino_checkpoints.load_state(other[1], copy.deepcopy(straight[1].state_dict()))
+    steps(*straight, 3)
+    steps(*other, 3)
+    torch.testing.assert_close(other[0].weight, straight[0].weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from test_restarts import Run, finish
 import dino_data
 import dino_features
 import dino_health
+import dino_run
 import eval_knn
 import main_dino
 import utils
@@ -140,6 +141,21 @@ def test_a_gpu_without_memory_for_knn_is_a_warning(tiny_root, tmp_path, monkeypa
     assert "warning: no k-NN accuracy, the GPU's memory is full (CUDA out of memory)." in capsys.readouterr().out
     assert checkpoint(tmp_path)["epoch"] == 1
     assert "knn_top1" not in log_without_times(tmp_path)[0]
+
+
+def test_a_process_among_others_without_memory_for_features_ends_the_run(tiny_root, tmp_path, monkeypatch):
+    """The others wait for its features, so it must not continue alone."""
+
+    def no_memory(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    args = arguments_of(main_dino, *RUN, "--data_path", tiny_root / "train", "--knn_every", 1)
+    images = dino_data.training_images(args)
+    neighbors = dino_run.OnlineKnn(args, images, torch.device("cpu"))
+    monkeypatch.setattr(dino_features, "labeled_features", no_memory)
+    monkeypatch.setattr(utils, "get_world_size", lambda: 2)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        neighbors.accuracies(torch.nn.Identity())
 
 
 def test_the_best_accuracy_on_other_images_does_not_count(tiny_root, labeled, tmp_path):

@@ -213,12 +213,21 @@ def test_amp_dtype_is_as_requested_or_what_the_hardware_has(monkeypatch, device,
     assert dino_backbones.pick_amp_dtype(torch.device(device), use_fp16, amp_dtype) is want
 
 
-@pytest.mark.parametrize(("use_fp16", "rounded"), [(True, True), (False, False)])
-def test_float32_on_a_gpu_is_rounded_to_tf32_for_tf32_only(monkeypatch, use_fp16, rounded):
-    for module in (torch.backends.cudnn, torch.backends.cuda.matmul):
-        monkeypatch.setattr(module, "allow_tf32", not rounded)
-    assert dino_backbones.pick_amp_dtype(torch.device("cuda"), use_fp16, "tf32") is None
-    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == rounded
+@pytest.mark.parametrize(
+    ("use_fp16", "amp_dtype", "products", "convolutions"),
+    [
+        (True, "tf32", True, True),
+        (False, "tf32", False, False),
+        (False, "auto", False, False),
+        (True, "bf16", False, True),
+    ],
+)
+def test_float32_on_a_gpu_is_rounded_to_tf32_on_request(monkeypatch, use_fp16, amp_dtype, products, convolutions):
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    for backend, wanted in zip(backends, (products, convolutions), strict=True):
+        monkeypatch.setattr(backend, "allow_tf32", not wanted)  # by an earlier run in this process
+    dino_backbones.pick_amp_dtype(torch.device("cuda"), use_fp16, amp_dtype)
+    assert [backend.allow_tf32 for backend in backends] == [products, convolutions]
 
 
 def test_tf32_needs_a_gpu():
