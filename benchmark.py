@@ -63,7 +63,7 @@ def get_args_parser():
     parser.add_argument("--data_path", default="sample", metavar="DIR", help="""Folder of JPEG files, also in
         subfolders, for `crops`, `epoch` and `scaling`. `sample` uses photographs that are installed already.""")
     parser.add_argument("--arch", default=None, metavar="NAME",
-        help="Network. Default: vit_small for `step` and `epoch`, vit_tiny for `scaling` and `growth`.")
+        help="Network. Default: vit_small for `step` and `epoch`, vit_tiny for `scaling`.")
     parser.add_argument("--patch_size", default=16, type=at_least(1), metavar="PIXELS", help="Side of a ViT's patches.")
     parser.add_argument("--batch_size_per_gpu", default=[4, 16], type=at_least(1), nargs="+", metavar="B",
         help="Images per step. `step` measures each, `scaling` uses the first, `epoch` the last.")
@@ -757,78 +757,9 @@ def scaling(args, steps=4):
     print_rows(rows)
 
 
-# ---- growth ----
-
-# The lowest, middle and highest value of each setting. While one varies, the others have their middle value.
-SWEEPS = {"images": (2, 4, 6), "crops": (4, 7, 10), "K": (8192, 36864, 65536)}
-
-
-def growth(args, files=1_280_000):
-    """Whether time and memory of a step grow linearly: the middle over the mean of the ends is 1 on a straight line.
-
-    And time and memory of the file index of a large data set.
-    """
-    arch = args.arch or "vit_tiny"
-    print(f"\ngrowth: steps of {arch}/{args.patch_size}; the middle over the mean of the ends", flush=True)
-    middles = {name: values[1] for name, values in SWEEPS.items()}
-    settings = {(n, value): tuple({**middles, n: value}.values()) for n, values in SWEEPS.items() for value in values}
-    works = {}
-    for images, crops, out_dim in settings.values():  # the middle of all three sweeps is the same setting
-        works[images, crops, out_dim] = (our_step, arch, args.patch_size, images, None, out_dim, crops - 2)
-    seconds, peaks = take_turns(works, args.rounds)
-    rows = [["", "", "seconds", "middle", "peak MB", "middle"]]
-    for name, values in SWEEPS.items():
-        low, middle, high = (seconds[settings[name, value]] for value in values)
-        memory = [peaks[settings[name, value]] for value in values]
-        rows.append([
-            name, " ".join(map(str, values)), " ".join(f"{statistics.median(s):.3g}" for s in (low, middle, high)),
-            ratio(middle, [(a + b) / 2 for a, b in zip(low, high, strict=True)]),
-            " ".join(f"{mb:.0f}" for mb in memory), f"{2 * memory[1] / (memory[0] + memory[2]):.2f}",
-        ])  # fmt: skip
-    print_rows(rows)
-    print(f"\nindex of {files} images in 1000 folders (links to empty files)", flush=True)
-    with tempfile.TemporaryDirectory() as root:
-        empty_files(root, files)
-        seconds, peaks = take_turns({"index": (index_of, root)}, 1, warm_up=0)
-    print_rows([["seconds", seconds["index"][0]], ["MB", peaks["index"]]])
-
-
-def empty_files(root, number, folders=1000):
-    """Create class folders with `number` empty image files in all."""
-    for folder in range(folders):
-        path = os.path.join(root, f"n{folder:08}")
-        os.mkdir(path)
-        first, *others = (os.path.join(path, f"n{folder:08}_{i}.JPEG") for i in range(folder, number, folders))
-        open(first, "w").close()
-        for name in others:
-            try:
-                os.link(first, name)  # four times as fast as a new file
-            except OSError:  # a file system with few links or none
-                open(name, "w").close()
-
-
-def index_of(root):
-    kept = []  # so that the memory of the index is measured
-    return lambda: kept.append(dino_data.find_images(root))
-
-
-# ---- startup ----
-
-
-def startup(args):
-    """Whole processes that only import or print help."""
-    words = {
-        "plain: import torch, torchvision": ("-c", "import torch, torchvision"),
-        "import main_dino": ("-c", "import main_dino"),
-        "main_dino.py --help": ("main_dino.py", "--help"),
-    }
-    rows = {name: Row(1, None, whole_runs, each) for name, each in words.items()}
-    compare("startup", "starts", rows, args.rounds, warm_up=0)
-
-
 TABLES = {
     **{"limits": limits, "crops": crops, "step": step, "epoch": epoch, "knn": knn, "propagation": propagation},
-    **{"scaling": scaling, "growth": growth, "startup": startup},
+    "scaling": scaling,
 }
 
 

@@ -317,7 +317,7 @@ def test_photographs_are_found_in_subfolders_or_made_from_installed_ones(tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["stepp"], "no table 'stepp'; did you mean step, startup? (all: limits, crops"),
+        (["stepp"], "no table 'stepp'; did you mean step? (all: limits, crops"),
         (["--rounds", 100], "--rounds: 100 must be between 1 and 99"),
         (["crops", "--data_path", "."], "has no JPEG files"),
     ],
@@ -370,7 +370,7 @@ def test_evaluations_have_tables(here, capsys):
     assert table(capsys.readouterr().out)["plain"][2] == "1.00"
 
 
-def test_an_epoch_and_the_startup_are_whole_runs(here, runs, photographs, capsys):
+def test_an_epoch_is_a_whole_run(here, runs, photographs):
     args = tiny("--batch_size_per_gpu", 3)
     args.photographs = photographs
     benchmark.epoch(args, number=10)
@@ -381,34 +381,6 @@ def test_an_epoch_and_the_startup_are_whole_runs(here, runs, photographs, capsys
     flags = arguments_of(main_dino, *words[1][2:])
     main_dino.check_args(flags)
     assert (flags.num_workers, flags.batch_size_per_gpu, flags.epochs) == (2, 3, 1)
-    runs.clear()
-    benchmark.startup(args)
-    assert [words[1:] for words, _ in runs[:3]] == [
-        ["-c", "import torch, torchvision"], ["-c", "import main_dino"], ["main_dino.py", "--help"],
-    ]  # fmt: skip
-    assert "/ plain: import torch, torchvision" in capsys.readouterr().out
-
-
-def test_growth_is_the_middle_over_the_mean_of_the_ends(monkeypatch, capsys):
-    ends = {(2, 7, 36864): 1, (6, 7, 36864): 3, (4, 4, 36864): 1, (4, 10, 36864): 5, (4, 7, 8192): 1, (4, 7, 65536): 1}
-    seconds = {**ends, (4, 7, 36864): 2}
-
-    def take_turns(works, rounds, warm_up=1):
-        if "index" in works:
-            prepare, root = works["index"]
-            prepare(root)()
-            assert sum(len(files) for _, _, files in os.walk(root)) == 1003
-            return {"index": [4.0]}, {"index": 300.0}
-        assert works.keys() == seconds.keys()
-        assert works[4, 10, 36864] == (benchmark.our_step, "vit_nano", 16, 4, None, 36864, 8)
-        return {key: [s] for key, s in seconds.items()}, {key: 10.0 * s for key, s in seconds.items()}
-
-    monkeypatch.setattr(benchmark, "take_turns", take_turns)
-    benchmark.growth(tiny(), files=1003)
-    rows = table(capsys.readouterr().out)
-    assert rows["images"] == ["2 4 6", "1 2 3", "1.00", "10 20 30", "1.00"]
-    assert [rows[name][2] for name in ("crops", "K")] == ["0.67", "2.00"]
-    assert (rows["seconds"], rows["MB"]) == (["4"], ["300"])
 
 
 @pytest.mark.slow
