@@ -46,8 +46,10 @@ def step_numbers(features, dino_loss, gradient_norms):
     return {name: number for name, number in zip(found, numbers, strict=True) if math.isfinite(number)}
 
 
-def norm_of_weights(network):
-    return torch.stack(torch._foreach_norm([p.detach() for p in network.parameters()])).double().sum().item()
+def norms_of_weights(*networks):
+    """Sum of the L2 norms of each network's parameters. Read in one transfer."""
+    norms = (torch._foreach_norm([p.detach() for p in network.parameters()]) for network in networks)
+    return torch.stack([torch.stack(each).double().sum() for each in norms]).tolist()
 
 
 # ---- warnings ----
@@ -169,7 +171,7 @@ class HealthMonitor:
         warm = max(self.args.warmup_epochs, self.args.warmup_teacher_temp_epochs, self.args.freeze_last_layer)
         numbers = {**numbers, "ln_k": math.log(self.args.out_dim), "warm": step >= warm * self.steps}
         found = conditions(numbers)
-        norms = [norm_of_weights(teacher), norm_of_weights(student)]
+        norms = norms_of_weights(teacher, student)
         late = step > 0.9 * self.args.epochs * self.steps  # where the momentum is nearly 1
         if self.norms and norms[0] == self.norms[0] and norms[1] != self.norms[1] and not late:
             found["still"] = "the student changes but the teacher does not. Lower --momentum_teacher (0.996 to 0.9995)"

@@ -362,13 +362,8 @@ class SmoothedValue:
         self.count += n
 
     def read(self):
-        """Fetch what is still on the device, in one transfer."""
-        if self.unread:
-            tensors = [v.float().reshape(()) for v, _ in self.unread if isinstance(v, torch.Tensor)]
-            fetched = iter(torch.stack(tensors).tolist())
-            for value, n in self.unread:
-                self._count(next(fetched) if isinstance(value, torch.Tensor) else value, n)
-            self.unread.clear()
+        """Fetch what is still on the device."""
+        read_together([self])
         return self
 
     def totals(self):
@@ -407,6 +402,17 @@ class SmoothedValue:
     def __str__(self):
         named = ("median", "avg", "global_avg", "max", "value")
         return self.fmt.format(**{name: getattr(self, name) for name in named})
+
+
+def read_together(meters):
+    """Fetch what SmoothedValues have on the device, in one transfer: each one waits for the device."""
+    unread = [value for meter in meters for value, _ in meter.unread if isinstance(value, torch.Tensor)]
+    scalars = [value.float().reshape(()).to(unread[0].device) for value in unread]
+    fetched = iter(torch.stack(scalars).tolist() if scalars else ())
+    for meter in meters:
+        for value, n in meter.unread:
+            meter._count(next(fetched) if isinstance(value, torch.Tensor) else value, n)
+        meter.unread.clear()
 
 
 class MetricLogger:
@@ -478,6 +484,7 @@ class MetricLogger:
                 done = clock() if is_main_process() else None
                 first_done = done if first_done is None else first_done
                 if self.due and is_main_process():  # other ranks' devices need not wait for a line they don't print
+                    read_together(self.meters.values())
                     waited += sum(seconds_between(*pause) for pause in pauses)
                     self.waiting = waited / max(seconds_between(first_done, done), 1e-9)
                     pauses.clear()

@@ -394,6 +394,16 @@ def test_eta_is_the_time_of_the_remaining_items(capsys, monkeypatch):
     assert re.findall(r"eta: (\S+)", capsys.readouterr().out) == ["0:02:00", "0:01:00", "0:00:00"]
 
 
+def test_a_line_reads_all_meters_in_one_transfer(monkeypatch):
+    transfers, stack = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda tensors: transfers.append(len(tensors)) or stack(tensors))
+    logger = utils.MetricLogger()
+    for i in logger.log_every(range(4), 2, "x"):
+        logger.update(loss=torch.tensor(1.0 + i), kl=torch.tensor(10 * i), lr=0.5)
+    assert transfers == [2, 4, 2]  # of the lines after items 0, 2 and 3
+    assert [logger.loss.global_avg, logger.kl.global_avg, logger.lr.global_avg] == [2.5, 15.0, 0.5]
+
+
 def test_the_share_of_waiting_starts_with_the_second_item(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
