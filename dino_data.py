@@ -47,7 +47,7 @@ def training_flags():
     data.add_argument("--data_format", default="auto", choices=FORMATS, help="""What --data_path is. auto: a folder with
         images directly in it is flat, any other has class folders.""")
     data.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
-        help="Rotate photographs by their EXIF orientation. The release does not.")
+        help="Rotate photographs by their EXIF orientation. The authors' code does not.")
     data.add_argument("--max_bad_images", default=0.001, type=share, metavar="SHARE", help="""Unreadable images are
         replaced by others and listed in bad_images.txt. A larger share of them (rounded up) ends the run.""")
     data.add_argument("--strict_images", default=False, type=bool_flag, metavar="BOOL",
