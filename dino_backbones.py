@@ -267,7 +267,7 @@ def prepare_for_training(student, teacher, args, device, amp_dtype):
 
 
 def prepare_for_evaluation(model, device):
-    """The network on the device in evaluation mode, without gradients, switched to what is fastest there."""
+    """The network on the device in evaluation mode, without gradients, switched to the fastest kernels there."""
     if device.type == "cpu":
         tune_cpu()
     use_fused_attention(model, device)
@@ -375,7 +375,7 @@ def compile_in_place(*models):
     if not any(name and shutil.which(name) for name in compilers):
         raise UserError("--compile needs a C++ compiler, such as g++. Install one, or remove --compile")
     torch._inductor.config.fallback_random = True
-    warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round what is float32 on purpose
+    warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round products that are float32 on purpose
     for model in models:
         model.compile(dynamic=False)
 

@@ -227,7 +227,7 @@ SHAPING_ARGS = (
     "optimizer",
     "global_crops_size",
 )
-# These change nothing of what is computed.
+# These do not change the result.
 FREE_ARGS = (
     # where things are
     "config",

@@ -124,7 +124,7 @@ def find_images(data_path, part="", data_format="auto", exif=False, flag="--data
 
 
 class MultiCropDataset(Dataset):
-    """Training crops: dataset[epoch, i] -> (crops, index, None or what is wrong with image i).
+    """Training crops: dataset[epoch, i] -> (crops, index, None or the problem with image i).
 
     An unreadable image is replaced by another, which is a function of (seed, epoch, i). BadImage is raised if TRIES
     images in a row can't be read, or, if `strict`, for the first.

@@ -61,7 +61,7 @@ COLLAPSE = ("uniform", "dominant", "agreement", "features")
 
 
 def conditions(numbers):
-    """{name: what is wrong and what to change} for the numbers of one step. The names in COLLAPSE mean a collapse."""
+    """{name: problem and remedy} for the numbers of one step. The names in COLLAPSE mean a collapse."""
     ln_k, dim, found = numbers["ln_k"], numbers["feature_dim"], {}
     if numbers["entropy"] > 0.99 * ln_k and numbers["warm"]:
         found["uniform"] = (
@@ -88,7 +88,7 @@ def conditions(numbers):
 
 
 def suspicious_settings(args, images):
-    """{name: what is wrong and what to change} for settings that are allowed and have cost people a run.
+    """{name: problem and remedy} for settings that are allowed and have cost people a run.
 
     `images` is the number of images per epoch.
     """
@@ -115,7 +115,7 @@ def suspicious_settings(args, images):
     if args.out_dim > 10 * images:
         found["prototypes"] = (
             f"--out_dim {args.out_dim} is more than ten prototypes per image ({images} images): most will never be "
-            "used, and each costs time. Use at most {10 * images}, or 1024 to 4096 for a few thousand images"
+            f"used, and each costs time. Use at most {10 * images}"
         )
     if args.use_fp16 and args.amp_dtype == "fp16" and args.patch_size <= 8 and args.arch in VITS:
         found["precision"] = (

@@ -131,7 +131,7 @@ def fix_random_seeds(seed=0, cpu_only=False):
 
 
 def seed_step(seed, step):
-    """Seed what is random in a step, drop path, as a function of (seed, step, rank) alone."""
+    """Seed drop path, the randomness of a step, as a function of (seed, step, rank) alone."""
     fix_random_seeds(derive_seed(seed, STEP, step, get_rank()))
 
 
@@ -560,7 +560,7 @@ def get_sha():
 
 
 def cache_dir():
-    """Where what is built or downloaded once is kept: $DINO_CACHE, else dino/ in the user's cache folder."""
+    """The folder of files that are built or downloaded once: $DINO_CACHE, else dino/ in the user's cache folder."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.environ.get("DINO_CACHE") or os.path.join(user_cache, "dino")
 

@@ -233,7 +233,9 @@ def test_far_more_prototypes_than_images_are_a_warning(capsys):
         few = monitor("--out_dim", out_dim, "--momentum_teacher", 0.9995, steps=64)  # of 64 images
         few.check_settings()
         assert ("prototypes" in few.seen) == warns
-    assert "--out_dim 40961 is more than ten prototypes per image (4096 images)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--out_dim 40961 is more than ten prototypes per image (4096 images)" in said
+    assert "Use at most 40960\n" in said
 
 
 def test_a_short_run_may_have_a_low_momentum_but_not_below_0_9():
@@ -365,6 +367,15 @@ def test_a_restart_drops_the_lines_that_it_will_write_again(tmp_path):
     assert (tmp_path / "log.txt").read_text().splitlines() == [*other, *lines[:2]]
     dino_checkpoints.drop_log_lines(tmp_path / "nowhere", 0, bool)
     assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(("flags", "name"), [((), "fp32"), (("--amp_dtype", "tf32"), "tf32")])
+def test_the_first_line_names_the_precision(flags, name):
+    args = arguments_of(main_dino, *flags)
+    args.world_size, args.images, args.images_per_step = 1, 640, 64
+    parser = main_dino.get_args_parser()
+    said = dino_health.describe_start(args, parser, torch.device("cpu"), None, 10)
+    assert said.startswith(f"vit_small/16 on 1 x CPU in {name}: 640 images, 10 steps per epoch, 100 epochs\n")
 
 
 def test_a_run_starts_and_ends_with_what_one_wants_to_know(tiny_root, tmp_path):

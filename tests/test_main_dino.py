@@ -222,6 +222,18 @@ def test_loss_uses_the_center_of_earlier_batches():
     assert_near(module(student, teacher, 0), loss_by_hand(student, teacher, torch.zeros(1, 8), 0.1, 0.04, 2), 1e-6)
 
 
+def test_a_compiled_loss_is_compiled_once_for_all_teacher_temperatures():
+    from torch._dynamo.testing import CompileCounter
+
+    graphs, epochs = CompileCounter(), 10  # torch gives up compiling after 8 graphs
+    plain, compiled = (main_dino.DINOLoss(16, 4, 0.04, 0.07, epochs, epochs) for _ in range(2))
+    compiled.terms = torch.compile(compiled.terms, backend=graphs, dynamic=False)
+    student, teacher = tensor("student", (12, 16)), tensor("teacher", (6, 16))
+    for epoch in range(epochs):
+        assert_near(compiled(student, teacher, epoch), plain(student, teacher, epoch), 1e-6)
+    assert graphs.frame_count == 1
+
+
 def test_teacher_temperature_rises_linearly_then_is_constant():
     schedule = main_dino.DINOLoss(4, 2, 0.04, 0.07, 4, 6).teacher_temp_schedule
     np.testing.assert_allclose(schedule, [0.04, 0.05, 0.06, 0.07, 0.07, 0.07], rtol=1e-12)

@@ -68,7 +68,7 @@ def parse():
     return parser.parse_args()
 
 
-# ---- what is found ----
+# ---- findings ----
 
 
 class Findings:
@@ -324,7 +324,7 @@ class Ours:
             )
 
     def speed(self, batch, steps=None, warm=None):
-        """{images/s, ms a step, peak MB} at a batch size. At 2 the ms are what the host takes to launch it all."""
+        """{images/s, ms per step, peak MB} at a batch size. At 2 the ms are what the host takes to launch it all."""
         tools, sizes = self.tools, self.tools.sizes
         steps, warm = steps or sizes.steps, sizes.warm if warm is None else warm
         crops, watch = tools.crops_of(batch), Watch(tools)
@@ -412,7 +412,7 @@ class Plain:
 
 
 def useful_gflop(tools, arch, patch, sides, out_dim):
-    """10⁹ operations an image of products and convolutions in a step, the last block's for CLS alone."""
+    """10⁹ operations per image of products and convolutions in a step, the last block's for CLS alone."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from vision_transformer import DINOHead
