@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -47,11 +48,27 @@ def lock_output_dir(folder, patience=10.0):
 
 def save(path, state, keep_previous=False):
     """Write a checkpoint whole or not at all; with `keep_previous` the old file stays as *.prev.pth. Raises OSError."""
+
+    def write(file):
+        torch.save(state, file)
+        if keep_previous and os.path.exists(path):
+            keep_as(Path(path).resolve(), Path(previous_checkpoint(path)))
+
     try:
-        previous = previous_checkpoint(path) if keep_previous else None
-        utils.write_whole(path, lambda file: torch.save(state, file), previous)
+        utils.write_whole(path, write)
     except RuntimeError as e:  # torch.save wraps what the system says
         raise e.__context__ if isinstance(e.__context__, OSError) else OSError(" ".join(str(e).split())[:200]) from e
+
+
+def keep_as(path, previous):
+    """Let `previous` name the file at `path` too."""
+    link = previous.with_name(previous.name + ".tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, link)
+    os.replace(link, previous)
 
 
 def previous_checkpoint(path):
