@@ -30,26 +30,22 @@ NUMBERS = ("top_prototype", "center_norm", "feature_std", "grad_norm", "grad_nor
 
 @torch.no_grad()
 def step_numbers(features, dino_loss, gradient_norms):
-    """Numbers about the step just made: {name: number}.
+    """Numbers about the step just made, on the device: {name: scalar}.
 
     `features` [2 * B, D] are the teacher's features of the global crops, `gradient_norms` has one norm per parameter.
-    What is not finite is left out: under fp16, gradients overflow until the scaler has found its scale.
     """
-    found = {
+    return {
         "top_prototype": dino_loss.top_prototype,
         "center_norm": dino_loss.center.norm(),
         "feature_std": F.normalize(features.float(), dim=-1).std(dim=0, correction=0).mean(),
         "grad_norm": gradient_norms.median(),
         "grad_norm_max": gradient_norms.max(),
     }
-    numbers = torch.stack([value.float() for value in found.values()]).tolist()  # one transfer
-    return {name: number for name, number in zip(found, numbers, strict=True) if math.isfinite(number)}
 
 
-def norms_of_weights(*networks):
-    """Sum of the L2 norms of each network's parameters. Read in one transfer."""
-    norms = (torch._foreach_norm([p.detach() for p in network.parameters()]) for network in networks)
-    return torch.stack([torch.stack(each).double().sum() for each in norms]).tolist()
+def norms_of_weights(network):
+    """L2 norm of each parameter [n], on the device."""
+    return torch.stack(torch._foreach_norm([p.detach() for p in network.parameters()]))
 
 
 # ---- warnings ----
@@ -166,12 +162,15 @@ class HealthMonitor:
         for name, what in suspicious_settings(self.args, self.steps * self.args.images_per_step).items():
             self.warn(name, what)
 
-    def check_step(self, step, numbers, student, teacher):
-        """After step `step` of the run, with its numbers as `step_numbers` and the log have them."""
+    def check_step(self, step, numbers, student_norms, teacher_norms):
+        """After step `step` of the run, with its numbers as `step_numbers` and the log have them.
+
+        The norms are lists, one per parameter as `norms_of_weights` gives them.
+        """
         warm = max(self.args.warmup_epochs, self.args.warmup_teacher_temp_epochs, self.args.freeze_last_layer)
         numbers = {**numbers, "ln_k": math.log(self.args.out_dim), "warm": step >= warm * self.steps}
         found = conditions(numbers)
-        norms = norms_of_weights(teacher, student)
+        norms = [math.fsum(teacher_norms), math.fsum(student_norms)]
         late = step > 0.9 * self.args.epochs * self.steps  # where the momentum is nearly 1
         if self.norms and norms[0] == self.norms[0] and norms[1] != self.norms[1] and not late:
             found["still"] = "the student changes but the teacher does not. Lower --momentum_teacher (0.996 to 0.9995)"

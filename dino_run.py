@@ -289,14 +289,22 @@ class Run(Bare):
     def end_step(self, step, parts, loss, entropy, gradient_norms):
         super().end_step(step, parts, loss, entropy, gradient_norms)
         if self.metrics.due:
-            self.metrics.update(**dino_health.step_numbers(parts.teacher.features, parts.dino_loss, gradient_norms))
-            if utils.is_main_process():
-                numbers = {name: meter.value for name, meter in self.metrics.meters.items()}
-                self.curves.add(step, numbers)
-                features = parts.teacher.features
-                about = {"feature_dim": features.shape[1], "images": len(features) // 2}
-                self.monitor.check_step(step, {**numbers, **about}, parts.student, parts.teacher)
+            self.look(step, parts, gradient_norms)
         self.save_or_stop()
+
+    def look(self, step, parts, gradient_norms):
+        """Fetch the numbers of a step that is logged, in one transfer, and check them."""
+        meters, features = self.metrics.meters, parts.teacher.features
+        numbers = dino_health.step_numbers(features, parts.dino_loss, gradient_norms)
+        norms = [dino_health.norms_of_weights(network) for network in (parts.student, parts.teacher)]
+        values, *norms = utils.read_together(meters.values(), torch.stack(list(numbers.values())), *norms)
+        # Under fp16, gradients overflow until the scaler has found its scale.
+        self.metrics.update(**{name: v for name, v in zip(numbers, values, strict=True) if math.isfinite(v)})
+        if utils.is_main_process():
+            numbers = {name: meter.value for name, meter in meters.items()}
+            self.curves.add(step, numbers)
+            about = {"feature_dim": features.shape[1], "images": len(features) // 2}
+            self.monitor.check_step(step, {**numbers, **about}, *norms)
 
     def save_or_stop(self):
         """What all processes have agreed on for the end of this step."""

@@ -12,11 +12,11 @@ import errno
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -404,15 +404,20 @@ class SmoothedValue:
         return self.fmt.format(**{name: getattr(self, name) for name in named})
 
 
-def read_together(meters):
-    """Fetch what SmoothedValues have on the device, in one transfer: each one waits for the device."""
+def read_together(meters, *others):
+    """Fetch what SmoothedValues have on the device in one transfer, because each transfer waits for the device.
+
+    The tensors `others` travel with it. Returns each as a flat list.
+    """
     unread = [value for meter in meters for value, _ in meter.unread if isinstance(value, torch.Tensor)]
-    scalars = [value.float().reshape(()).to(unread[0].device) for value in unread]
-    fetched = iter(torch.stack(scalars).tolist() if scalars else ())
+    flat = [value.detach().float().flatten() for value in (*others, *unread)]
+    numbers = iter(torch.cat([value.to(flat[0].device) for value in flat]).tolist() if flat else ())
+    fetched = [list(itertools.islice(numbers, value.numel())) for value in others]
     for meter in meters:
         for value, n in meter.unread:
-            meter._count(next(fetched) if isinstance(value, torch.Tensor) else value, n)
+            meter._count(next(numbers) if isinstance(value, torch.Tensor) else value, n)
         meter.unread.clear()
+    return fetched
 
 
 class MetricLogger:
@@ -585,10 +590,10 @@ def lock_file(path, patience):
             return file, True
 
 
-def write_whole(path, write, previous=None):
+def write_whole(path, write):
     """Call `write(file)` so that `path` then has all of it or, whatever happens, what it had before.
 
-    The old file is kept as `previous`, if given. If `path` is a link, the file that it points to is written.
+    If `path` is a link, the file that it points to is written.
     """
     path = Path(path).resolve()
     temporary = path.with_name(path.name + ".tmp")
@@ -598,23 +603,10 @@ def write_whole(path, write, previous=None):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if previous and path.exists():
-            keep_as(path, Path(previous))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def keep_as(path, previous):
-    """Let `previous` name the file at `path` too."""
-    link = previous.with_name(previous.name + ".tmp")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, link)
-    os.replace(link, previous)
 
 
 def save_on_master(state, path):
@@ -712,7 +704,7 @@ class LARS(torch.optim.Optimizer):
             update_norms = torch.stack(torch._foreach_norm(updates))
             trust = group["eta"] * weight_norms / update_norms
             trust = torch.where((weight_norms > 0) & (update_norms > 0), trust, 1.0)
-            torch._foreach_mul_(updates, list(trust.unbind()))
+            scale_each(updates, trust)
         momenta = [self.state[p]["mu"] for p in params]
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, directions)
@@ -732,8 +724,18 @@ def clip_gradients(model, clip):
     norms = torch.stack(torch._foreach_norm(gradients))
     if clip:
         factors = (clip / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, list(factors.unbind()))
+        scale_each(gradients, factors)
     return norms
+
+
+def scale_each(tensors, factors):
+    """Multiply each tensor, in place, by its own factor; `factors` [n] stay on the device."""
+    factors = list(factors.unbind())
+    if factors[0].device.type == "cuda":  # with scalars, _foreach_mul_ would launch a kernel for each tensor
+        sizes = [tensor.numel() for tensor in tensors]
+        factors = torch.cat([f.expand(n) for f, n in zip(factors, sizes, strict=True)]).split(sizes)
+        factors = [f.view(tensor.shape) for f, tensor in zip(factors, tensors, strict=True)]
+    torch._foreach_mul_(tensors, factors)
 
 
 def cancel_gradients_last_layer(epoch, model, freeze_last_layer):

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 
 import pytest
 import torch
@@ -77,3 +78,28 @@ def test_convnets_train_in_channels_last(device):
     args = main_dino.get_args_parser().parse_args(words)
     student, _ = main_dino.build_student_and_teacher(args, torch.device(device), torch.bfloat16)
     assert student.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@on_gpu
+def test_each_tensor_is_scaled_by_its_factor(device):
+    tensors = [torch.randn(shape, device=device) for shape in ((), (5,), (3, 4), (2, 3, 4, 4))]
+    tensors.append(torch.randn(2, 3, 4, 4, device=device).to(memory_format=torch.channels_last))
+    factors = torch.rand(len(tensors), device=device)
+    wanted = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+    utils.scale_each(tensors, factors)
+    assert all(map(torch.equal, tensors, wanted))
+
+
+@on_gpu
+def test_meters_and_other_numbers_are_read_with_one_wait(device):
+    logger = utils.MetricLogger()
+    logger.update(loss=torch.tensor(2.0, device=device), entropy=torch.tensor(1.5, device=device))
+    others = torch.arange(3.0, device=device), torch.ones(2, device=device)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        found = utils.read_together(logger.meters.values(), *others)
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in seen) == 1
+    assert (found, logger.loss.value, logger.entropy.value) == ([[0, 1, 2], [1, 1]], 2, 1.5)

@@ -60,7 +60,12 @@ def test_step_numbers_equal_their_definitions():
     assert found["feature_std"] == pytest.approx(unit.std(axis=0).mean(), rel=1e-5)
     assert (found["center_norm"], found["grad_norm"], found["grad_norm_max"]) == (5, 2, 4)
     assert found["top_prototype"] == 0.25
-    assert "grad_norm_max" not in dino_health.step_numbers(features, loss, torch.tensor([1.0, 2.0, math.inf]))
+
+
+def test_norms_of_weights_are_one_per_parameter():
+    network = torch.nn.Linear(2, 1)
+    network.weight.data, network.bias.data = torch.tensor([[3.0, 4.0]]), torch.tensor([-2.0])
+    assert dino_health.norms_of_weights(network).tolist() == [5, 2]
 
 
 def test_log_and_console_split_the_loss_into_entropy_and_KL(tiny_root, tmp_path):
@@ -135,8 +140,8 @@ def monitor(*flags, steps=100):
 
 
 def moving(step):
-    """Two networks of which both have just moved."""
-    return [torch.nn.Linear(2, 2) for _ in range(2)] if step is not None else None
+    """Norms of two networks that have just moved."""
+    return [2.0, 3.0 + step], [5.0, 7.0 + step]
 
 
 def test_a_lasting_condition_is_a_warning_once(capsys):
@@ -186,17 +191,17 @@ def test_a_slow_loader_is_a_warning(share, speed, warns):
 
 
 def test_a_frozen_teacher_is_a_warning(capsys):
-    watching, teacher = monitor(), torch.nn.Linear(2, 2)
+    watching, still = monitor(), [1.0, 2.0]
     for step in range(4):
-        watching.check_step(step, WELL, torch.nn.Linear(2, 2), teacher)
+        watching.check_step(step, WELL, [1.0, step], still)
     assert "the student changes but the teacher does not" in capsys.readouterr().out
     assert not watching.collapse
-    standing, student = monitor(), torch.nn.Linear(2, 2)
+    standing = monitor()
     for step in range(4):
-        standing.check_step(step, WELL, student, teacher)  # as at a learning rate of 0
+        standing.check_step(step, WELL, still, still)  # as at a learning rate of 0
     late = monitor("--epochs", 10)
     for step in range(950, 954):
-        late.check_step(step, WELL, torch.nn.Linear(2, 2), teacher)  # as with a momentum that is all but 1
+        late.check_step(step, WELL, [1.0, step], still)  # as with a momentum that is all but 1
     assert capsys.readouterr().out == ""
 
 

@@ -356,6 +356,14 @@ def test_fp16_trains_with_a_gradient_scaler_and_saves_it(monkeypatch, tmp_path, 
     assert max(steps) > 0
 
 
+def test_norms_of_overflowing_gradients_are_not_in_the_log(monkeypatch, tmp_path, tiny_root):
+    start_scaling_at(monkeypatch, 2.0**60)  # too large for all steps of the epoch
+    one_epoch_of(monkeypatch, tmp_path, tiny_root, "--amp_dtype", "fp16")
+    (line,) = map(json.loads, (tmp_path / "log.txt").read_text().splitlines())
+    assert not {"train_grad_norm", "train_grad_norm_max"} & set(line)
+    assert math.isfinite(line["train_center_norm"])
+
+
 def test_bf16_trains_without_a_scaler(monkeypatch, tmp_path, tiny_root):
     seen, checkpoint = one_epoch_of(monkeypatch, tmp_path, tiny_root, "--amp_dtype", "bf16")
     assert seen == {torch.bfloat16}

@@ -395,13 +395,17 @@ def test_eta_is_the_time_of_the_remaining_items(capsys, monkeypatch):
 
 
 def test_a_line_reads_all_meters_in_one_transfer(monkeypatch):
-    transfers, stack = [], torch.stack
-    monkeypatch.setattr(torch, "stack", lambda tensors: transfers.append(len(tensors)) or stack(tensors))
+    transfers, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda tensors: transfers.append(len(tensors)) or cat(tensors))
     logger = utils.MetricLogger()
     for i in logger.log_every(range(4), 2, "x"):
         logger.update(loss=torch.tensor(1.0 + i), kl=torch.tensor(10 * i), lr=0.5)
     assert transfers == [2, 4, 2]  # of the lines after items 0, 2 and 3
     assert [logger.loss.global_avg, logger.kl.global_avg, logger.lr.global_avg] == [2.5, 15.0, 0.5]
+    logger.update(loss=torch.tensor(5.0))
+    assert utils.read_together([logger.loss], torch.eye(2), torch.tensor(7)) == [[1, 0, 0, 1], [7]]
+    assert transfers.pop() == 3
+    assert logger.loss.value == 5
 
 
 def test_the_share_of_waiting_starts_with_the_second_item(monkeypatch):
