@@ -1,6 +1,7 @@
 """Frozen features and what they tell: extraction, attention, nearest neighbors, retrieval."""
 
 import math
+import time
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor, resize
 
+import dino_crops
 import dino_data
 import utils
 from utils import UserError
@@ -173,6 +175,63 @@ def rank_of_target(similarities, neighbor_labels, target, T, classes):
     before = (votes > votes_of_target) | (voted & lower & (votes == votes_of_target))
     lower_without_votes = classes[target[:, 0]] - (voted & lower).sum(dim=1)
     return before.sum(dim=1) + torch.where(votes_of_target[:, 0] > 0, 0, lower_without_votes)
+
+
+# ---- k-NN during training ----
+
+NEIGHBORS, TEMPERATURE = 20, 0.07
+
+
+class OnlineKnn:
+    """k-NN accuracy of the teacher every N epochs. Training is the same with it and without.
+
+    Without `knn_data`, every tenth image per class of the training folder is classified by the others. Raises UserError
+    if there are no labels.
+    """
+
+    def __init__(self, args, images, device):
+        self.args, self.device = args, device
+        inputs = utils.inputs_of(args)
+        transform = dino_crops.eval_transform(args.global_crops_size, inputs)
+        if args.knn_data is None:
+            self.sets = dino_data.split_every_tenth(images, transform, f"--data_path {args.data_path}", inputs)
+        else:
+            self.sets = dino_data.find_labeled(args.knn_data, transform, args.exif, "--knn_data", inputs)
+        for dataset in self.sets[:2]:
+            dataset.lenient = True  # an unreadable image does not end a run of a week
+
+    def due(self, epoch):
+        """Whether to measure after this epoch (from 0). After the last one, always."""
+        return (epoch + 1) % self.args.knn_every == 0 or epoch + 1 == self.args.epochs
+
+    def accuracies(self, backbone, stop=None):
+        """{"knn_top1": ..., "knn_top5": ...} in percent, the same on all ranks. {} if the GPU has no memory for it.
+
+        All ranks have to call it. Raises utils.Stopped if the StopRequest `stop` has a signal on any rank.
+        """
+        began, training = time.time(), backbone.training
+        backbone.eval()
+        how = (self.args.batch_size_per_gpu, self.args.num_workers, self.device)
+        found, features = {}, None
+        try:
+            features = labeled_features(backbone, self.sets, *how, stop=stop)
+            if features:
+                top1, top5 = knn_accuracies(*features, [NEIGHBORS], TEMPERATURE)[NEIGHBORS]
+                found = {"knn_top1": top1, "knn_top5": top5}
+        except torch.cuda.OutOfMemoryError as e:
+            if features is None and utils.get_world_size() > 1:
+                raise  # the others wait for features of this process
+            reason = str(e).split(". ")[0]
+            utils.say(f"warning: no k-NN accuracy, the GPU's memory is full ({reason}). Use a smaller --knn_data")
+        backbone.train(training)
+        found = utils.gather_objects(found)[0]  # the others wait for rank 0 here
+        if not found:
+            return found
+        utils.log(
+            f"{NEIGHBORS}-NN of the teacher, {len(self.sets[1])} images among {len(self.sets[0])}: "
+            f"top-1 {found['knn_top1']:.2f} %, top-5 {found['knn_top5']:.2f} % ({time.time() - began:.0f} s)"
+        )
+        return found
 
 
 # ---- retrieval ----

@@ -24,9 +24,9 @@ ARROWS = {
     "dino_shards": {"dino_images", "utils"},
     "dino_data": BELOW_DATA,
     "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "utils"},
-    "dino_features": {"dino_data", "dino_backbones", "utils"},
+    "dino_features": {"dino_data", "dino_crops", "dino_backbones", "utils"},
     "dino_health": {"utils"},
-    "dino_run": {"dino_features", "dino_data", "dino_crops", "dino_health", "dino_checkpoints", "dino_cli", "utils"},
+    "dino_run": {"dino_features", "dino_data", "dino_health", "dino_checkpoints", "dino_cli", "utils"},
     "main_dino": {
         *("dino_run", "dino_backbones", "dino_data", "dino_crops", "dino_cli", "vision_transformer", "utils")
     },

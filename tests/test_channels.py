@@ -28,7 +28,7 @@ import utils
 import vision_transformer
 import visualize_attention
 from dino_crops import View
-from dino_run import OnlineKnn
+from dino_features import OnlineKnn
 from utils import Inputs, UserError
 
 pytestmark = pytest.mark.usefixtures("small_networks")

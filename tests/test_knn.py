@@ -18,7 +18,6 @@ from test_restarts import Run, finish
 import dino_data
 import dino_features
 import dino_health
-import dino_run
 import eval_knn
 import main_dino
 import utils
@@ -151,7 +150,7 @@ def test_a_process_among_others_without_memory_for_features_ends_the_run(tiny_ro
 
     args = arguments_of(main_dino, *RUN, "--data_path", tiny_root / "train", "--knn_every", 1)
     images = dino_data.training_images(args)
-    neighbors = dino_run.OnlineKnn(args, images, torch.device("cpu"))
+    neighbors = dino_features.OnlineKnn(args, images, torch.device("cpu"))
     monkeypatch.setattr(dino_features, "labeled_features", no_memory)
     monkeypatch.setattr(utils, "get_world_size", lambda: 2)
     with pytest.raises(torch.cuda.OutOfMemoryError):
