@@ -1,11 +1,12 @@
 """Frozen features and what they tell: extraction, attention, nearest neighbors, retrieval."""
 
+import itertools
 import math
-import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor, resize
 
@@ -26,7 +27,7 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=N
     instead of in main memory. They are gathered once, at the end. Every 10 batches, all ranks check whether `stop`, a
     StopRequest, has a signal on any rank, and raise utils.Stopped.
     """
-    weight = next(model.parameters(), torch.empty(0))
+    weight = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
     store = weight.device if use_cuda else torch.device("cpu")
     found, places = None, torch.empty(len(data_loader.sampler), dtype=torch.long)
     first = 0
@@ -197,6 +198,8 @@ class OnlineKnn:
             self.sets = dino_data.split_every_tenth(images, transform, f"--data_path {args.data_path}", inputs)
         else:
             self.sets = dino_data.find_labeled(args.knn_data, transform, args.exif, "--knn_data", inputs)
+        part = "held-out" if args.knn_data is None else "validation"
+        self.what = f"{len(self.sets[1])} {part} images among {len(self.sets[0])}"
         for dataset in self.sets[:2]:
             dataset.lenient = True  # an unreadable image does not end a run of a week
 
@@ -204,12 +207,18 @@ class OnlineKnn:
         """Whether to measure after this epoch (from 0). After the last one, always."""
         return (epoch + 1) % self.args.knn_every == 0 or epoch + 1 == self.args.epochs
 
+    def baselines(self, backbone, stop=None):
+        """{"knn_start": ..., "knn_raw_pixels": ...}: top-1 accuracies of the start weights and of raw pixels."""
+        models = {"knn_start": backbone, "knn_raw_pixels": raw_pixels(self.device)}
+        found = {name: self.accuracies(model, stop).get("knn_top1") for name, model in models.items()}
+        return {name: top1 for name, top1 in found.items() if top1 is not None}
+
     def accuracies(self, backbone, stop=None):
         """{"knn_top1": ..., "knn_top5": ...} in percent, the same on all ranks. {} if the GPU has no memory for it.
 
         All ranks have to call it. Raises utils.Stopped if the StopRequest `stop` has a signal on any rank.
         """
-        began, training = time.time(), backbone.training
+        training = backbone.training
         backbone.eval()
         how = (self.args.batch_size_per_gpu, self.args.num_workers, self.device)
         found, features = {}, None
@@ -224,14 +233,14 @@ class OnlineKnn:
             reason = str(e).split(". ")[0]
             utils.say(f"warning: no k-NN accuracy, the GPU's memory is full ({reason}). Use a smaller --knn_data")
         backbone.train(training)
-        found = utils.gather_objects(found)[0]  # the others wait for rank 0 here
-        if not found:
-            return found
-        utils.log(
-            f"{NEIGHBORS}-NN of the teacher, {len(self.sets[1])} images among {len(self.sets[0])}: "
-            f"top-1 {found['knn_top1']:.2f} %, top-5 {found['knn_top5']:.2f} % ({time.time() - began:.0f} s)"
-        )
-        return found
+        return utils.gather_objects(found)[0]  # the others wait for rank 0 here
+
+
+def raw_pixels(device=None):
+    """Baseline: the image itself, averaged down to 16 x 16 pixels, as the feature vector [B, 16 * 16 * channels]."""
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten())
+    model.register_buffer("place", torch.empty(0, device=device))
+    return model
 
 
 # ---- retrieval ----

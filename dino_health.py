@@ -83,12 +83,21 @@ def conditions(numbers):
     return found
 
 
-def suspicious_settings(args, images):
+ENOUGH = 800  # steps of the demo, which is about as short as a run that learns can be
+
+
+def suspicious_settings(args, steps):
     """{name: problem and remedy} for settings that are allowed and have cost people a run.
 
-    `images` is the number of images per epoch.
+    `steps` is their number per epoch.
     """
-    found, temperature = {}, max(args.teacher_temp, args.warmup_teacher_temp)
+    found, images = {}, steps * args.images_per_step
+    if not args.init_from and args.epochs * steps < ENOUGH / 4:
+        found["short"] = (
+            f"{args.epochs * steps} steps in all are too few to learn from random weights (the demo has {ENOUGH}). "
+            f"Use --epochs {math.ceil(ENOUGH / max(steps, 1))}"
+        )
+    temperature = max(args.teacher_temp, args.warmup_teacher_temp)
     if temperature > 0.07:
         found["temperature"] = (
             f"a teacher temperature of {temperature} is above 0.07, where training is known to be unstable. Lower "
@@ -108,10 +117,10 @@ def suspicious_settings(args, images):
             f"blur of up to {args.blur_radius[1]} pixels removes all texture from crops of {args.global_crops_size}. "
             "Use --blur_radius 0.1 0.5"
         )
-    if args.out_dim > 10 * images:
+    if args.out_dim > 10 * args.images:
         found["prototypes"] = (
-            f"--out_dim {args.out_dim} is more than ten prototypes per image ({images} images): most will never be "
-            f"used, and each costs time. Use at most {10 * images}"
+            f"--out_dim {args.out_dim} is more than ten prototypes per image ({args.images} images): most will never "
+            f"be used, and each costs time. Use at most {10 * args.images}"
         )
     if args.use_fp16 and args.amp_dtype == "fp16" and args.patch_size <= 8 and args.arch in VITS:
         found["precision"] = (
@@ -133,16 +142,17 @@ class HealthMonitor:
     `state` what `state_dict` returned.
     """
 
-    REMEMBERED = ("seen", "warnings", "streaks", "norms", "best_knn", "best_epoch")
+    REMEMBERED = ("seen", "warnings", "streaks", "norms", "best_knn", "best_epoch", "baselines")
 
     def __init__(self, args, steps, curves=None, state=None):
         self.args, self.steps, self.curves, self.collapse = args, steps, curves, ""
-        self.seen, self.warnings, self.streaks, self.norms = [], [], {}, None
+        self.seen, self.warnings, self.streaks, self.norms, self.baselines = [], [], {}, None, {}
         self.forget_best()
         for name in self.REMEMBERED if isinstance(state, dict) else ():
             value, default = state.get(name), getattr(self, name)
             if isinstance(value, type(default)) or (default is None and isinstance(value, int | list)):
                 setattr(self, name, value)
+        self.baselines = {k: v for k, v in self.baselines.items() if k in BASELINES and isinstance(v, float)}
 
     def state_dict(self):
         """What a checkpoint has to keep, so that a resumed run warns exactly as if it had not been stopped."""
@@ -159,7 +169,7 @@ class HealthMonitor:
 
     def check_settings(self):
         """Before the first step."""
-        for name, what in suspicious_settings(self.args, self.steps * self.args.images_per_step).items():
+        for name, what in suspicious_settings(self.args, self.steps).items():
             self.warn(name, what)
 
     def check_step(self, step, numbers, student_norms, teacher_norms):
@@ -197,10 +207,25 @@ class HealthMonitor:
             if stats["knn_top1"] > self.best_knn:
                 self.best_knn, self.best_epoch = stats["knn_top1"], stats["epoch"]
                 utils.log("best k-NN accuracy so far: goes to checkpoint_best.pth")
+            if stats["epoch"] + 1 == self.args.epochs and self.best_knn <= stats.get("knn_start", -1):
+                self.warn(
+                    "no gain",
+                    f"the features are no better than before training: top-1 {describe_knn(stats, self.args)}. Train "
+                    "longer (--epochs), and see `The loss does not fall` in docs/troubleshooting.md",
+                )
         return self.best_epoch == stats["epoch"]
 
 
 # ---- first and last words ----
+
+BASELINES = ("knn_start", "knn_raw_pixels")
+
+
+def describe_knn(stats, args):
+    """A k-NN accuracy and its baselines, from a line of the log: `53.12 % (untrained 24.03, raw pixels 22.00)`."""
+    words = ("start weights" if args.init_from else "untrained", "raw pixels")
+    known = [f"{word} {stats[name]:.2f}" for word, name in zip(words, BASELINES, strict=True) if name in stats]
+    return f"{stats['knn_top1']:.2f} %" + (f" ({', '.join(known)})" if known else "")
 
 
 def changed_settings(args, parser):
@@ -235,7 +260,7 @@ def describe_end(args, stats, path, seconds):
     """What a run has come to, and the next commands, ready to paste. `stats` is the last line of its log."""
     result = [f"loss {stats['train_loss']:.4f}"] if "train_loss" in stats else []
     if "knn_top1" in stats:
-        result.append(f"k-NN top-1 {stats['knn_top1']:.2f} %")
+        result.append(f"k-NN top-1 {describe_knn(stats, args)}")
     patch = f" --patch_size {args.patch_size}" if args.arch in VITS else ""
     labeled = args.knn_data or (args.data_path if args.data_path == "sample" else None)
     data = shlex.quote(labeled) if labeled else "FOLDER_WITH_TRAIN_AND_VAL"

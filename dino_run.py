@@ -244,6 +244,9 @@ class Run(Bare):
     def begin_epoch(self, epoch):
         self.epoch = epoch
         self.data_loader.sampler.set_epoch(epoch, self.images_done)
+        if self.neighbors and not self.loaded and epoch == 0:
+            utils.log("before the first step: k-NN accuracy of the start weights and of raw pixels, to compare with")
+            self.measure_neighbors("before the first step")
 
     def received(self, indices, unreadable):
         self.indices = indices
@@ -363,11 +366,7 @@ class Run(Bare):
         if self.neighbors and self.neighbors.due(epoch):
             if self.steps_made:  # so that a run killed during the evaluation resumes with it
                 self.save(epoch, self.images_done, self.totals)
-            try:
-                self.stats |= self.neighbors.accuracies(self.parts.teacher.backbone, self.stop)
-            except Stopped:
-                utils.log(f"stopped after epoch {epoch}, before its k-NN accuracy. Run the same command to resume")
-                raise
+            self.measure_neighbors(f"after epoch {epoch}, before its k-NN accuracy")
         best = self.monitor.check_epoch(self.stats)
         self.share_bad_images()
         if self.bad_images:
@@ -378,6 +377,23 @@ class Run(Bare):
             copies.append(os.path.join(self.args.output_dir, f"checkpoint{epoch:04}.pth"))
         self.save(epoch + 1, 0, [], copies)
         self.images_done, self.metrics = 0, TrainingLog(self.args)
+
+    def measure_neighbors(self, when):
+        """k-NN accuracy of the teacher, or before the first step, the accuracies to compare it with."""
+        backbone = self.parts.teacher.backbone
+        try:
+            if not self.stats:
+                self.monitor.baselines = self.neighbors.baselines(backbone, self.stop)
+                return
+            found = self.neighbors.accuracies(backbone, self.stop)
+        except Stopped:
+            utils.log(f"stopped {when}. Run the same command to resume")
+            raise
+        if found:
+            self.stats |= {**found, **self.monitor.baselines}
+            top1, top5 = dino_health.describe_knn(self.stats, self.args), found["knn_top5"]
+            k, what = dino_features.NEIGHBORS, self.neighbors.what
+            utils.log(f"{k}-NN of the teacher, {what}: top-1 {top1}, top-5 {top5:.2f} %")
 
     # ---- files ----
 

@@ -78,7 +78,9 @@ def test_log_and_console_split_the_loss_into_entropy_and_KL(tiny_root, tmp_path)
         assert line["train_entropy"] + line["train_kl"] == pytest.approx(line["train_loss"], abs=1e-5)
         assert line["train_ln_k"] == pytest.approx(math.log(64))
         assert set(dino_health.NUMBERS) <= {name.removeprefix("train_") for name in line}
-        assert "warnings" not in line
+    (warning,) = lines[0]["warnings"]
+    assert warning.startswith("10 steps in all are too few to learn from random weights")
+    assert "warnings" not in lines[1]
     console = [line for line in said.splitlines() if line.startswith("Epoch: [") and "eta:" in line]
     assert all(len(line) <= 120 for line in console)
     for line in console:
@@ -136,6 +138,7 @@ def test_a_uniform_teacher_is_normal_during_warm_up():
 def monitor(*flags, steps=100):
     args = arguments_of(main_dino, "--out_dim", 64, "--warmup_epochs", 0, *flags)
     args.images_per_step = args.batch_size_per_gpu * args.grad_accum_steps
+    args.images = steps * args.images_per_step + 5  # that do not fill a step
     return dino_health.HealthMonitor(args, steps)
 
 
@@ -234,13 +237,23 @@ def test_suspicious_settings_are_a_warning_before_the_first_step(capsys, flags, 
 
 
 def test_far_more_prototypes_than_images_are_a_warning(capsys):
-    for out_dim, warns in ((40_960, False), (40_961, True)):
+    for out_dim, warns in ((41_010, False), (41_011, True)):
         few = monitor("--out_dim", out_dim, "--momentum_teacher", 0.9995, steps=64)  # of 64 images
         few.check_settings()
         assert ("prototypes" in few.seen) == warns
     said = capsys.readouterr().out
-    assert "--out_dim 40961 is more than ten prototypes per image (4096 images)" in said
-    assert "Use at most 40960\n" in said
+    assert "--out_dim 41011 is more than ten prototypes per image (4101 images)" in said
+    assert "Use at most 41010\n" in said
+
+
+def test_a_run_too_short_to_learn_is_a_warning_that_names_enough_epochs(capsys):
+    for flags, warns in (((), True), (("--epochs", 20), False), (("--init_from", "published"), False)):
+        short = monitor("--momentum_teacher", 0.9995, "--epochs", 19, *flags, steps=10)
+        short.check_settings()
+        assert ("short" in short.seen) == warns
+    assert "190 steps in all are too few to learn from random weights (the demo has 800). Use --epochs 80\n" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_short_run_may_have_a_low_momentum_but_not_below_0_9():
@@ -277,7 +290,7 @@ def warnings_of_a_run(images, folder, *flags):
 
 
 def test_a_healthy_run_raises_no_warning(images, tmp_path):
-    assert not warnings_of_a_run(images, tmp_path)
+    assert [what[:15] for what in warnings_of_a_run(images, tmp_path)] == ["70 steps in all"]
 
 
 @pytest.mark.parametrize(
@@ -399,6 +412,8 @@ def test_a_run_starts_and_ends_with_what_one_wants_to_know(tiny_root, tmp_path):
     assert "momentum_teacher" not in settings
     assert "output_dir" not in settings
     assert "note: 4 images per epoch do not fill a step of 12 and are not used" in said
-    assert re.fullmatch(r"finished: loss \S+, k-NN top-1 \S+ %\. This run took \d+ s; weights are in .*", said[-3])
+    assert re.fullmatch(
+        r"finished: loss \S+, k-NN top-1 \S+ % \(.*\)\. This run took \d+ s; weights are in .*", said[-3]
+    )
     assert f"--pretrained_weights '{tmp_path / 'a b' / 'checkpoint.pth'}'" in said[-2]
     assert said[-1].strip() == f"python report.py '{tmp_path / 'a b'}'"

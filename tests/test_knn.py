@@ -6,7 +6,6 @@ The classifier itself is tested in test_eval_knn.py.
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -181,6 +180,47 @@ def test_a_resumed_run_remembers_the_best_accuracy():
     assert (second.best_knn, second.best_epoch) == (40.5, 5)
 
 
+# ---- what to compare with ----
+
+
+def test_the_untrained_network_and_raw_pixels_are_measured_before_the_first_step(capsys, tiny_root, labeled, tmp_path):
+    train(tiny_root, tmp_path, "--knn_every", 1, "--epochs", 2, "--knn_data", labeled, "--momentum_teacher", 1)
+    lines = log_without_times(tmp_path)
+    for line in lines:  # a momentum of 1 leaves the teacher as it was
+        assert line["knn_start"] == line["knn_top1"]
+    flags = ["--arch", "vit_nano", "--image_size", 32, "--nb_knn", 20, "--data_path", labeled, "--num_workers", 0]
+    said = capsys.readouterr().out
+    eval_knn.main(arguments_of(eval_knn, *flags, "--pretrained_weights", "random", "--baselines", "true"))
+    pixels = float(re.search(r"raw pixels +(\S+)", capsys.readouterr().out)[1])
+    assert lines[0]["knn_raw_pixels"] == pytest.approx(pixels, abs=0.051)
+    both = f"(untrained {lines[0]['knn_start']:.2f}, raw pixels {lines[0]['knn_raw_pixels']:.2f})"
+    knn = f"top-1 {lines[0]['knn_top1']:.2f} % {both}"
+    assert len(re.findall(rf"20-NN of the teacher, \d+ validation images among \d+: {re.escape(knn)}", said)) == 2
+    assert f"finished: loss {lines[1]['train_loss']:.4f}, k-NN {knn}" in said
+    assert f"warning: the features are no better than before training: {knn}. Train longer (--epochs)" in said
+
+
+def test_a_resumed_run_keeps_what_it_compares_with(tiny_root, tmp_path):
+    flags = ("--data_path", tiny_root / "train", "--knn_every", 1, "--epochs", 2, "--output_dir")
+    finish(*RUN, *flags, tmp_path / "whole")
+    Run(*RUN, *flags, tmp_path / "run", spoil=("signal_in_step", 6, signal.SIGTERM)).end()
+    said = finish(*RUN, *flags, tmp_path / "run")
+    assert "before the first step" not in said
+    assert log_without_times(tmp_path / "run") == log_without_times(tmp_path / "whole")
+    assert all("knn_start" in line for line in log_without_times(tmp_path / "run"))
+
+
+def test_a_signal_before_the_first_step_ends_the_run(sample_root, tiny_root, tmp_path):
+    flags = ("--knn_every", 1, "--knn_data", sample_root, "--data_path", tiny_root / "train")
+    run = Run(*RUN, *flags, "--output_dir", tmp_path / "run")
+    run.wait_for("Features:")
+    os.killpg(run.processes[0].pid, signal.SIGTERM)
+    codes, (said,) = run.end()
+    assert codes == [128 + signal.SIGTERM]
+    assert "stopped before the first step. Run the same command to resume" in said
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
 # ---- no effect on training ----
 
 CONVNET = ("--arch", "mobilenet_v3_small", "--use_fp16", "false")  # its batch norms keep running statistics
@@ -193,7 +233,9 @@ def test_training_is_bit_identical_with_and_without_knn(tiny_root, tmp_path):
     for part in ("student", "teacher", "dino_loss"):
         assert_same(one[part], other[part])
     logs = [log_without_times(folder) for folder in (without_knn, with_knn)]
-    assert logs[0] == [{k: v for k, v in line.items() if not k.startswith("knn_")} for line in logs[1]]
+    drop = ("knn_top1", "knn_top5", "knn_start", "knn_raw_pixels", "warnings")
+    logs = [[{k: v for k, v in line.items() if k not in drop} for line in lines] for lines in logs]
+    assert logs[0] == logs[1]
 
 
 # The last step of the epoch is saved before k-NN starts, so that a resumed run repeats the evaluation only.
@@ -201,31 +243,12 @@ RESUMED = "continuing in epoch 0 after step 5"
 
 
 def test_a_run_killed_during_knn_resumes_there(tiny_root, tmp_path):
-    data = tmp_path / "labeled"
-    for name in ("astronaut", "brick"):
-        (data / name).mkdir(parents=True)
-        for path in sorted((tiny_root / "train" / name).iterdir()):
-            (data / name / path.name).symlink_to(path.resolve())
-    flags = ("--knn_every", 1, "--knn_data", data)
-    undisturbed = train(tiny_root, tmp_path / "undisturbed", *flags)
-
-    image = sorted((data / "brick").iterdir())[3]
-    target = image.readlink()
-    image.unlink()
-    os.mkfifo(image)  # a pipe nobody writes to: the evaluation waits here until the run is killed
-    folder = tmp_path / "killed"
-    words = [*RUN, "--data_path", tiny_root / "train", "--output_dir", folder, *flags]
-    run = Run(*words)
-    until = time.monotonic() + 60
-    while not (folder / "checkpoint.pth").exists() and time.monotonic() < until:
-        time.sleep(0.05)
-    time.sleep(0.5)
-    assert run.processes[0].is_alive()
-    run.kill()
-
-    image.unlink()
-    image.symlink_to(target)
-    assert RESUMED in finish(*words)
+    flags = ("--knn_every", 1, "--data_path", tiny_root / "train", "--output_dir")
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(*RUN, *flags, undisturbed)
+    assert Run(*RUN, *flags, folder, spoil=("kill_in_knn", 3)).end()[0] == [-signal.SIGKILL]
+    assert not (folder / "log.txt").exists()
+    assert RESUMED in finish(*RUN, *flags, folder)
     assert log_without_times(folder) == log_without_times(undisturbed)
     for name in ("checkpoint.pth", "checkpoint_best.pth"):
         one, other = (checkpoint(f, name) for f in (folder, undisturbed))
@@ -238,13 +261,13 @@ def test_a_signal_during_knn_stops_the_run_which_resumes_there(sample_root, tiny
     undisturbed = train(tiny_root, tmp_path / "undisturbed", *flags)
     words = [*RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "run", *flags]
     run = Run(*words)
-    run.wait_for("Features:")
+    run.wait_for("Averaged stats")
     os.killpg(run.processes[0].pid, signal.SIGTERM)  # the data loader's processes receive it too
     codes, (said,) = run.end()
     assert codes == [128 + signal.SIGTERM]
     assert "Traceback" not in said
     assert re.search(r"stopped \w+ epoch 0\b", said)
-    assert "[100/135]" not in said
+    assert "[100/135]" not in said.partition("Averaged stats")[2]
     assert not (tmp_path / "run" / "log.txt").exists()
     assert RESUMED in finish(*words)
     assert log_without_times(tmp_path / "run") == log_without_times(undisturbed)

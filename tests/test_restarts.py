@@ -32,6 +32,7 @@ from conftest import (
 
 import dino_checkpoints
 import dino_cli
+import dino_features
 import dino_images
 import dino_run
 import main_dino
@@ -70,6 +71,19 @@ def signal_in_step(at, number, rank=0):
 
 def kill_in_step(at, rank=0):
     signal_in_step(at, signal.SIGKILL, rank)
+
+
+def kill_in_knn(number):
+    """While k-NN accuracy number `number` of the run is measured; the first two are made before the first step."""
+    measure, calls = dino_features.labeled_features, []
+
+    def measure_or_die(*args, **named):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return measure(*args, **named)
+
+    dino_features.labeled_features = measure_or_die
 
 
 def slow_steps(seconds):
