@@ -108,6 +108,20 @@ def largest_mass(attention, threshold):
     return torch.zeros_like(kept).scatter(-1, order, kept).view(attention.shape)
 
 
+def main_components(tokens):
+    """The first three principal components of tokens [N, P, D], scaled to 0..1: [N, P, 3].
+
+    0 and 1 are the 2nd and 98th percentile of each component.
+    """
+    centered = tokens.flatten(0, 1).double()
+    centered -= centered.mean(dim=0)
+    axes = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -3:].flip(1)  # [D, 3], the largest first
+    axes *= axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # eigenvectors have no sign: fix one
+    found = centered @ axes
+    low, high = found.quantile(torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
+    return ((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, tokens.shape[:2])
+
+
 # ---- nearest neighbors ----
 
 

@@ -5,8 +5,9 @@
     python report.py runs/a runs/b --output a-and-b.html
 
 Reads run.json, log.txt and checkpoint.pth, which main_dino.py writes to its --output_dir. Parts that are missing, as in
-a run of the authors' code, are left out, and the page says so. It shows the settings, the warnings, the curves, the
-attention of the last block (figure 1 of the paper), patch features as colors, and nearest neighbors.
+a run of the authors' code, are left out, and the page says so. Results come first: a verdict, loss and k-NN accuracy,
+warnings. Then the attention of the last block (figure 1 of the paper), patch features as colors, nearest neighbors,
+all other curves, and the settings.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 from html import escape
 from pathlib import Path
 from string import Template
@@ -131,6 +133,11 @@ def columns(log, *keys):
     return {"epoch": [line["epoch"] for line in log], **values}
 
 
+def last_of(run, key):
+    """The last finite number of that name in a run's log, in a list; an empty one if there is none."""
+    return columns(run.log, key).get(key, [])[-1:]
+
+
 def is_number(value):
     return isinstance(value, int | float) and abs(value) < 1e300
 
@@ -138,27 +145,34 @@ def is_number(value):
 # ---- text and tables ----
 
 
-def summary(run):
-    """The state of the run in a few sentences."""
+def names_of(runs):
+    """The names of the runs' folders, with as many of their parents as tell them apart."""
+    folders = [run.folder.resolve() for run in runs]
+    common = os.path.commonpath([folder.parent for folder in folders])
+    return [str(folder.relative_to(common)) for folder in folders]
+
+
+def verdict(run):
+    """How far the run is and what has come of it, in a few sentences."""
     if not run.log:
         return "log.txt is missing or has no epochs."
     last, total = run.log[-1], run.args.get("epochs")
-    epochs = f"{last['epoch'] + 1} of {total}" if is_number(total) else f"{last['epoch'] + 1}"
-    words = [f"{epochs} epochs are done."]
-    loss, entropy, ln_k = (last.get(f"train_{key}") for key in ("loss", "entropy", "ln_k"))
-    words.append(f"The last loss is {loss:.3f}." if is_number(loss) else "The last epoch has no finite loss.")
-    if is_number(entropy) and is_number(ln_k) and ln_k > 0:
-        words.append(
-            f"The teacher's entropy is {entropy:.3f}, {100 * entropy / ln_k:.0f} % of its maximum ln K = {ln_k:.3f}."
-        )
+    words = [f"{last['epoch'] + 1} of {total} epochs." if is_number(total) else f"{last['epoch'] + 1} epochs."]
     measured = columns(run.log, "knn_top1")
     if measured["epoch"]:
         best, at = max(zip(measured["knn_top1"], measured["epoch"], strict=True))
-        words.append(
-            f"The best k-NN accuracy is {best:.1f} % in epoch {at}, the last one {measured['knn_top1'][-1]:.1f} %."
-        )
+        start = "start weights" if run.args.get("init_from") else "untrained"
+        known = {start: last_of(run, "knn_start"), "raw pixels": last_of(run, "knn_raw_pixels")}
+        known = ", ".join(f"{name} {value:.1f}" for name, values in known.items() for value in values)
+        known = f" ({known})" if known else ""
+        words.append(f"k-NN accuracy {measured['knn_top1'][-1]:.1f} %{known}, best {best:.1f} % in epoch {at}.")
+    loss, entropy, kl, ln_k = (last.get(f"train_{key}") for key in ("loss", "entropy", "kl", "ln_k"))
+    split = ""
+    if all(map(is_number, (entropy, kl, ln_k))) and ln_k > 0:
+        split = f" = entropy {entropy:.3f} ({100 * entropy / ln_k:.0f} % of ln K) + KL {kl:.3f}"
+    words.append(f"Loss {loss:.3f}{split}." if is_number(loss) else "The last epoch has no finite loss.")
     number = sum(len(warnings_of(line)) for line in run.log)
-    return " ".join([*words, f"Warnings: {number or 'none'}."])
+    return " ".join([*words, f"{number or 'No'} warning{'s' * (number != 1)}."])
 
 
 def warnings_of(line):
@@ -166,11 +180,9 @@ def warnings_of(line):
 
 
 def describe(value):
-    """A value of run.json, which may be nested, as text on one line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{str(key).replace('_', ' ')} {describe(inner)}" for key, inner in value.items())
+    """A value of run.json as text on one line."""
     if isinstance(value, list):
-        return " ".join(map(describe, value)) or "none"
+        return " ".join(map(str, value)) or "none"
     return "unknown" if value is None else str(value)
 
 
@@ -182,16 +194,20 @@ def table(title, header, rows, note="", kind="text"):
     table = f'<table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
     paragraph = f"<p>{note}</p>" if note else ""
     scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">'
-    return f"<section><h3>{escape(title)}</h3>{paragraph}{scroll}{table}</div></section>"
+    wide = ' class="wide"' * (len(header) > 2)
+    return f"<section{wide}><h3>{escape(title)}</h3>{paragraph}{scroll}{table}</div></section>"
 
 
 def facts(runs):
     """Tables of folder, machine, versions and settings, with one column per run."""
     names = [run.name for run in runs] if len(runs) > 1 else ["value"]
-    rows = [["folder", *(str(run.folder) for run in runs)]]
-    for key in ("started", "command", "machine", "processes", "versions", "git"):
-        if any(key in run.info for run in runs):
-            rows.append([key, *(describe(run.info.get(key)) for run in runs)])
+    found = [{"folder": str(run.folder)} for run in runs]
+    for run, about in zip(runs, found, strict=True):
+        for key in ("started", "command", "processes", "machine", "versions", "git"):
+            parts = run.info.get(key, {})
+            parts = parts if isinstance(parts, dict) else {key: parts}
+            about |= {name.replace("_", " "): describe(value) for name, value in parts.items()}
+    rows = [[key, *(about.get(key, "unknown") for about in found)] for key in found[0] | found[-1]]
     changed, title = [as_dict(run.info.get("changed")) for run in runs], "Settings that differ from the defaults"
     if not all("changed" in run.info for run in runs):  # a checkpoint does not say which settings are defaults
         changed, title = [run.args for run in runs], "Settings from the checkpoint (no run.json)"
@@ -216,10 +232,11 @@ def warnings_table(run):
 # ---- charts ----
 
 LOSS = ("train_loss", "train_entropy", "train_kl")
+RESULTS = ("Loss", "k-NN accuracy")  # are drawn first, and large
 # (title, note, keys in the log); the first key is drawn as a solid line, a second one dotted.
 CHARTS = (
     ("Loss", "= entropy (dotted) + KL; dashed: ln K", LOSS),
-    ("k-NN accuracy", "top-1 in percent", ("knn_top1",)),
+    ("k-NN accuracy", "top-1 in percent; dashed: before training; dotted: raw pixels", ("knn_top1",)),
     ("Largest prototype", "share of images", ("train_top_prototype",)),
     ("Spread of features", "dashed: 1 / √d, the ideal value", ("train_feature_std",)),
     ("Norm of gradients", "median; dotted: largest", ("train_grad_norm", "train_grad_norm_max")),
@@ -235,16 +252,17 @@ BLUE, ORANGE, GRAY = "#3a86c8", "#e08a2e", "#8a8a8a"  # legible on white and on 
 
 
 def draw_charts(runs):
-    """({HTML of a caption: Bokeh figure}, titles of the charts that the logs have no numbers for)."""
-    drawn, missing = {}, []
+    """({HTML of a caption: Bokeh figure} of the results, of the others, titles without numbers in the logs)."""
+    results, others, missing = {}, {}, []
     for title, note, keys in CHARTS:
         tables = [columns(run.log, *keys) for run in runs]
         if any(data["epoch"] for data in tables):
             last = " / ".join(short(data[keys[0]][-1]) if data["epoch"] else "–" for data in tables)
+            drawn = results if title in RESULTS else others
             drawn[f"<b>{title}</b> {note} <span>{last}</span>"] = draw_chart(runs, tables, keys)
         else:
             missing.append(title)
-    return drawn, missing
+    return results, others, missing
 
 
 def short(number):
@@ -256,7 +274,8 @@ def draw_chart(runs, tables, keys):
     from bokeh.models import HoverTool
 
     positive = all(value > 0 for data in tables for key in data if key != "epoch" for value in data[key])
-    plot = empty_figure(runs, "log" if keys[0] == "train_grad_norm" and positive else "linear")
+    scale = "log" if keys[0] == "train_grad_norm" and positive else "linear"
+    plot = empty_figure(runs, scale, height=300 if keys[0] in ("train_loss", "knn_top1") else 180)
     for run, data, color in zip(runs, tables, (BLUE, ORANGE), strict=False):
         names = {key: key.removeprefix("train_").replace("_", " ") for key in data if key != "epoch"}
         if not names:
@@ -268,8 +287,8 @@ def draw_chart(runs, tables, keys):
             plot.line("epoch", key, source=data, color=color, line_width=2, line_dash="dotted")
         if len(data["epoch"]) <= 40:
             plot.scatter("epoch", keys[0], source=data, color=color, size=4)
-        for level in level_of(run, keys[0]):
-            plot.line([run.log[0]["epoch"], run.log[-1]["epoch"]], level, color=GRAY, line_dash="dashed")
+        for level, dash in levels_of(run, keys[0]):
+            plot.line([run.log[0]["epoch"], run.log[-1]["epoch"]], level, color=GRAY, line_dash=dash)
         values = ", ".join(f"{name} <b>@{key}{{%.4g}}</b>" for key, name in names.items())
         tip = f'<div class="tip">{run.name * (len(runs) > 1)} epoch @epoch: {values}</div>'
         formatters = {f"@{key}": "printf" for key in names}
@@ -277,20 +296,20 @@ def draw_chart(runs, tables, keys):
     return plot
 
 
-def level_of(run, key):
-    """The bound or ideal value of a logged number, drawn as a dashed line: a list with one number or none."""
-    if key == "train_loss":
-        return columns(run.log, "train_ln_k").get("train_ln_k", [])[-1:]
-    widths = columns(run.log, "train_feature_dim").get("train_feature_dim", [])[-1:]
-    return [width**-0.5 for width in widths if key == "train_feature_std" and width > 0]
+def levels_of(run, key):
+    """Numbers to compare a logged one with, such as a bound, drawn as lines: [(number, "dashed" or "dotted")]."""
+    if key == "train_feature_std":
+        return [(width**-0.5, "dashed") for width in last_of(run, "train_feature_dim") if width > 0]
+    names = {"train_loss": {"train_ln_k": "dashed"}, "knn_top1": {"knn_start": "dashed", "knn_raw_pixels": "dotted"}}
+    return [(level, dash) for name, dash in names.get(key, {}).items() for level in last_of(run, name)]
 
 
-def empty_figure(runs, scale):
+def empty_figure(runs, scale, height):
     from bokeh.models import BasicTicker, PrintfTickFormatter
     from bokeh.plotting import figure
 
     epochs = [line["epoch"] for run in runs for line in run.log]
-    look = {"height": 200, "sizing_mode": "stretch_width", "toolbar_location": None, "tools": "", "min_border": 4}
+    look = {"height": height, "sizing_mode": "stretch_width", "toolbar_location": None, "tools": "", "min_border": 4}
     plot = figure(x_range=(min(epochs) - 0.4, max(epochs) + 0.4), y_axis_type=scale, **look)
     plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = None
     plot.axis.minor_tick_line_color = plot.xgrid.grid_line_color = None
@@ -404,7 +423,9 @@ def attention_section(model, samples, size, device):
         maps.append(dino_features.cls_attention(model, batch)[0].float().cpu())  # [heads, h, w]
         tokens.append(model.get_intermediate_layers(batch)[0][0, 1:].float().cpu())  # [h · w, D]
     dino_features.check_finite_features(*maps, *tokens)
-    colors = main_components(torch.stack(tokens)).unflatten(1, maps[0].shape[1:]).mul(255).byte()  # [N, h, w, 3]
+    colors = (
+        dino_features.main_components(torch.stack(tokens)).unflatten(1, maps[0].shape[1:]).mul(255).byte()
+    )  # [N, h, w, 3]
     header, rows = ["image", "patches", "mean", *(f"head {i}" for i in range(len(maps[0])))], []
     for sample, color, heads in zip(samples, colors, maps, strict=True):
         masses = [(mass - mass.min()).numpy() for mass in (heads.mean(0), *heads)]
@@ -423,20 +444,6 @@ def attention_section(model, samples, size, device):
         "features. Mean, heads: attention of CLS to each patch in the last block, each map scaled to its range."
     )
     return table("Attention and patch features", header, rows, note, "tiles")
-
-
-def main_components(tokens):
-    """The first three principal components of tokens [N, P, D], scaled to 0..1: [N, P, 3].
-
-    0 and 1 are the 2nd and 98th percentile of each component.
-    """
-    centered = tokens.flatten(0, 1).double()
-    centered -= centered.mean(dim=0)
-    axes = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -3:].flip(1)  # [D, 3], the largest first
-    axes *= axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # eigenvectors have no sign: fix one
-    found = centered @ axes
-    low, high = found.quantile(torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
-    return ((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, tokens.shape[:2])
 
 
 def neighbors_section(model, samples, size, args):
@@ -522,6 +529,8 @@ th, td { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; 
 .tiles td { padding: 0 4px 4px 0; width: 7rem; min-width: 4.2rem; line-height: 1.2; overflow-wrap: anywhere; }
 img { display: block; width: 100%; }
 .PNG { image-rendering: pixelated; }
+summary { font-size: 1.15rem; margin-top: 1.8rem; cursor: pointer; }
+@media (max-width: 40rem) { .wide h3::after { content: " – scroll sideways for more →"; font-weight: 400; } }
 </style>
 $bokeh
 </head><body><main>
@@ -534,27 +543,32 @@ $script
 
 
 def build_page(runs, sections):
-    """The HTML of the page; `sections` are the pictures of each run."""
+    """The HTML of the page, results first; `sections` are the pictures of each run."""
     from bokeh.embed import components
     from bokeh.resources import Resources
 
-    two = len(runs) > 1
-    title = " and ".join(escape(str(run.folder)) for run in runs)
-    parts = [f"<h1>{title}</h1>", *(f"<p>{f'{run.name}: ' * two}{escape(summary(run))}</p>" for run in runs)]
-    parts += [f'<h2>Settings</h2><div class="grid pair">{"".join(facts(runs))}</div>', *map(warnings_table, runs)]
-    drawn, missing = draw_charts(runs)
+    two, names = len(runs) > 1, list(map(escape, names_of(runs)))
+    title = " and ".join(names)
+    parts = [f"<h1>{title}</h1>"]
+    for run in runs:
+        where = f"{f'{run.name}: ' * two}{run.folder}, started {describe(run.info.get('started'))}"
+        parts.append(f"<p><b>{escape(verdict(run))}</b><br><small>{escape(where)}</small></p>")
+    results, others, missing = draw_charts(runs)
+    drawn = results | others
     script, charts = components(list(drawn.values())) if drawn else ("", [])
-    note = f" Blue is A ({runs[0].folder}), orange B ({runs[1].folder})." if two else ""
-    note = f"By epoch, from 0. Next to each title: the last value.{note}"
+    charts = [f"<figure><figcaption>{c}</figcaption>{chart}</figure>" for c, chart in zip(drawn, charts, strict=True)]
+    colors = f" Blue is A ({names[0]}), orange B ({names[1]})." if two else ""
+    parts += ['<div class="grid pair">', *charts[: len(results)], f"</div><p><small>{colors}</small></p>"]
+    parts += [*map(warnings_table, runs), '<h2>What the network sees</h2><div class="grid pair">']
+    for run, name, of_run in zip(runs, names, sections, strict=True):
+        parts += [f"<div><h3>{run.name}: {name}</h3>", *of_run, "</div>"] if two else of_run
+    note = "By epoch, from 0. Next to each title: the last value."
     note += f" Not in log.txt: {', '.join(missing)}." if missing else ""
-    parts.append(f'<h2>Curves</h2><p>{escape(note)}</p><div class="grid">')
-    figures = zip(drawn, charts, strict=True)
-    parts += [f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for caption, chart in figures]
-    parts.append('</div><h2>What the network sees</h2><div class="grid pair">')
-    for run, of_run in zip(runs, sections, strict=True):
-        parts += [f"<div><h3>{run.name}: {escape(str(run.folder))}</h3>", *of_run, "</div>"] if two else of_run
+    parts += [f'</div><h2>Other curves</h2><p>{note}</p><div class="grid">', *charts[len(results) :], "</div>"]
+    settings = f'<div class="grid pair">{"".join(facts(runs))}</div>'
+    parts.append(f"<details><summary>Settings, machine, versions</summary>{settings}</details>")
     bokeh = Resources(mode="inline", components=["bokeh"]).render_js() if drawn else ""
-    return PAGE.substitute(title=title, bokeh=bokeh, script=script, body="\n".join([*parts, "</div>"]))
+    return PAGE.substitute(title=title, bokeh=bokeh, script=script, body="\n".join(parts))
 
 
 # ---- the report ----

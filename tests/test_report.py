@@ -20,6 +20,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 import dino_crops
+import dino_features
 import dino_images
 import report
 import utils
@@ -42,7 +43,12 @@ def epoch_line(epoch, **more):
     }  # fmt: skip
 
 
-LOG = [epoch_line(0, knn_top1=40.0), epoch_line(1, knn_top1=62.5), epoch_line(2, warnings=[ATTACK, "slow"])]
+BASELINES = {"knn_start": 30.0, "knn_raw_pixels": 20.5}
+LOG = [
+    epoch_line(0, knn_top1=40.0, **BASELINES),
+    epoch_line(1, knn_top1=62.5, **BASELINES),
+    epoch_line(2, warnings=[ATTACK, "slow"]),
+]
 INFO = {
     "started": "2026-11-22T08:00:00",
     "command": f"python main_dino.py {ATTACK}",
@@ -170,19 +176,18 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(tmp_path, images):
 # ---- text and tables ----
 
 
-def test_the_summary_describes_the_state_of_the_run(page):
-    assert "3 of 3 epochs are done. The last loss is 2.000." in page.text
-    assert f"The teacher's entropy is 1.000, {100 / LN_K:.0f} % of its maximum ln K = {LN_K:.3f}." in page.text
-    assert "The best k-NN accuracy is 62.5 % in epoch 1, the last one 62.5 %. Warnings: 2." in page.text
+def test_the_verdict_says_what_has_come_of_the_run(page):
+    knn = "k-NN accuracy 62.5 % (untrained 30.0, raw pixels 20.5), best 62.5 % in epoch 1."
+    loss = f"Loss 2.000 = entropy 1.000 ({100 / LN_K:.0f} % of ln K) + KL 1.000."
+    assert f"3 of 3 epochs. {knn} {loss} 2 warnings." in page.text
 
 
 def test_an_epoch_without_a_finite_loss_is_reported():
-    assert "The last epoch has no finite loss." in report.summary(run_of([{"epoch": 0, "train_loss": math.nan}]))
+    assert "The last epoch has no finite loss." in report.verdict(run_of([{"epoch": 0, "train_loss": math.nan}]))
 
 
 def test_tables_show_machine_versions_and_settings(page):
-    assert "machine host here, cores 2, gpus none" in page.text
-    assert "git commit 0123abc, changed files 2" in page.text
+    assert "processes 1 host here cores 2 gpus none python 3.11 torch 2.14 commit 0123abc changed files 2" in page.text
     assert "Settings that differ from the defaults value epochs 3 lr 0.001" in page.text
 
 
@@ -194,14 +199,16 @@ def test_a_warning_of_several_epochs_is_one_row():
     run = run_of([epoch_line(2, warnings=["slow", "odd"]), epoch_line(3), epoch_line(5, warnings=["slow", 7])])
     rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", report.warnings_table(run))
     assert rows == [("2 – 5", "slow"), ("2", "odd"), ("5", "7")]
-    assert "Warnings: 4." in report.summary(run)
+    assert "4 warnings." in report.verdict(run)
 
 
 # ---- charts ----
 
 
 def figures_of(*logs):
-    drawn, missing = report.draw_charts([run_of(log, name) for name, log in zip("AB", logs, strict=False)])
+    runs = [run_of(log, name) for name, log in zip("AB", logs, strict=False)]
+    results, others, missing = report.draw_charts(runs)
+    drawn = results | others
     return {re.sub("</b>.*", "", caption)[3:]: figure for caption, figure in drawn.items()}, missing, list(drawn)
 
 
@@ -217,6 +224,26 @@ def test_entropy_and_kl_are_stacked_up_to_the_loss():
     assert tops == [["train_entropy"], ["train_entropy", "train_kl"]]
     assert_near(np.add(data["train_entropy"], data["train_kl"]), data["train_loss"], 1e-12)
     assert glyphs(figure, "Line")[0].data_source.data["train_loss"] == [4.0, 3.0, 2.0]
+
+
+def test_knn_is_drawn_with_the_start_weights_and_raw_pixels():
+    knn, start, pixels = glyphs(figures_of(LOG)[0]["k-NN accuracy"], "Line")
+    assert knn.data_source.data["knn_top1"] == [40.0, 62.5]
+    assert (start.glyph.y, start.glyph.line_dash) == (30.0, [6])
+    assert (pixels.glyph.y, pixels.glyph.line_dash) == (20.5, [2, 4])
+
+
+def test_results_come_first_and_settings_last(page):
+    order = ["k-NN accuracy", "Loss", "2 warnings", "Warnings of", "Attention and patch features", "Learning rate"]
+    places = [page.text.index(words) for words in [*order, "Settings, machine, versions", "changed files"]]
+    assert places == sorted(places)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
+    runs = [run_of(LOG)._replace(folder=tmp_path / part) for part in ("a/demo", "b/demo")]
+    assert report.names_of(runs) == ["a/demo", "b/demo"]
+    assert report.names_of(runs[:1]) == ["demo"]
+    assert report.names_of([runs[0], runs[0]]) == ["demo", "demo"]
 
 
 def test_a_log_of_the_authors_code_has_three_charts():
@@ -251,7 +278,7 @@ def test_principal_components_agree_with_a_singular_value_decomposition():
         found = flat @ (axis * np.sign(axis[np.abs(axis).argmax()]))
         low, high = np.percentile(found, [2, 98])
         want.append(np.clip((found - low) / (high - low), 0, 1))
-    assert_near(report.main_components(tokens), np.stack(want, -1).reshape(3, 40, 3), 1e-6)
+    assert_near(dino_features.main_components(tokens), np.stack(want, -1).reshape(3, 40, 3), 1e-6)
 
 
 def test_attention_maps_and_patch_colors_have_one_pixel_per_patch(page, images):
@@ -269,7 +296,7 @@ def test_attention_maps_and_patch_colors_have_one_pixel_per_patch(page, images):
             got = maps[f"{name} of {path.parent.name}/{path.name}"]
             assert got.shape == (4, 4, 3)
             assert np.abs(got - want).max() <= 4, name
-    colors = 255 * report.main_components(torch.stack(tokens)).numpy().reshape(6, 4, 4, 3)
+    colors = 255 * dino_features.main_components(torch.stack(tokens)).numpy().reshape(6, 4, 4, 3)
     for path, want in zip(paths, colors, strict=True):
         assert np.abs(maps[f"patches of {path.parent.name}/{path.name}"] - want).max() <= 1
     assert len(maps) == 6 * (2 + len(heads))
@@ -422,7 +449,8 @@ def test_a_run_of_main_dino_has_a_page_with_everything(tiny_root, tmp_path):
     page = Page(run / "report.html")
     assert done.stdout.strip().splitlines()[-1].startswith(f"{run / 'report.html'}: 1.")
     loss = json.loads((run / "log.txt").read_text().splitlines()[-1])["train_loss"]
-    assert f"2 of 2 epochs are done. The last loss is {loss:.3f}." in page.text
+    assert page.text.startswith("run ")
+    assert f"2 of 2 epochs. Loss {loss:.3f} = entropy" in page.text
     assert "Not in log.txt: k-NN accuracy." in page.text
     assert "The nearest of 30 images" in page.text
     assert "Attention and patch features" in page.text
@@ -441,7 +469,7 @@ PROBE = """<script>addEventListener("load", () => setTimeout(() => {
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("chromium")
-@pytest.mark.parametrize(("which", "width", "dark"), [("page", 1280, False), ("page_of_two", 500, True)])
+@pytest.mark.parametrize(("which", "width", "dark"), [("page", 1280, False), ("page_of_two", 390, True)])
 def test_a_browser_draws_all_charts_without_errors_or_overflow(request, tmp_path, which, width, dark):
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
