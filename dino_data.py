@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 from torchvision import transforms
 
 import dino_checkpoints
+import dino_files
 import dino_images
 import dino_shards
 import utils
@@ -31,7 +32,7 @@ from utils import UserError, bool_flag
 
 # ---- flags ----
 
-FORMATS = (*dino_images.FORMATS, "shards")
+FORMATS = (*dino_files.FORMATS, "shards")
 MOST_MEASURED = 5000  # images that --compute_stats reads
 
 
@@ -113,14 +114,14 @@ def image_files(folder, flag):
 
 
 def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3):
-    """The numbered images of --data_path (dino_images.ImageFiles, TorchvisionImages or dino_shards.TarShards).
+    """The numbered images of --data_path (dino_files.ImageFiles, TorchvisionImages or dino_shards.TarShards).
 
     `part` (train or val) selects from `sample` and from torchvision's sets. Raises UserError if there are none.
     """
     path = os.fspath(find_data(data_path, part))
     if data_format == "shards" or (data_format == "auto" and dino_shards.are_shards(path)):
         return dino_shards.TarShards(path, exif, flag, dino_images.extensions_of(in_chans))
-    return dino_images.find_images(path, part, data_format, exif, flag, in_chans)
+    return dino_files.find_images(path, part, data_format, exif, flag, in_chans)
 
 
 class MultiCropDataset(Dataset):
@@ -188,7 +189,7 @@ def find_part(data_path, part):
     root = os.fspath(find_data(data_path))
     if root.startswith("torchvision:"):  # they have both
         return root
-    names = [part, *(part + suffix for suffix in dino_images.LISTS)]
+    names = [part, *(part + suffix for suffix in dino_files.LISTS)]
     found = next((path for path in (os.path.join(root, name) for name in names) if os.path.exists(path)), None)
     return found or dino_shards.shards_of_part(root, part)
 

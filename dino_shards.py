@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import dino_files
 import dino_images
 import utils
 from utils import UserError
@@ -295,7 +296,7 @@ def shard_index(paths, extensions):
 
 
 class TarShards:
-    """Images in shards, with the methods of dino_images.ImageFiles: numbered shard by shard, sorted by name."""
+    """Images in shards, with the methods of dino_files.ImageFiles: numbered shard by shard, sorted by name."""
 
     sharded = True
 
@@ -362,7 +363,7 @@ class TarShards:
         shards = zip(self.paths, self.states, strict=True)
         tables = [load_index(*shard, self.extensions)["label"] for shard in shards]
         found = [label.decode() for label in np.concatenate(tables)[np.asarray(self.numbers)].tolist()]
-        return dino_images.number_labels([label for label in found if label], len(found), self.pattern)
+        return dino_files.number_labels([label for label in found if label], len(found), self.pattern)
 
     @property
     def targets(self):

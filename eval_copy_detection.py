@@ -22,7 +22,7 @@ import dino_backbones
 import dino_cli
 import dino_data
 import dino_features
-import dino_images
+import dino_files
 import utils
 from dino_cli import at_least
 from utils import UserError, bool_flag
@@ -124,7 +124,7 @@ def extract(model, paths, args, device):
     """Features [N, 2·D] of the images at `paths`, in order; None on ranks other than 0. Raises UserError for NaN."""
     square = transforms.Resize((args.imsize, args.imsize), interpolation=transforms.InterpolationMode.BICUBIC)
     transform = transforms.Compose([square, transforms.PILToTensor()])
-    images = dino_data.EvalImages(dino_images.ImageFiles(paths), transform)
+    images = dino_data.EvalImages(dino_files.ImageFiles(paths), transform)
     loader = dino_data.eval_loader(images, args.batch_size_per_gpu, args.num_workers, device)
     features = dino_features.extract_features(model, loader, args.use_cuda)
     if features is not None:

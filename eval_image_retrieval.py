@@ -23,7 +23,7 @@ import dino_backbones
 import dino_cli
 import dino_data
 import dino_features
-import dino_images
+import dino_files
 import utils
 from dino_cli import at_least
 from utils import UserError, bool_flag
@@ -97,7 +97,7 @@ class OxfordParisDataset(dino_data.EvalImages):
         if missing:
             number = f"{len(missing)} of the {len(paths)} {split} images"
             raise UserError(f"{number} are missing: {utils.summarize(missing)}. Check --data_path")
-        super().__init__(dino_images.ImageFiles(paths), transform or transforms.PILToTensor())
+        super().__init__(dino_files.ImageFiles(paths), transform or transforms.PILToTensor())
 
     def load(self, i):
         image = super().load(i)

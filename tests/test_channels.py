@@ -17,6 +17,7 @@ import dino_backbones
 import dino_checkpoints
 import dino_crops
 import dino_data
+import dino_files
 import dino_images
 import eval_copy_detection
 import eval_knn
@@ -166,13 +167,13 @@ def test_pages_that_differ_in_size_or_type_are_refused(tmp_path, other):
 
 def test_arrays_in_folders_are_images_only_for_other_than_3_channels(tmp_path, monkeypatch):
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(dino_images, "WORTH_CACHING", 1)
+    monkeypatch.setattr(dino_files, "WORTH_CACHING", 1)
     root = tmp_path / "images"
     array_file(root / "b.npy", ONES)
     Image.new("RGB", (8, 8)).save(root / "a.png")
     os.utime(root, (1e9, 1e9))  # the index of a folder that has just changed is not cached
     for _ in range(2):
-        assert [len(dino_images.find_images(root, in_chans=number)) for number in (3, 4)] == [1, 2]
+        assert [len(dino_files.find_images(root, in_chans=number)) for number in (3, 4)] == [1, 2]
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -180,7 +181,7 @@ def test_arrays_in_folders_are_images_only_for_other_than_3_channels(tmp_path, m
 def test_an_array_in_a_list_of_photographs_is_refused(tmp_path, augmentation):
     array_file(tmp_path / "a.npy", ONES)
     (tmp_path / "list.txt").write_text("a.npy\n")
-    image = dino_images.find_images(tmp_path / "list.txt").open(0)
+    image = dino_files.find_images(tmp_path / "list.txt").open(0)
     augment = main_dino.DataAugmentationDINO((0.4, 1), (0.05, 0.4), 1, augmentation=augmentation)
     for read in (augment, dino_images.to_rgb):
         with pytest.raises(dino_images.BadImage, match=r"a\.npy: it is an array, which needs --in_chans of other"):
@@ -325,7 +326,7 @@ def bands(tmp_path_factory):
 
 
 def test_mean_and_std_equal_numpys(bands):
-    images = dino_images.find_images(bands / "train", in_chans=4)
+    images = dino_files.find_images(bands / "train", in_chans=4)
     mean, std = dino_data.image_statistics(images, inputs(4), 2)
     everything = np.stack([np.load(images.name(i)).astype(np.float64) for i in range(len(images))])
     np.testing.assert_allclose(mean, everything.mean(axis=(0, 2, 3)), rtol=1e-12)
@@ -336,7 +337,7 @@ def test_many_photographs_are_measured_on_a_sample_spread_over_all(tmp_path, mon
     monkeypatch.setattr(dino_data, "MOST_MEASURED", 3)
     for i in range(40):
         Image.fromarray(rng.integers(0, 50 + 5 * i, (8, 8, 3)).astype(np.uint8)).save(tmp_path / f"{i:02}.png")
-    images = dino_images.find_images(tmp_path)
+    images = dino_files.find_images(tmp_path)
     mean, std = dino_data.image_statistics(images, utils.RGB, 0)
     pixels = np.stack([np.asarray(Image.open(images.name(i)).convert("RGB")) / 255 for i in (0, 13, 26)])
     np.testing.assert_allclose(mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-12)
@@ -352,7 +353,7 @@ def test_many_photographs_are_measured_on_a_sample_spread_over_all(tmp_path, mon
 )
 def test_what_can_not_be_measured_is_an_error(tmp_path, rng, in_chans, words):
     array_file(tmp_path / "a.npy", np.stack([rng.random((8, 8)), np.full((8, 8), 0.5)]))
-    images = dino_images.find_images(tmp_path, in_chans=in_chans)
+    images = dino_files.find_images(tmp_path, in_chans=in_chans)
     with pytest.raises(UserError, match=words):
         dino_data.image_statistics(images, inputs(in_chans), 0)
 

@@ -29,6 +29,7 @@ from torchvision import datasets
 import dino_cli
 import dino_crops
 import dino_data
+import dino_files
 import dino_images
 import eval_knn
 import main_dino
@@ -53,7 +54,7 @@ def test_class_folders_have_torchvisions_order_and_labels(tmp_path):
     for name in ("b/2.png", "b/10.png", "b/x-y/1.png", "b/x/3.JPG", "b/x/z/4.webp", "a/1.png", "c d/é.png"):
         draw(tmp_path / name)
     (tmp_path / "b" / "notes.txt").write_text("not an image")
-    theirs, ours = datasets.ImageFolder(tmp_path), dino_images.find_images(tmp_path)
+    theirs, ours = datasets.ImageFolder(tmp_path), dino_files.find_images(tmp_path)
     assert [ours.name(i) for i in range(len(ours))] == [path for path, _ in theirs.samples]
     assert (ours.targets.tolist(), ours.classes) == (theirs.targets, theirs.classes)
 
@@ -61,21 +62,21 @@ def test_class_folders_have_torchvisions_order_and_labels(tmp_path):
 def test_a_folder_with_images_directly_in_it_has_no_classes(tmp_path):
     for name in ("1.png", "2/3.png", "2/4/5.png", ".hidden.png", ".git/6.png", "._7.png"):
         draw(tmp_path / name)
-    images = dino_images.find_images(tmp_path)
+    images = dino_files.find_images(tmp_path)
     assert names(images, tmp_path) == ["1.png", "2/3.png", "2/4/5.png"]
     assert images.targets is None
-    images = dino_images.find_images(tmp_path, data_format="folder")
+    images = dino_files.find_images(tmp_path, data_format="folder")
     assert (names(images, tmp_path), images.classes) == (["2/3.png", "2/4/5.png"], ["2"])
-    assert dino_images.find_images(tmp_path / "2", data_format="flat").targets is None
+    assert dino_files.find_images(tmp_path / "2", data_format="flat").targets is None
 
 
 def test_a_folder_without_classes_or_images_is_an_error(tmp_path):
     draw(tmp_path / "x.png")
     with pytest.raises(UserError, match="has images but no class folders"):
-        dino_images.find_images(tmp_path, data_format="folder")
+        dino_files.find_images(tmp_path, data_format="folder")
     (tmp_path / "x.png").unlink()
     with pytest.raises(UserError, match="has no images"):
-        dino_images.find_images(tmp_path, data_format="folder")
+        dino_files.find_images(tmp_path, data_format="folder")
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -84,25 +85,25 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (root / "a").mkdir(parents=True)
     (root / "a" / "b").symlink_to(tmp_path / "real")
     (root / "a" / "again").symlink_to(root)
-    assert names(dino_images.find_images(root), root) == ["a/b/1.png"]
+    assert names(dino_files.find_images(root), root) == ["a/b/1.png"]
 
 
 @pytest.fixture
 def look(tmp_path, monkeypatch):
     """look() -> (names of the images in tmp_path/images, whether its folders were listed to find them)."""
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(dino_images, "WORTH_CACHING", 3)
-    root, listed, index = tmp_path / "images", [], dino_images.index
+    monkeypatch.setattr(dino_files, "WORTH_CACHING", 3)
+    root, listed, index = tmp_path / "images", [], dino_files.index
     for name in ("a/1.png", "a/2.png", "b/deep/3.png"):
         draw(root / name)
-    monkeypatch.setattr(dino_images, "index", lambda *given: listed.append(given) or index(*given))
+    monkeypatch.setattr(dino_files, "index", lambda *given: listed.append(given) or index(*given))
 
     def look(then_old=False):
         if then_old:
             for folder in [root, *root.rglob("*")]:
                 os.utime(folder, (time.time() - 100,) * 2)
         listed.clear()
-        return names(dino_images.find_images(root), root), bool(listed)
+        return names(dino_files.find_images(root), root), bool(listed)
 
     return look
 
@@ -158,7 +159,7 @@ def test_lists_name_images_relative_to_themselves_with_or_without_labels(tmp_pat
         draw(tmp_path / "odd.png", 0)
         (tmp_path / "odd.png").rename(tmp_path / "odd.name")
     (tmp_path / name).write_text(text, encoding="utf-8")
-    images = dino_images.find_images(tmp_path / name)
+    images = dino_files.find_images(tmp_path / name)
     assert names(images, tmp_path) == ["odd.name"] * text.startswith("odd") + ["a b.png", "sub/c.png"]
     assert [images.open(i).getpixel((0, 0))[0] for i in range(len(images))] == [0, 1, 2][-len(images) :]
     assert (None if images.targets is None else [images.classes[t] for t in images.targets]) == labels
@@ -181,7 +182,7 @@ def test_a_list_that_can_not_be_used_is_a_message_of_one_line(tmp_path, name, co
     draw(tmp_path / "1.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as raised:
-        dino_images.find_images(tmp_path / name)
+        dino_files.find_images(tmp_path / name)
     assert "\n" not in str(raised.value)
 
 
@@ -220,7 +221,7 @@ def mnist(tmp_path, monkeypatch):
 
 
 def test_a_torchvision_data_set_is_used_by_its_name(mnist, tmp_path, capsys):
-    train, val = (dino_images.find_images("torchvision:MNIST", part) for part in ("train", "val"))
+    train, val = (dino_files.find_images("torchvision:MNIST", part) for part in ("train", "val"))
     assert (len(train), len(val), train.open(3).size) == (40, 20, (28, 28))
     assert train.targets.tolist() == [i % 10 for i in range(40)]
     flags = ["--arch", "vit_nano", "--pretrained_weights", "random", "--image_size", 32, "--num_workers", 0]
@@ -252,10 +253,10 @@ class Downloaded(datasets.VisionDataset):
 def test_a_torchvision_data_set_is_downloaded_if_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("DINO_CACHE", str(tmp_path))
     monkeypatch.setattr(datasets, "MNIST", Downloaded)
-    train, val = (dino_images.find_images("torchvision:MNIST", part) for part in ("train", "val"))
+    train, val = (dino_files.find_images("torchvision:MNIST", part) for part in ("train", "val"))
     assert (train.open(0).getpixel((0, 0))[0], val.open(0).getpixel((0, 0))[0]) == (7, 8)
     monkeypatch.setattr(sys.modules[__name__], "draw", lambda *_: pytest.fail("downloaded again"))
-    assert len(dino_images.find_images("torchvision:MNIST", "train")) == 1
+    assert len(dino_files.find_images("torchvision:MNIST", "train")) == 1
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_a_torchvision_data_set_that_is_not_available_is_an_error(tmp_path, monk
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     monkeypatch.setenv("DINO_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=message):
-        dino_images.find_images(f"torchvision:{name}")
+        dino_files.find_images(f"torchvision:{name}")
 
 
 # ---- kinds of files ----
@@ -436,7 +437,7 @@ def test_unreadable_images_are_replaced_counted_and_listed_for_any_number_of_wor
 
 
 def test_the_replacement_of_an_unreadable_image_is_a_function_of_seed_epoch_and_index(tmp_path):
-    images = dino_images.find_images(make_images(tmp_path / "data"))
+    images = dino_files.find_images(make_images(tmp_path / "data"))
     bad = next(i for i in range(len(images)) if Path(images.name(i)).name.startswith("x"))
 
     def replacement(seed, epoch):
@@ -557,7 +558,7 @@ def test_a_hostile_folder_is_trained_on(sample_root, tmp_path, kind):
     if kind == "fast":
         pytest.importorskip("cv2")
     root = make_hostile_images(tmp_path / "data", next((sample_root / "train" / "coffee").iterdir()))
-    images, bad = dino_images.find_images(root), []
+    images, bad = dino_files.find_images(root), []
     augment = main_dino.DataAugmentationDINO((0.4, 1), (0.1, 0.4), 0, global_crops_size=32, augmentation=kind)
     for i in range(len(images)):
         try:

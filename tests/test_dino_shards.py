@@ -24,6 +24,7 @@ from PIL import Image
 from test_restarts import Run, finish
 
 import dino_data
+import dino_files
 import dino_images
 import dino_shards
 import eval_knn
@@ -423,7 +424,7 @@ NUMBER, COUNTS = 96, [7, 1, 12, 30, 2, 9, 35]
 @pytest.fixture(params=["folder", "shards", "one shard"])
 def images(request, tmp_path):
     if request.param == "folder":
-        return dino_images.ImageFiles([f"{i}.png" for i in range(NUMBER)])
+        return dino_files.ImageFiles([f"{i}.png" for i in range(NUMBER)])
     counts = COUNTS if request.param == "shards" else [NUMBER]
     return TarShards(str(write_shards(tmp_path / "s", counts, labels=False)))
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import dino_checkpoints
 import dino_cli
+import dino_files
 import dino_images
 import dino_shards
 import main_dino
@@ -138,7 +139,7 @@ def test_checkpoints_with_any_plain_content(tmp_path):
 def test_lists_of_images(tmp_path, monkeypatch):
     monkeypatch.setattr(dino_images, "PATIENCE", 0.0)
     (tmp_path / "a.png").write_bytes(b"")
-    path = st.sampled_from([tmp_path / f"x{suffix}" for suffix in dino_images.LISTS])
+    path = st.sampled_from([tmp_path / f"x{suffix}" for suffix in dino_files.LISTS])
     words = st.sampled_from(["a.png", "path", "label", "../x.jpg", "/etc/passwd", "http://x/y.png", '"', "\0", "é", ""])
     ends = st.sampled_from(["\n", "\r\n", "\r", "\x1c", "\u2028"])
     text = st.lists(words | st.text(max_size=6) | ends | st.sampled_from([",", "\t", " "])).map("".join)
@@ -146,7 +147,7 @@ def test_lists_of_images(tmp_path, monkeypatch):
     def read(example):
         path, content = example
         path.write_bytes(content)
-        images = answers(dino_images.find_images, path)
+        images = answers(dino_files.find_images, path)
         if images is not None:
             for i in range(len(images)):
                 answers(images.open, i)

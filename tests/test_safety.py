@@ -13,6 +13,7 @@ from conftest import SMALL_RUN
 from PIL import EpsImagePlugin, Image
 
 import dino_checkpoints
+import dino_files
 import dino_images
 import eval_video_segmentation
 import video_generation
@@ -185,10 +186,10 @@ def test_the_ground_truth_of_a_retrieval_benchmark_runs_no_code(refusal, canary,
 
 def test_changed_files_of_a_torchvision_data_set_are_not_unpickled(refusal, canary, tmp_path, monkeypatch):
     monkeypatch.setenv("DINO_CACHE", str(tmp_path))
-    monkeypatch.setattr(dino_images.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")  # no server
+    monkeypatch.setattr(dino_files.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")  # no server
     folder = tmp_path / "torchvision" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
-    parts = dino_images.datasets.CIFAR10
+    parts = dino_files.datasets.CIFAR10
     for name, _ in [*parts.train_list, *parts.test_list, ("batches.meta", "")]:
         (folder / name).write_bytes(pickle.dumps(Malicious(os.mkdir, str(canary))))
     line = refusal("main_dino", *SMALL_RUN, "--data_path", "torchvision:CIFAR10", "--output_dir", tmp_path / "out")
@@ -198,7 +199,7 @@ def test_changed_files_of_a_torchvision_data_set_are_not_unpickled(refusal, cana
 def test_lsun_is_not_offered_because_it_unpickles_a_file_in_the_current_folder():
     for name in ("LSUN", "LSUNClass"):
         with pytest.raises(UserError, match=f"torchvision has no data set '{name}'"):
-            dino_images.find_images(f"torchvision:{name}")
+            dino_files.find_images(f"torchvision:{name}")
 
 
 def test_a_recipe_runs_no_code(refusal, canary, tmp_path):

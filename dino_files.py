@@ -1,0 +1,340 @@
+"""Numbered images of class folders, of a flat folder, of a list of paths, or of a torchvision data set."""
+
+import contextlib
+import copy
+import csv
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision import datasets
+
+import dino_images
+import utils
+from dino_images import EXTENSIONS, bad_image, extensions_of, is_image, one_line
+from utils import UserError
+
+# ---- where images come from ----
+
+LISTS = (".csv", ".tsv", ".txt")
+FORMATS = ("auto", "folder", "flat", "list", "torchvision")
+
+
+class ImageFiles:
+    """Images by index: `open(i)` is a PIL image that is not decoded yet, `name(i)` its path.
+
+    `targets` [N] are indices into `classes`, the names of the classes, or None where there are no labels.
+    """
+
+    sharded = False
+
+    def __init__(self, paths, targets=None, classes=(), exif=False):
+        self.paths, self.classes, self.exif = paths, list(classes), exif
+        self.targets = None if targets is None else torch.as_tensor(targets, dtype=torch.long)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def name(self, i):
+        return self.paths[i]
+
+    def names(self):
+        return self.paths
+
+    def open(self, i):
+        return dino_images.open_image(self.paths[i], self.exif)
+
+    def order(self, seed, epoch, first=0):
+        return random_order(len(self), seed, epoch, first)
+
+    def take(self, numbers):
+        """These alone, of the same classes."""
+        targets = None if self.targets is None else self.targets[numbers]
+        return ImageFiles([self.paths[i] for i in numbers], targets, self.classes, self.exif)
+
+
+class TorchvisionImages:
+    """A torchvision data set, or a part of it, with the methods of ImageFiles."""
+
+    sharded = False
+
+    def __init__(self, dataset, source):
+        self.dataset, self.source, self.numbers = dataset, source, range(len(dataset))
+        targets = getattr(dataset, "targets", getattr(dataset, "labels", getattr(dataset, "_labels", None)))
+        self.targets = None if targets is None else torch.as_tensor(targets, dtype=torch.long)
+        named = getattr(dataset, "classes", None) or (range(int(self.targets.max()) + 1) if targets is not None else ())
+        self.classes = [str(name) for name in named]
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def name(self, i):
+        return f"{self.source}, image {self.numbers[i]}"
+
+    def names(self):
+        return map(self.name, range(len(self)))
+
+    def open(self, i):
+        try:
+            return self.dataset[self.numbers[i]][0]
+        except Exception as e:  # by data set
+            raise bad_image(self.name(i), one_line(e)) from e
+
+    def order(self, seed, epoch, first=0):
+        return random_order(len(self), seed, epoch, first)
+
+    def take(self, numbers):
+        part = copy.copy(self)
+        part.numbers = [self.numbers[i] for i in numbers]
+        part.targets = None if self.targets is None else self.targets[numbers]
+        return part
+
+
+def random_order(number, seed, epoch, first=0):
+    """The indices of `number` images in the order of an epoch, a function of (seed, epoch), from position `first`."""
+    generator = torch.Generator().manual_seed(utils.derive_seed(seed, utils.ORDER, epoch))
+    return iter(torch.randperm(number, generator=generator)[first:].tolist())
+
+
+def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3):
+    """The images of class folders, of a flat folder, of a list of paths, or of a torchvision data set.
+
+    `part` (train or val) selects from the last. `exif` rotates by the EXIF orientation. .npy files in folders are
+    images if `in_chans` is not 3. Raises UserError if there are none.
+    """
+    data_path = os.fspath(data_path)
+    kind = guess_format(data_path) if data_format == "auto" else data_format
+    if kind == "torchvision":
+        return torchvision_images(data_path, part, flag)
+    if kind == "list":
+        return listed_images(data_path, exif, flag)
+    if not os.path.isdir(data_path):
+        what = "is not a folder" if os.path.exists(data_path) else "does not exist"
+        others = "a list of paths (.txt, .csv, .tsv), shards ('{0000..0999}.tar', not gzipped), torchvision:NAME"
+        raise UserError(f"{flag} {data_path} {what}. Name a folder of images, {others}, or `sample`")
+    return folder_images(data_path, kind if data_format != "auto" else None, exif, flag, extensions_of(in_chans))
+
+
+def guess_format(data_path):
+    if data_path.startswith("torchvision:"):
+        return "torchvision"
+    return "list" if Path(data_path).suffix.lower() in LISTS else "folder"
+
+
+# ---- folders ----
+
+
+def folder_images(root, kind, exif, flag, extensions=EXTENSIONS):
+    """Images below a folder, in the order of torchvision's ImageFolder.
+
+    Each of its folders is a class (`kind` folder), or none is (flat). Default: flat if it has images directly in it.
+    """
+    names, folders = cached_index(root, extensions)
+    directly = any("/" not in name for name in names)
+    if kind == "flat" or (kind is None and directly):
+        images = ImageFiles([os.path.join(root, name) for name in names], exif=exif)
+    else:
+        inside = [name for name in names if "/" in name]
+        classes = sorted({folder.partition("/")[0] for folder in folders} - {""})
+        number = {name: i for i, name in enumerate(classes)}
+        targets = [number[name.partition("/")[0]] for name in inside]
+        images = ImageFiles([os.path.join(root, name) for name in inside], targets, classes, exif)
+    if names and not len(images):
+        raise UserError(f"{flag} {root} has images but no class folders. Use --data_format flat, or auto")
+    if not len(images):
+        raise UserError(f"{flag} {root} has no images ({', '.join(extensions)}){empty_folder_hint(root)}")
+    return images
+
+
+def empty_folder_hint(root):
+    """What to do with a folder without images, as the end of a message."""
+    names = [name for _, _, files in os.walk(root) for name in files]
+    hints = {
+        ".npy": ", but arrays (.npy). Set their number of channels with --in_chans",
+        ".tar": ", but tar shards in its folders. Name one of the folders, such as train",
+        ".gz": ", but compressed files. Unpack .tar.gz to tar shards with gunzip",
+        ".tgz": ", but compressed files. Unpack .tgz to tar shards with gunzip",
+    }
+    return next((hint for end, hint in hints.items() if any(name.lower().endswith(end) for name in names)), "")
+
+
+def cached_index(root, extensions=EXTENSIONS):
+    """(images, folders) below `root`, by their names in it. Cached as long as no folder has changed: on network file
+    systems, listing a million files takes minutes.
+    """
+    root = os.path.abspath(root)
+    key = "\0".join((root, *extensions[len(EXTENSIONS) :]))
+    digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=12).hexdigest()
+    path = Path(utils.cache_dir()) / f"index-{digest}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        kept = json.loads(path.read_bytes())
+        images, folders = kept["images"], kept["folders"]
+        whole = kept["root"] == root and "" in folders and all(os.path.dirname(name) in folders for name in images)
+        if whole and all(changes(os.path.join(root, folder)) == then for folder, then in folders.items()):
+            return images, list(folders)
+    images, folders = index(root, extensions)
+    now = time.time_ns()
+    if len(images) >= WORTH_CACHING and all(now - then[0] > 5e9 for then in folders.values()):  # not being written
+        text = json.dumps({"root": root, "folders": folders, "images": images})
+        with contextlib.suppress(OSError, UnicodeEncodeError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            utils.write_whole(path, lambda file: file.write(text.encode()))
+    return images, list(folders)
+
+
+WORTH_CACHING = 10_000  # images
+
+
+def changes(folder):
+    """Times of the last change of its content, and of anything about it, which can't be set back."""
+    state = os.stat(folder)
+    return [state.st_mtime_ns, state.st_ctime_ns]
+
+
+def index(root, extensions=EXTENSIONS):
+    """(names of all images below `root`, {folder: when it changed}), without hidden ones; links are followed."""
+    found, folders, inside = [], {}, {}
+
+    def failed(error):
+        raise UserError(f"can't list {error.filename}: {error.strerror}") from error
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=failed):
+        state = os.stat(folder)
+        here = os.path.relpath(folder, root)
+        inside[folder] = inside.get(os.path.dirname(folder), frozenset()) | {(state.st_dev, state.st_ino)}
+        subfolders[:] = [s for s in subfolders if not s.startswith(".") and not leads_back(folder, s, inside[folder])]
+        folders["" if here == "." else here] = [state.st_mtime_ns, state.st_ctime_ns]
+        prefix = "" if here == "." else f"{here}/"
+        found.append(
+            (
+                here.partition("/")[0],
+                here,
+                [prefix + name for name in sorted(files) if is_image(name, extensions)],
+            )
+        )
+    return [name for _, _, names in sorted(found) for name in names], folders
+
+
+def leads_back(folder, name, above):
+    """Whether a folder is a link to one that contains it."""
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    state = os.stat(path)
+    return (state.st_dev, state.st_ino) in above
+
+
+# ---- lists ----
+
+
+def listed_images(path, exif, flag):
+    """Images of a text file with one path per line, or of a table (.csv, .tsv) with paths and, optionally, labels.
+
+    In text files, a label can follow after a tab or the last space. Paths are relative to the list. A header line is
+    skipped. Raises UserError if the files are not there.
+    """
+    rows = read_list(path, flag)
+    root = os.path.dirname(os.path.abspath(path))
+    files = [os.path.join(root, row[0]) for row in rows]
+    if not any(os.path.isfile(file) for file in files[:3]):
+        raise UserError(f"{flag} {path}: there is no {files[0]}. Paths in a list are relative to its folder")
+    labels = [row[1] for row in rows if len(row) > 1 and row[1]]
+    return ImageFiles(files, *number_labels(labels, len(rows), f"{flag} {path}"), exif)
+
+
+def number_labels(labels, num_images, source):
+    """(class indices [N] or None, names of the classes) for labels that are text, numbers first, each sorted.
+
+    Raises UserError if some are missing.
+    """
+    if labels and len(labels) < num_images:
+        raise UserError(f"{source} has labels for {len(labels)} of {num_images} images. Label all of them, or none")
+    classes = sorted(set(labels), key=lambda label: (len(label), label) if label.isdecimal() else (math.inf, label))
+    number = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([number[label] for label in labels]) if labels else None, classes
+
+
+def read_list(path, flag):
+    """[[path], ...] or [[path, label], ...] of a list of images."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"can't read {flag} {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"can't read {flag} {path}: it is not UTF-8 text (byte {e.start})") from e
+    root, suffix = os.path.dirname(os.path.abspath(path)), Path(path).suffix.lower()
+    lines = [line for line in text.splitlines() if line.strip()]
+    try:
+        if suffix == ".txt":
+            rows = split_lines([line.strip() for line in lines], root)
+        else:
+            table = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+            rows = [[cell.strip() for cell in row[:2]] for row in table]
+    except csv.Error as e:
+        raise UserError(f"can't read {flag} {path}: {e}") from e
+    if (
+        rows
+        and not is_image(os.path.basename(rows[0][0]), (*EXTENSIONS, ".npy"))
+        and not os.path.isfile(os.path.join(root, rows[0][0]))
+    ):
+        rows = rows[1:]  # a header
+    if not rows or not all(row and row[0] for row in rows):
+        raise UserError(f"{flag} {path} has no paths of images, or a line without one. Write one path per line")
+    return rows
+
+
+def split_lines(lines, root):
+    if any("\t" in line for line in lines):
+        return [line.split("\t")[:2] for line in lines]
+    parts = lines[0].rsplit(None, 1) if lines else []
+    labeled = (
+        len(parts) == 2
+        and is_image(parts[0], (*EXTENSIONS, ".npy"))
+        and not os.path.exists(os.path.join(root, lines[0]))
+    )
+    return [line.rsplit(None, 1) if labeled else [line] for line in lines]
+
+
+# ---- torchvision's data sets ----
+
+
+def torchvision_images(data_path, part, flag):
+    """A data set such as torchvision:CIFAR10: training images, or test images for `val`. Downloaded if needed."""
+    name = data_path.partition(":")[2]
+    known = {n: getattr(datasets, n) for n in datasets.__all__ if isinstance(getattr(datasets, n), type)}
+    known = {
+        n: kind for n, kind in known.items() if not n.startswith("LSUN")
+    }  # it unpickles files of the working folder
+    if name not in known:
+        raise UserError(f"{flag} {data_path}: torchvision has no data set {name!r}{utils.did_you_mean(name, known)}")
+    root = os.path.join(utils.cache_dir(), "torchvision")
+    wants = inspect.signature(known[name]).parameters
+    options = {}
+    if "train" in wants:
+        options["train"] = part != "val"
+    elif "split" in wants:
+        options["split"] = "test" if part == "val" else "train"
+    if "root" in wants:
+        options["root"] = root
+    try:
+        os.makedirs(root, exist_ok=True)
+        lock, _ = utils.lock_file(os.path.join(root, ".lock"), patience=3600)  # one process downloads
+        with lock, contextlib.redirect_stdout(io.StringIO()):
+            try:
+                dataset = known[name](**options)
+            except RuntimeError:  # not there yet
+                if "download" not in wants:
+                    raise
+                dataset = known[name](**options, download=True)
+    except Exception as e:  # depends on the data set: no network, no such split, files that are not free to download
+        raise UserError(f"{flag} {data_path} is not available: {one_line(e)}. Its files belong in {root}") from e
+    if not len(dataset) or not isinstance(dataset[0][0], Image.Image):
+        raise UserError(f"{flag} {data_path} is not a data set of images")
+    return TorchvisionImages(dataset, data_path)
