@@ -6,7 +6,6 @@ crops are a function of (seed, epoch, index) alone, whichever process makes them
 
 import argparse
 import contextlib
-import hashlib
 import importlib.util
 import itertools
 import os
@@ -47,6 +46,8 @@ def training_flags():
         small set made from photographs that are installed with the requirements.""")
     data.add_argument("--data_format", default="auto", choices=FORMATS, help="""What --data_path is. auto: a folder with
         images directly in it is flat, any other has class folders.""")
+    data.add_argument("--list_columns", default=(), nargs="+", metavar="NAME", help="""Of a list with a header: the
+        columns with the paths and, if there are any, with the labels. Default: recognized by their names.""")
     data.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
         help="Rotate photographs by their EXIF orientation. The authors' code does not.")
     data.add_argument("--max_bad_images", default=0.001, type=share, metavar="SHARE", help="""Unreadable images are
@@ -113,7 +114,7 @@ def image_files(folder, flag):
     return sorted(paths, key=lambda path: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)])
 
 
-def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3):
+def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3, columns=()):
     """The numbered images of --data_path (dino_files.ImageFiles, TorchvisionImages or dino_shards.TarShards).
 
     `part` (train or val) selects from `sample` and from torchvision's sets. Raises UserError if there are none.
@@ -121,7 +122,7 @@ def find_images(data_path, part="", data_format="auto", exif=False, flag="--data
     path = os.fspath(find_data(data_path, part))
     if data_format == "shards" or (data_format == "auto" and dino_shards.are_shards(path)):
         return dino_shards.TarShards(path, exif, flag, dino_images.extensions_of(in_chans))
-    return dino_files.find_images(path, part, data_format, exif, flag, in_chans)
+    return dino_files.find_images(path, part, data_format, exif, flag, in_chans, columns)
 
 
 class MultiCropDataset(Dataset):
@@ -185,25 +186,44 @@ class EvalImages(Dataset):
 
 
 def find_part(data_path, part):
-    """The path of train or val in --data_path: a folder, a list or shards of that name; None if there is none."""
+    """The path of train or val in --data_path: a folder, a list or shards of that name; None if there is none.
+
+    See dino_files.PARTS for other names, such as validation and test.
+    """
+    return named_part(data_path, part)[1]
+
+
+def named_part(data_path, part):
+    """(name, path) of train or val in --data_path; (None, None) if there is none."""
     root = os.fspath(find_data(data_path))
-    if root.startswith("torchvision:"):  # they have both
-        return root
-    names = [part, *(part + suffix for suffix in dino_files.LISTS)]
-    found = next((path for path in (os.path.join(root, name) for name in names) if os.path.exists(path)), None)
-    return found or dino_shards.shards_of_part(root, part)
+    if root.startswith("torchvision:"):
+        return part, root
+    names = {name.lower(): name for name in sorted(os.listdir(root))} if os.path.isdir(root) else {}
+    for word in dino_files.PARTS[part]:
+        found = [names[word + end] for end in ("", *dino_files.LISTS) if word + end in names]
+        if path := os.path.join(root, found[0]) if found else dino_shards.shards_of_word(root, word):
+            return word, path
+    return None, None
 
 
-def holds_both_parts(data_path, images):
-    """Whether a path contains train and val, as class folders or as shards, so that val would be trained on."""
+def check_parts(data_path, images):
+    """Raise UserError if a path for training contains test images as well, as class folders or as shards."""
     if isinstance(images, dino_shards.TarShards):
-        return all(dino_shards.shards_of_part(os.fspath(data_path), part) for part in ("train", "val"))
-    return images.classes == ["train", "val"]
+        train, val = (named_part(data_path, part)[0] for part in dino_files.PARTS)
+        path = os.path.join(data_path, f"*{train}*.tar")
+    else:
+        found = [[name for name in images.classes if name.lower() in words] for words in dino_files.PARTS.values()]
+        train, val = (names[0] if names else None for names in found)
+        path = os.path.join(data_path, train or "")
+    if train and val:
+        raise UserError(
+            f"--data_path {data_path} contains {train} and {val}. Train on {train} alone: --data_path {path}"
+        )
 
 
-def labeled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
+def labeled_part(data_path, part, exif=False, flag="--data_path", in_chans=3, columns=()):
     """The numbered images of train or val in --data_path. Raises UserError if they or their labels are missing."""
-    path = find_part(data_path, part)
+    name, path = named_part(data_path, part)
     if path is None:
         root = find_data(data_path)
         what = "is not a folder" if os.path.exists(root) else "does not exist"
@@ -212,7 +232,9 @@ def labeled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
             f"{flag} {data_path} {what}. It needs class folders {part}/<class>/*, a list {part}.csv, or shards "
             f"{part}-*.tar"
         )
-    images = find_images(path, part, labeled_format(path), exif, flag, in_chans)
+    if name != part:
+        utils.log(f"note: {data_path} has no {part}; {name} is used")
+    images = find_images(path, part, labeled_format(path), exif, flag, in_chans, columns)
     if images.targets is None:
         raise UserError(
             f"{flag} {path} has no labels. Sort the images into one folder per class, or write a list with labels; in "
@@ -221,12 +243,16 @@ def labeled_part(data_path, part, exif=False, flag="--data_path", in_chans=3):
     return images
 
 
-def labeled_images(data_path, transform, exif=False, flag="--data_path", inputs=utils.RGB):
+def labeled_images(data_path, transform, exif=False, flag="--data_path", inputs=utils.RGB, columns=()):
     """(train, val, labels of train, labels of val) of data_path: EvalImages, and class indices [N].
 
-    The classes are those in train. Raises UserError if val has another one.
+    The classes are those in train. Of a torchvision data set without test images, every tenth image is in val. Raises
+    UserError if val has a class that train does not have.
     """
-    train, val = (labeled_part(data_path, part, exif, flag, inputs.in_chans) for part in ("train", "val"))
+    train, val = (labeled_part(data_path, part, exif, flag, inputs.in_chans, columns) for part in ("train", "val"))
+    if not getattr(train, "has_parts", True):
+        utils.log(f"note: {data_path} has no test images of its own: every tenth image per class is held out")
+        return split_every_tenth(train, transform, f"{flag} {data_path}", inputs)
     both = isinstance(train, dino_shards.TarShards) and set(train.paths) & set(getattr(val, "paths", ()))
     if both:
         raise UserError(f"{flag} {data_path}: {utils.summarize(sorted(both))} match train and val. Rename them")
@@ -240,16 +266,16 @@ def labeled_images(data_path, transform, exif=False, flag="--data_path", inputs=
     return *sets, train.targets, renumbered[val.targets]
 
 
-def find_labeled(path, transform, exif, flag, inputs=utils.RGB):
+def find_labeled(path, transform, exif, flag, inputs=utils.RGB, columns=()):
     """(train, val, labels of train, labels of val) of train and val in a folder, or of its images, split."""
     parts = [find_part(path, part) for part in ("train", "val")]
     if all(parts):
-        return labeled_images(path, transform, exif, flag, inputs)
+        return labeled_images(path, transform, exif, flag, inputs, columns)
     if any(parts) and not dino_shards.are_shards(os.fspath(path)):
         raise UserError(
             f"{flag} {path} has only one of train and val. Name a folder with both, or one of class folders"
         )
-    images = find_images(path, "", labeled_format(path), exif, flag, inputs.in_chans)
+    images = find_images(path, "", labeled_format(path), exif, flag, inputs.in_chans, columns)
     return split_every_tenth(images, transform, f"{flag} {path}", inputs)
 
 
@@ -279,14 +305,6 @@ def split_every_tenth(images, transform, source, inputs=utils.RGB):
     parts = [wanted.nonzero()[:, 0] for wanted in (~is_val, is_val)]
     sets = (EvalImages(images.take(part.tolist()), transform, inputs=inputs) for part in parts)
     return *sets, *(targets[part] for part in parts)
-
-
-def digest_of_names(images):
-    """A digest that identifies a set of numbered images by their order and the last two parts of their names."""
-    digest = hashlib.blake2b(digest_size=6)
-    for name in images.names():
-        digest.update("/".join(name.split("/")[-2:]).encode(errors="surrogateescape") + b"\n")
-    return digest.hexdigest()
 
 
 def recheck_bad_images(health, images, inputs=utils.RGB):
@@ -419,12 +437,9 @@ class EpochSampler(Sampler):
 
 def training_images(args):
     """The numbered images of --data_path. With --compute_stats, sets args.mean and args.std. Raises UserError."""
-    images = find_images(args.data_path, "train", args.data_format, args.exif, in_chans=args.in_chans)
-    if holds_both_parts(args.data_path, images):
-        raise UserError(
-            f"--data_path {args.data_path} contains train and val. Train on train alone: --data_path "
-            f"{os.path.join(args.data_path, 'train')}"
-        )
+    how = {"in_chans": args.in_chans, "columns": args.list_columns}
+    images = find_images(args.data_path, "train", args.data_format, args.exif, **how)
+    check_parts(args.data_path, images)
     if args.compute_stats:
         args.mean, args.std = earlier_statistics(args) or measure_statistics(images, args)
     return images

@@ -211,7 +211,8 @@ class OnlineKnn:
         if args.knn_data is None:
             self.sets = dino_data.split_every_tenth(images, transform, f"--data_path {args.data_path}", inputs)
         else:
-            self.sets = dino_data.find_labeled(args.knn_data, transform, args.exif, "--knn_data", inputs)
+            how = (args.exif, "--knn_data", inputs, args.list_columns)
+            self.sets = dino_data.find_labeled(args.knn_data, transform, *how)
         part = "held-out" if args.knn_data is None else "validation"
         self.what = f"{len(self.sets[1])} {part} images among {len(self.sets[0])}"
         for dataset in self.sets[:2]:

@@ -65,9 +65,13 @@ class TorchvisionImages:
 
     sharded = False
 
-    def __init__(self, dataset, source):
-        self.dataset, self.source, self.numbers = dataset, source, range(len(dataset))
-        targets = getattr(dataset, "targets", getattr(dataset, "labels", getattr(dataset, "_labels", None)))
+    def __init__(self, dataset, source, has_parts=True):
+        self.dataset, self.source, self.numbers, self.has_parts = dataset, source, range(len(dataset)), has_parts
+        found = (getattr(dataset, name, None) for name in ("targets", "labels", "_labels"))
+        pairs = getattr(dataset, "_samples", None) or [()]
+        targets = next((t for t in found if t is not None), [i for _, i in pairs] if len(pairs[0]) == 2 else None)
+        if targets is not None and len(targets) and min(targets) < 0:  # STL10's unlabeled images
+            targets = None
         self.targets = None if targets is None else torch.as_tensor(targets, dtype=torch.long)
         named = getattr(dataset, "classes", None) or (range(int(self.targets.max()) + 1) if targets is not None else ())
         self.classes = [str(name) for name in named]
@@ -97,24 +101,37 @@ class TorchvisionImages:
         return part
 
 
+def digest_of_names(images):
+    """A digest that identifies a set of numbered images by their order and the last two parts of their names."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name in images.names():
+        digest.update("/".join(name.split("/")[-2:]).encode(errors="surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
 def random_order(number, seed, epoch, first=0):
     """The indices of `number` images in the order of an epoch, a function of (seed, epoch), from position `first`."""
     generator = torch.Generator().manual_seed(utils.derive_seed(seed, utils.ORDER, epoch))
     return iter(torch.randperm(number, generator=generator)[first:].tolist())
 
 
-def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3):
+# What the parts of a data set are called, the first choice first.
+PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
+
+
+def find_images(data_path, part="", data_format="auto", exif=False, flag="--data_path", in_chans=3, columns=()):
     """The images of class folders, of a flat folder, of a list of paths, or of a torchvision data set.
 
     `part` (train or val) selects from the last. `exif` rotates by the EXIF orientation. .npy files in folders are
-    images if `in_chans` is not 3. Raises UserError if there are none.
+    images if `in_chans` is not 3. `columns` are the names of a table's columns with paths and labels. Raises UserError
+    if there are no images.
     """
     data_path = os.fspath(data_path)
     kind = guess_format(data_path) if data_format == "auto" else data_format
     if kind == "torchvision":
         return torchvision_images(data_path, part, flag)
     if kind == "list":
-        return listed_images(data_path, exif, flag)
+        return listed_images(data_path, exif, flag, columns)
     if not os.path.isdir(data_path):
         what = "is not a folder" if os.path.exists(data_path) else "does not exist"
         others = "a list of paths (.txt, .csv, .tsv), shards ('{0000..0999}.tar', not gzipped), torchvision:NAME"
@@ -147,7 +164,10 @@ def folder_images(root, kind, exif, flag, extensions=EXTENSIONS):
         targets = [number[name.partition("/")[0]] for name in inside]
         images = ImageFiles([os.path.join(root, name) for name in inside], targets, classes, exif)
     if names and not len(images):
-        raise UserError(f"{flag} {root} has images but no class folders. Use --data_format flat, or auto")
+        raise UserError(
+            f"{flag} {root} has images but no class folders. Sort them into one folder per class, or write a list of "
+            f"their paths and labels, such as {root}.csv"
+        )
     if not len(images):
         raise UserError(f"{flag} {root} has no images ({', '.join(extensions)}){empty_folder_hint(root)}")
     return images
@@ -234,13 +254,13 @@ def leads_back(folder, name, above):
 # ---- lists ----
 
 
-def listed_images(path, exif, flag):
+def listed_images(path, exif, flag, columns=()):
     """Images of a text file with one path per line, or of a table (.csv, .tsv) with paths and, optionally, labels.
 
-    In text files, a label can follow after a tab or the last space. Paths are relative to the list. A header line is
-    skipped. Raises UserError if the files are not there.
+    In text files, a label can follow after a tab or the last space. Paths are relative to the list. `columns` names a
+    table's column of paths, and that of labels if there are any. Raises UserError if the files are not there.
     """
-    rows = read_list(path, flag)
+    rows = read_list(path, flag, columns)
     root = os.path.dirname(os.path.abspath(path))
     files = [os.path.join(root, row[0]) for row in rows]
     if not any(os.path.isfile(file) for file in files[:3]):
@@ -261,8 +281,8 @@ def number_labels(labels, num_images, source):
     return torch.tensor([number[label] for label in labels]) if labels else None, classes
 
 
-def read_list(path, flag):
-    """[[path], ...] or [[path, label], ...] of a list of images."""
+def read_list(path, flag, columns=()):
+    """[[path], ...] or [[path, label], ...] of a list of images. A header, which names no file, is not among them."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as e:
@@ -276,29 +296,66 @@ def read_list(path, flag):
             rows = split_lines([line.strip() for line in lines], root)
         else:
             table = csv.reader(lines, delimiter="\t" if suffix == ".tsv" else ",")
-            rows = [[cell.strip() for cell in row[:2]] for row in table]
+            rows = [[cell.strip() for cell in row] for row in table]
     except csv.Error as e:
         raise UserError(f"can't read {flag} {path}: {e}") from e
-    if (
-        rows
-        and not is_image(os.path.basename(rows[0][0]), (*EXTENSIONS, ".npy"))
-        and not os.path.isfile(os.path.join(root, rows[0][0]))
-    ):
-        rows = rows[1:]  # a header
+    if rows and not any(is_image(os.path.basename(c), WITH_ARRAYS) or is_file(root, c) for c in rows[0]):
+        header, *rows = rows
+        if suffix != ".txt":
+            chosen = choose_columns(header, columns, f"{flag} {path}")
+            rows = [[row[i] for i in chosen if i < len(row)] for row in rows]
+    elif columns:
+        raise UserError(f"{flag} {path} has no header with the columns --list_columns {' '.join(columns)}. Remove it")
+    rows = [row[:2] for row in rows]
     if not rows or not all(row and row[0] for row in rows):
         raise UserError(f"{flag} {path} has no paths of images, or a line without one. Write one path per line")
     return rows
+
+
+WITH_ARRAYS = (*EXTENSIONS, ".npy")
+PATH_COLUMNS = ("path", "image", "file", "filename", "image_path", "file_name", "filepath", "img", "img_path")
+LABEL_COLUMNS = ("label", "class", "target", "category", "class_name", "label_name")
+
+
+def is_file(root, name):
+    return os.path.isfile(os.path.join(root, name)) if name and "\0" not in name else False
+
+
+def choose_columns(header, columns, source):
+    """Indices of the columns with paths and labels in a table with this header. Raises UserError if that is not clear.
+
+    `columns` names them; otherwise they are known by the usual names or, of two columns, by their order.
+    """
+    names = [name.lower() for name in header]
+    if columns:
+        missing = [name for name in columns if name not in header]
+        if missing:
+            near = utils.did_you_mean(missing[0], header)
+            raise UserError(f"--list_columns: {source} has no column {missing[0]!r}{near} ({', '.join(header)})")
+        chosen = [header.index(name) for name in columns]
+    else:
+        known = [[names.index(word) for word in words if word in names][:1] for words in (PATH_COLUMNS, LABEL_COLUMNS)]
+        if len(header) <= 2:
+            path = (known[0] or [i for i in range(len(header)) if [i] != known[1]])[0]
+            chosen = [path, *(i for i in range(len(header)) if i != path)]
+        elif all(known):
+            chosen = known[0] + known[1]
+        else:
+            raise UserError(
+                f"{source}: which of its columns are paths and labels ({', '.join(header)})? Name them with "
+                "--list_columns PATH LABEL"
+            )
+    if len(header) > 2:
+        labels = f", labels from {header[chosen[1]]!r}" if len(chosen) > 1 else ", no labels"
+        utils.log(f"{source}: paths from the column {header[chosen[0]]!r}{labels}")
+    return chosen
 
 
 def split_lines(lines, root):
     if any("\t" in line for line in lines):
         return [line.split("\t")[:2] for line in lines]
     parts = lines[0].rsplit(None, 1) if lines else []
-    labeled = (
-        len(parts) == 2
-        and is_image(parts[0], (*EXTENSIONS, ".npy"))
-        and not os.path.exists(os.path.join(root, lines[0]))
-    )
+    labeled = len(parts) == 2 and is_image(parts[0], WITH_ARRAYS) and not os.path.exists(os.path.join(root, lines[0]))
     return [line.rsplit(None, 1) if labeled else [line] for line in lines]
 
 
@@ -306,8 +363,11 @@ def split_lines(lines, root):
 
 
 def torchvision_images(data_path, part, flag):
-    """A data set such as torchvision:CIFAR10: training images, or test images for `val`. Downloaded if needed."""
-    name = data_path.partition(":")[2]
+    """A data set such as torchvision:CIFAR10: training images, or test images for `val`. Downloaded if needed.
+
+    torchvision:NAME:SPLIT has one split of those that have several, such as torchvision:STL10:unlabeled.
+    """
+    _, name, *split = data_path.split(":", 2)
     known = {n: getattr(datasets, n) for n in datasets.__all__ if isinstance(getattr(datasets, n), type)}
     known = {
         n: kind for n, kind in known.items() if not n.startswith("LSUN")
@@ -315,26 +375,49 @@ def torchvision_images(data_path, part, flag):
     if name not in known:
         raise UserError(f"{flag} {data_path}: torchvision has no data set {name!r}{utils.did_you_mean(name, known)}")
     root = os.path.join(utils.cache_dir(), "torchvision")
-    wants = inspect.signature(known[name]).parameters
-    options = {}
-    if "train" in wants:
-        options["train"] = part != "val"
-    elif "split" in wants:
-        options["split"] = "test" if part == "val" else "train"
+    wants = arguments_of(known[name])
+    options = {"train": part != "val"} if "train" in wants else {}
     if "root" in wants:
         options["root"] = root
+    splits = [{"split": word} for word in split or SPLITS[part == "val"]]
+    splits = splits if split or ("split" in wants and "train" not in wants) else [{}]
     try:
         os.makedirs(root, exist_ok=True)
         lock, _ = utils.lock_file(os.path.join(root, ".lock"), patience=3600)  # one process downloads
         with lock, contextlib.redirect_stdout(io.StringIO()):
-            try:
-                dataset = known[name](**options)
-            except RuntimeError:  # not there yet
-                if "download" not in wants:
-                    raise
-                dataset = known[name](**options, download=True)
+            dataset = open_first(known[name], [{**options, **choice} for choice in splits], "download" in wants)
     except Exception as e:  # depends on the data set: no network, no such split, files that are not free to download
-        raise UserError(f"{flag} {data_path} is not available: {one_line(e)}. Its files belong in {root}") from e
+        other = f", or name a split: torchvision:{name}:SPLIT" if "split" in wants and not split else ""
+        raise UserError(f"{flag} {data_path} is not available: {one_line(e)}. Its files belong in {root}{other}") from e
     if not len(dataset) or not isinstance(dataset[0][0], Image.Image):
         raise UserError(f"{flag} {data_path} is not a data set of images")
-    return TorchvisionImages(dataset, data_path)
+    return TorchvisionImages(dataset, data_path, has_parts="train" in wants or (len(splits) > 1))
+
+
+SPLITS = (("train", "trainval", "train-standard"), ("test", "val", "valid"))  # of training and of evaluation
+
+
+def arguments_of(kind):
+    """Names of the arguments of a class, with those that it passes on to the classes that it is made from."""
+    names = {}
+    for each in kind.__mro__:
+        own = inspect.signature(each.__init__).parameters
+        names |= own
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+            break
+    return names
+
+
+def open_first(kind, choices, can_download):
+    """A torchvision data set with the first of `choices`, its possible arguments, that it knows."""
+    for i, options in enumerate(choices):
+        try:
+            try:
+                return kind(**options)
+            except RuntimeError:  # not there yet
+                if not can_download:
+                    raise
+                return kind(**options, download=True)
+        except ValueError as e:
+            if "Unknown value" not in str(e) or i == len(choices) - 1:
+                raise

@@ -22,6 +22,7 @@ import dino_checkpoints
 import dino_cli
 import dino_data
 import dino_features
+import dino_files
 import dino_health
 import utils
 from dino_cli import at_least, between
@@ -176,7 +177,7 @@ class Run(Bare):
         super().__init__(args, len(data_loader))
         self.parts, self.data_loader, self.parser, self.amp_dtype = parts, data_loader, parser, amp_dtype
         args.images = len(data_loader.dataset)
-        args.image_names = dino_data.digest_of_names(data_loader.dataset.images)
+        args.image_names = dino_files.digest_of_names(data_loader.dataset.images)
         self.path = os.path.join(args.output_dir, "checkpoint.pth")
         self.bad_steps, self.unsaved, self.stats = 0, {}, {}
         self.buffers = [*parts.student.buffers(), *parts.teacher.buffers()]  # statistics of batch norms

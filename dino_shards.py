@@ -90,9 +90,9 @@ def expand_glob(name):
     return sorted(glob.glob(name) or glob.glob(os.path.join(glob.escape(folder), last)))
 
 
-def shards_of_part(folder, part):
-    """A pattern for the shards of a folder whose names contain the word `part` (train or val); None if none does."""
-    word, no_letter = f"[{part[0]}]{part[1:]}", "[!a-zA-Z]"
+def shards_of_word(folder, part):
+    """A pattern for the shards of a folder whose names contain the word `part`, such as train; None if none does."""
+    word, no_letter = f"[{part[0]}{part[0].upper()}]{part[1:]}", "[!a-zA-Z]"
     names = (word, f"{word}{no_letter}*", f"*{no_letter}{word}", f"*{no_letter}{word}{no_letter}*")
     found = [name for name in names if expand_glob(os.path.join(glob.escape(folder), f"{name}.tar"))]
     either = f"{{{','.join(found)}}}" if len(found) > 1 else "".join(found)

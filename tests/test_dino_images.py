@@ -200,7 +200,109 @@ def test_train_and_val_can_be_lists(tmp_path):
         dino_data.labeled_images(tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    ("header", "columns", "chosen"),
+    [
+        ("Path,Sex,Age,Class", (), "sb"),  # by their names
+        ("Path,Sex,Age,No Finding", ("Path", "No Finding"), "sb"),
+        ("Path,Sex,Age,No Finding", ("Path", "Sex"), "xy"),
+        ("Path,Sex,Age,No Finding", ("Path",), None),
+    ],
+)
+def test_the_columns_of_a_table_are_known_by_its_header(tmp_path, capsys, header, columns, chosen):
+    draw(tmp_path / "1.png")
+    draw(tmp_path / "2.png")
+    (tmp_path / "x.csv").write_text(f"{header}\n1.png,x,40,s\n2.png,y,41,b\n")
+    images = dino_files.find_images(tmp_path / "x.csv", columns=columns)
+    assert names(images, tmp_path) == ["1.png", "2.png"]
+    found = None if images.targets is None else "".join(images.classes[t] for t in images.targets)
+    assert found == chosen
+    labels = f"labels from {(columns or ('', 'Class'))[1]!r}" if chosen else "no labels"
+    assert f"x.csv: paths from the column 'Path', {labels}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "message"),
+    [
+        ("Path,Sex,Age,No Finding\n1.png,x,40,s\n", (), r"\(Path, Sex, Age, No Finding\).*--list_columns PATH LABEL"),
+        ("id,Path,y\n7,1.png,x\n", ("Pat", "y"), "has no column 'Pat'; did you mean Path"),
+        ("1.png,x,40,s\n", ("Path", "y"), "has no header with the columns --list_columns Path y"),
+    ],
+)
+def test_columns_that_are_not_clear_are_asked_for(tmp_path, text, columns, message):
+    draw(tmp_path / "1.png")
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        dino_files.find_images(tmp_path / "x.csv", columns=columns)
+
+
+def test_a_table_of_two_columns_can_have_the_labels_first(tmp_path):
+    draw(tmp_path / "1.png")
+    for header in ("label,file", "label,where", "what,filename"):
+        (tmp_path / "x.csv").write_text(f"{header}\nape,1.png\n")
+        images = dino_files.find_images(tmp_path / "x.csv")
+        assert (names(images, tmp_path), images.classes) == (["1.png"], ["ape"])
+
+
+# ---- train, val and test ----
+
+
+@pytest.mark.parametrize(
+    ("parts", "used"),
+    [("train val test", "val"), ("train Validation test", "Validation"), ("Training testing", "testing")],
+)
+def test_parts_have_other_names_too(tmp_path, monkeypatch, capsys, parts, used):
+    for i, part in enumerate(parts.split()):
+        for name in "ab":
+            draw(tmp_path / part / name / "1.png", i)
+    _, val, _, _ = dino_data.labeled_images(tmp_path, dino_crops.eval_transform(8))
+    assert names(val.images, tmp_path) == [f"{used}/a/1.png", f"{used}/b/1.png"]
+    said = capsys.readouterr().out
+    assert (f"has no val; {used.lower()} is used" in said) == (used != "val")
+    train = parts.split()[0]
+    flags = [*SMALL_RUN, "--data_path", tmp_path, "--output_dir", tmp_path / "run"]
+    code, line = ending(monkeypatch, capsys, main_dino, *flags)
+    assert code == 2
+    assert line.endswith(f"Train on {train} alone: --data_path {tmp_path / train}")
+
+
+def test_flat_test_images_are_told_to_be_labeled(tmp_path):
+    draw(tmp_path / "train" / "a" / "1.png")
+    draw(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(UserError, match=r"has images but no class folders\. .* or write a list .* such as .*/val\.csv"):
+        dino_data.labeled_images(tmp_path, None)
+
+
 # ---- torchvision's data sets ----
+
+
+def test_of_a_torchvision_data_set_without_test_images_every_tenth_is_held_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path))
+    for name in ("Forest", "River"):
+        for i in range(11):
+            draw(tmp_path / "torchvision" / "eurosat" / "2750" / name / f"{i:02}.png", i)
+    train, val, train_labels, val_labels = dino_data.labeled_images("torchvision:EuroSAT", dino_crops.eval_transform(8))
+    assert (train_labels.tolist(), val_labels.tolist()) == ([0] * 9 + [1] * 9, [0, 0, 1, 1])
+    assert [val.load(i).getpixel((0, 0))[0] for i in range(4)] == [0, 10, 0, 10]
+    assert not {*train.images.numbers} & {*val.images.numbers}
+    assert "has no test images of its own: every tenth image per class is held out" in capsys.readouterr().out
+
+
+def test_a_torchvision_data_set_has_its_own_names_for_its_splits(tmp_path, monkeypatch):
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path))
+    root = tmp_path / "torchvision" / "oxford-iiit-pet"
+    for i in (1, 2, 3):
+        draw(root / "images" / f"Beagle_{i}.jpg", i)
+    (root / "annotations").mkdir()
+    (root / "annotations" / "trainval.txt").write_text("Beagle_1 1 1 1\nBeagle_2 1 1 1\n")
+    (root / "annotations" / "test.txt").write_text("Beagle_3 1 1 1\n")
+    train, val = (dino_files.find_images("torchvision:OxfordIIITPet", part) for part in ("train", "val"))
+    assert (len(train), len(val), train.targets.tolist(), train.has_parts) == (2, 1, [0, 0], True)
+    assert len(dino_files.find_images("torchvision:OxfordIIITPet:test")) == 1
+    with pytest.raises(UserError, match=r"OxfordIIITPet:dev is not available: Unknown value 'dev'.*trainval"):
+        dino_files.find_images("torchvision:OxfordIIITPet:dev")
+    with pytest.raises(UserError, match=r"EMNIST is not available: .*'split'.*torchvision:EMNIST:SPLIT"):
+        dino_files.find_images("torchvision:EMNIST", "train")
 
 
 @pytest.fixture

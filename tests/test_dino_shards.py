@@ -316,13 +316,13 @@ def test_a_second_start_reads_no_shard_except_a_changed_one(tmp_path, monkeypatc
     monkeypatch.setattr(
         dino_shards, "list_members", lambda path, *rest: listed.append(Path(path).name) or list_members(path, *rest)
     )
-    first = dino_data.digest_of_names(TarShards(str(root)))
+    first = dino_files.digest_of_names(TarShards(str(root)))
     assert listed == ["0000.tar", "0001.tar"]
-    assert dino_data.digest_of_names(TarShards(str(root))) == first
+    assert dino_files.digest_of_names(TarShards(str(root))) == first
     assert len(listed) == 2
     write_shards(tmp_path / "other", [3], first=7)
     shutil.copy(tmp_path / "other" / "0000.tar", root / "0001.tar")
-    assert dino_data.digest_of_names(TarShards(str(root))) != first
+    assert dino_files.digest_of_names(TarShards(str(root))) != first
     assert listed[2:] == ["0001.tar"]
 
 
@@ -344,13 +344,13 @@ def test_damaged_indexes_are_made_again(tmp_path, cache, suffix, damage):
 
 def test_without_a_writable_cache_shards_are_read_with_a_warning(tmp_path, monkeypatch, capsys):
     root = write_shards(tmp_path / "s", [1, 2])
-    cached = dino_data.digest_of_names(TarShards(str(root)))
+    cached = dino_files.digest_of_names(TarShards(str(root)))
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "file"))
     dino_shards.load_index.cache_clear()
     images = TarShards(str(root))
     assert "Set DINO_CACHE" in capsys.readouterr().out
-    assert dino_data.digest_of_names(images) == cached
+    assert dino_files.digest_of_names(images) == cached
     assert_images(images, range(3))
 
 
