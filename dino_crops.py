@@ -106,6 +106,7 @@ def eval_transform(image_size=224, inputs=utils.RGB):
     """
     return transforms.Compose(
         [
+            shorten,
             transforms.Resize(image_size * 8 // 7, interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.CenterCrop(image_size),
             *last_transforms(inputs),
@@ -113,15 +114,23 @@ def eval_transform(image_size=224, inputs=utils.RGB):
     )
 
 
+def shorten(image):
+    """The middle of an image more than 16 times as long as it is wide: all of it, resized, could fill the memory."""
+    height, width = transforms.functional.get_dimensions(image)[1:]
+    if max(height, width) <= 16 * min(height, width):
+        return image
+    return transforms.functional.center_crop(image, [min(side, 2 * min(height, width)) for side in (height, width)])
+
+
 def last_transforms(inputs):
     """The last steps of a transform: to uint8 [3, H, W] for photographs, to normalized floats [C, H, W] for others."""
-    steps = [transforms.PILToTensor() if inputs.in_chans == 3 else to_int16]
+    steps = [transforms.PILToTensor() if inputs.photographs else to_int16]
     return steps if inputs == utils.RGB else [*steps, inputs.normalize]
 
 
 def prepare(image, inputs):
     """An opened image as `RENDERERS` take it: photographs undecoded, since views are drawn before decoding."""
-    lazy = inputs.in_chans == 3 and not isinstance(image, dino_images.ArrayFile)
+    lazy = inputs.photographs and not isinstance(image, dino_images.ArrayFile)
     return image if lazy else dino_images.decode(image, inputs)
 
 

@@ -58,8 +58,8 @@ def training_flags():
     images = parser.add_argument_group("channels")
     images.add_argument("--in_chans", default=3, type=between(1, 1000), metavar="N", help="""Channels of an image. 3:
         RGB photographs. 1: grayscale. N: the pages of a TIFF, the bands of an image, or numpy arrays (.npy) [H, W, N]
-        or [N, H, W]. Other than 3 keep 16 bits and floats; grayscale crops are the mean over channels, and hue jitter
-        is skipped.""")
+        or [N, H, W]. Other than 3 keep 16 bits and floats, as 3 do with --value_range; grayscale crops are the mean
+        over channels, and hue jitter is skipped.""")
     images.add_argument("--mean", default=None, type=share, nargs="+", metavar="M",
         help="Mean of the training images per channel, from 0 (black) to 1 (white). Default: ImageNet's.")
     images.add_argument("--std", default=None, type=between(1e-6, 1, float), nargs="+", metavar="S",
@@ -67,9 +67,9 @@ def training_flags():
     images.add_argument("--compute_stats", default=False, type=bool_flag, metavar="BOOL", help=f"""Measure mean and std
         once before training, on at most {MOST_MEASURED} images. They are stored in the checkpoint.""")
     images.add_argument("--value_range", default=None, type=between(-(10**10), 10**10, float), nargs=2,
-        metavar=("MIN", "MAX"), help="""Values that count as black and white in the files, for other than 3 channels:
-        0 4095 for 12 bits, -1000 400 for a CT window. Default: 0 and the largest value of the integer type; floats are
-        between 0 and 1.""")
+        metavar=("MIN", "MAX"), help="""Values that count as black and white in the files: 0 4095 for 12 bits, -1000 400
+        for a CT window. Default: 0 and the largest value of the integer type; floats are between 0 and 1. With 3
+        channels, it keeps all bits.""")
     # fmt: on
     return parser
 
@@ -77,10 +77,9 @@ def training_flags():
 def check_flags(args):
     """Raise UserError for flags on channels and values that contradict each other."""
     channels = f"--in_chans {args.in_chans}"
-    if args.in_chans != 3 and args.augmentation == "fast":
-        raise UserError(f"--augmentation fast is for 3 channels. Use --augmentation pil with {channels}")
-    if args.in_chans == 3 and args.value_range:
-        raise UserError("--value_range is for other than 3 channels (--in_chans). Remove it")
+    if (args.in_chans != 3 or args.value_range) and args.augmentation == "fast":
+        other = "--value_range" if args.in_chans == 3 else channels
+        raise UserError(f"--augmentation fast is for photographs. Use --augmentation pil with {other}")
     if args.value_range and not args.value_range[0] < args.value_range[1]:
         low, high = args.value_range
         raise UserError(f"--value_range {low} {high}: put the smaller number first")
@@ -339,7 +338,7 @@ class ImageStatistics(Dataset):
             image = dino_images.decode(self.images.open(number), self.inputs)
         except dino_images.BadImage as e:
             return str(e)
-        if self.inputs.in_chans == 3:
+        if self.inputs.photographs:
             image = transforms.functional.pil_to_tensor(image).double() / 255
         variance, mean = torch.var_mean(image.double().flatten(1), dim=1, correction=0)
         return torch.stack((mean, variance))

@@ -154,6 +154,8 @@ def folder_images(root, kind, exif, flag, extensions=EXTENSIONS):
     Each of its folders is a class (`kind` folder), or none is (flat). Default: flat if it has images directly in it.
     """
     names, folders = cached_index(root, extensions)
+    if not names and extensions == EXTENSIONS:
+        names, folders = cached_index(root, WITH_ARRAYS)  # a folder of arrays alone
     directly = any("/" not in name for name in names)
     if kind == "flat" or (kind is None and directly):
         images = ImageFiles([os.path.join(root, name) for name in names], exif=exif)
@@ -177,7 +179,6 @@ def empty_folder_hint(root):
     """What to do with a folder without images, as the end of a message."""
     names = [name for _, _, files in os.walk(root) for name in files]
     hints = {
-        ".npy": ", but arrays (.npy). Set their number of channels with --in_chans",
         ".tar": ", but tar shards in its folders. Name one of the folders, such as train",
         ".gz": ", but compressed files. Unpack .tar.gz to tar shards with gunzip",
         ".tgz": ", but compressed files. Unpack .tgz to tar shards with gunzip",
@@ -283,6 +284,8 @@ def number_labels(labels, num_images, source):
 
 def read_list(path, flag, columns=()):
     """[[path], ...] or [[path, label], ...] of a list of images. A header, which names no file, is not among them."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for a writer
+        raise UserError(f"{flag} {path} is neither a file nor a folder. Name a list of images")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as e:

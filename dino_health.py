@@ -326,18 +326,26 @@ def library_versions():
 
 def git_state():
     """The commit of this code and the number of files changed since; None if it is not a checkout."""
-    here = os.path.dirname(os.path.abspath(__file__))
-
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
-
     try:
-        return {
-            "commit": git("rev-parse", "HEAD").strip(),
-            "changed_files": len(git("status", "--porcelain", "--untracked-files=no").splitlines()),
-        }
+        changed = git("status", "--porcelain", "--untracked-files=no").splitlines()
+        return {"commit": git("rev-parse", "HEAD"), "changed_files": len(changed)}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def get_sha():
+    """The commit of this code, as the authors' utils prints it."""
+    state = git_state()
+    if state is None:
+        return "sha: N/A, status: clean, branch: N/A"
+    status = "has uncommitted changes" if state["changed_files"] else "clean"
+    return f"sha: {state['commit']}, status: {status}, branch: {git('rev-parse', '--abbrev-ref', 'HEAD')}"
+
+
+def git(*words):
+    here = os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
 
 
 def write_environment(args, parser):

@@ -8,6 +8,7 @@ import functools
 import io
 import math
 import os
+import stat
 import time
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+import utils
 from utils import UserError
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif", ".avif", ".jp2", ".jfif")
@@ -104,18 +106,28 @@ ORIENTATION = 0x0112  # EXIF tag
 
 
 def to_rgb(image):
-    """A PIL image, decoded, as 8-bit RGB. Raises BadImage if it is damaged."""
+    """A PIL image or an ArrayFile, decoded, as 8-bit RGB. Raises BadImage if it is damaged.
+
+    Three planes, of an array or of a TIFF with three gray pages, become red, green and blue.
+    """
     try:
-        if isinstance(image, ArrayFile):
-            raise ValueError("it is an array, which needs --in_chans of other than 3")
+        if isinstance(image, ArrayFile) or has_three_pages(image):
+            levels = (255 * planes(image, utils.RGB)).round().byte()
+            return Image.fromarray(levels.permute(1, 2, 0).numpy())
         if image.mode.startswith("I"):  # 16 bits, which Pillow stores in 16 or 32 and would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         elif image.mode == "F":
             image = Image.fromarray(float_levels(np.asarray(image)))
         return image.convert("RGB")
+    except BadImage:
+        raise
     except Exception as e:
         name = getattr(image, "filename", "")
         raise bad_image(name, one_line(e)) from e
+
+
+def has_three_pages(image):
+    return image.format == "TIFF" and image.n_frames == 3 and len(image.getbands()) == 1
 
 
 def float_levels(values):
@@ -130,6 +142,7 @@ def one_line(error):
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+MOST_BYTES = 2**31  # of an image
 PATIENCE = 60.0  # seconds to wait for a file system that does not answer, until a file can be read again
 retry_budget_used = 0.0  # seconds, by this process
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
@@ -139,6 +152,11 @@ def read_file(path, start=0, size=-1, name=None):
     """The bytes of a file, or `size` of them from `start`. `name` is for the error message, see `with_retries`."""
 
     def read():
+        state = os.stat(path)
+        if not stat.S_ISREG(state.st_mode):  # a pipe would wait for a writer
+            raise ValueError("it is not a regular file")
+        if size < 0 and state.st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES // 2**20} MB")
         with open(path, "rb") as file:
             file.seek(start)
             return file.read(size)
@@ -149,8 +167,9 @@ def read_file(path, start=0, size=-1, name=None):
 def with_retries(act, path, name):
     """`act()` on a file, repeated for up to a minute if its file system does not answer or is not there.
 
-    After that minute each file is tried once, until one can be read. Raises BadImage, or UserError if the process has
-    too many open files.
+    After that minute each file is tried once, until one that failed can be read. Each other one that can be read gives
+    back a millisecond of the minute: a folder that does not exist is waited for once, not for each image in it. Raises
+    BadImage, or UserError if the process has too many open files.
     """
     global retry_budget_used
     pause = 0.5
@@ -166,7 +185,7 @@ def with_retries(act, path, name):
                 reason = getattr(e, "strerror", None) or one_line(e)
                 raise bad_image(name, reason) from e
         else:
-            retry_budget_used = 0.0
+            retry_budget_used = max(retry_budget_used - 0.001, 0.0) if pause == 0.5 else 0.0
             return result
         time.sleep(pause)
         retry_budget_used, pause = retry_budget_used + pause, 2 * pause
@@ -203,7 +222,7 @@ def check_shape(shape):
 
 def decode(image, inputs):
     """An opened image, decoded: a PIL image in RGB, or its `planes` for other than 3 channels. Raises BadImage."""
-    return to_rgb(image) if inputs.in_chans == 3 else planes(image, inputs)
+    return to_rgb(image) if inputs.photographs else planes(image, inputs)
 
 
 def planes(image, inputs):

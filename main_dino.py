@@ -149,7 +149,7 @@ class DataAugmentationDINO:
 
     Returns tensors [3, size, size]: normalized floats or, `as_uint8`, integers. These are a quarter of the bytes for
     the loader to move, and utils.normalize converts them to the same floats on the device. With `inputs` (a
-    utils.Inputs) of other than 3 channels, crops are int16.
+    utils.Inputs) other than photographs, crops are int16.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class DataAugmentationDINO:
         as_uint8=False,
         inputs=utils.RGB,
     ):
-        kind = augmentation if inputs.in_chans == 3 else "planes"
+        kind = augmentation if inputs.photographs else "planes"
 
         def transform(size, scale, blur_p, solarization=None):
             blur = dino_crops.GaussianBlur(blur_p, *blur_radius)

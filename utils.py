@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # for editors
     from dino_checkpoints import restart_from_checkpoint  # noqa: F401
     from dino_crops import GaussianBlur, Solarization  # noqa: F401
     from dino_features import PCA, compute_ap, compute_map, multi_scale  # noqa: F401
+    from dino_health import get_sha  # noqa: F401
 
 # Public names that live in another file.
 ELSEWHERE = {
@@ -47,6 +48,7 @@ ELSEWHERE = {
     "load_pretrained_weights": "dino_backbones",
     "load_pretrained_linear_weights": "dino_backbones",
     "restart_from_checkpoint": "dino_checkpoints",
+    "get_sha": "dino_health",
     "PCA": "dino_features",
     "compute_ap": "dino_features",
     "compute_map": "dino_features",
@@ -547,20 +549,6 @@ def accuracy(output, target, topk=(1,)):
     return [100.0 * hits[:, :k].any(dim=1).float().mean() for k in topk]
 
 
-def get_sha():
-    """The commit of this code, as the authors' utils prints it."""
-    here = os.path.dirname(os.path.abspath(__file__))
-
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    sha, status, branch = "N/A", "clean", "N/A"
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        sha, branch = git("rev-parse", "HEAD"), git("rev-parse", "--abbrev-ref", "HEAD")
-        status = "has uncommitted changes" if git("diff-index", "HEAD") else "clean"
-    return f"sha: {sha}, status: {status}, branch: {branch}"
-
-
 # ---- files ----
 
 
@@ -761,6 +749,11 @@ class Inputs(NamedTuple):
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
     value_range: tuple | None = None
+
+    @property
+    def photographs(self):
+        """Whether images are converted to 8-bit RGB, instead of keeping the bits of their channels."""
+        return self.in_chans == 3 and not self.value_range
 
     def normalize(self, images):
         return normalize(images, self.mean, self.std)

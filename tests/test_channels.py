@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, arguments_of, run_script, same_state, tensor
+from conftest import SMALL_RUN, arguments_of, assert_near, run_script, same_state, tensor
 from PIL import Image
 
 import dino_backbones
@@ -184,8 +184,44 @@ def test_an_array_in_a_list_of_photographs_is_refused(tmp_path, augmentation):
     image = dino_files.find_images(tmp_path / "list.txt").open(0)
     augment = main_dino.DataAugmentationDINO((0.4, 1), (0.05, 0.4), 1, augmentation=augmentation)
     for read in (augment, dino_images.to_rgb):
-        with pytest.raises(dino_images.BadImage, match=r"a\.npy: it is an array, which needs --in_chans of other"):
+        with pytest.raises(dino_images.BadImage, match=r"a\.npy: an array of shape \(4, 8, 8\) does not have"):
             read(image)
+
+
+def three_planes(folder, kind):
+    """A file with the planes 0, 100 and 65535 of 16 bits, as an array or as the pages of a TIFF."""
+    values = np.zeros((3, 4, 4), np.uint16)
+    values[1], values[2] = 100, 65535
+    folder.mkdir(exist_ok=True)
+    if kind == "array":
+        np.save(folder / "x.npy", np.moveaxis(values, 0, -1))
+    else:
+        first, *others = map(Image.fromarray, values)
+        first.save(folder / "x.tif", save_all=True, append_images=others)
+    return dino_files.find_images(folder)
+
+
+@pytest.mark.parametrize("kind", ["array", "pages"])
+def test_three_planes_are_a_photograph_or_keep_their_bits(tmp_path, kind):
+    images = three_planes(tmp_path / kind, kind)
+    assert dino_images.decode(images.open(0), utils.RGB).getpixel((1, 1)) == (0, 0, 255)
+    exact = utils.RGB._replace(value_range=(0, 200))
+    assert dino_images.decode(images.open(0), exact)[:, 1, 1].tolist() == [0, 0.5, 1]
+    crop = dino_crops.eval_transform(3, exact)(dino_images.decode(images.open(0), exact))
+    want = (torch.tensor([0, 0.5, 1]) - torch.tensor(utils.IMAGENET_MEAN)) / torch.tensor(utils.IMAGENET_STD)
+    assert_near(crop[:, 1, 1], want, 1e-4)
+
+
+def test_a_run_on_three_planes_keeps_their_range(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        np.save(tmp_path / "images" / f"{i}.npy", rng.integers(0, 4096, (12, 12, 3), dtype=np.uint16))
+    flags = [*SMALL_RUN, "--data_path", "images", "--value_range", 0, 4095, "--output_dir", "run", "--epochs", 1]
+    main_dino.train_dino(arguments_of(main_dino, *flags, "--warmup_epochs", 0, "--batch_size_per_gpu", 4))
+    saved = torch.load("run/checkpoint.pth", weights_only=True)["args"]
+    assert (saved["in_chans"], saved["value_range"]) == (3, [0, 4095])
 
 
 # ---- crops ----
@@ -379,8 +415,8 @@ MISTAKES = {
     "--mean is given without --std": ("--mean", 0.1, 0.2, 0.3),
     "--std is given without --mean": ("--std", 0.1, 0.2, 0.3),
     "--mean is given, and --compute_stats": ("--mean", 0, 0, 0, "--std", 1, 1, 1, "--compute_stats", "true"),
-    "--augmentation fast is for 3 channels": (*FOUR, "--compute_stats", "true", "--augmentation", "fast"),
-    "--value_range is for": ("--value_range", 0, 1),
+    "--augmentation fast is for photographs": (*FOUR, "--compute_stats", "true", "--augmentation", "fast"),
+    "Use --augmentation pil with --value_range": ("--value_range", 0, 1, "--augmentation", "fast"),
     "--value_range 1.0 0.0: put the smaller number first": (*FOUR, "--compute_stats", "true", "--value_range", 1, 0),
 }
 

@@ -491,8 +491,42 @@ def test_a_file_system_that_is_gone_is_given_up_after_a_minute_until_a_file_can_
     assert seconds_for("gone/x.png") == 63.5  # 0.5 + 1 + 2 + ... until a minute is over
     assert seconds_for("gone/y.png") == seconds_for("x.png") == 0  # the minute is over, or only the file is missing
     draw(tmp_path / "x.png")
-    dino_images.open_image(tmp_path / "x.png")
-    assert seconds_for("gone/y.png") == 63.5
+    for _ in range(600):
+        dino_images.open_image(tmp_path / "x.png")
+    assert seconds_for("gone/y.png") == 0  # not for each image of a folder that does not exist
+    for _ in range(4000):
+        dino_images.open_image(tmp_path / "x.png")
+    assert 0 < seconds_for("gone/y.png") < 10
+
+
+def test_a_file_system_that_comes_back_is_waited_for_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(dino_images, "retry_budget_used", 0.0)
+    monkeypatch.setattr(dino_images.time, "sleep", lambda pause: pause == 16 and draw(tmp_path / "gone" / "x.png"))
+    dino_images.open_image(tmp_path / "gone" / "x.png")
+    assert dino_images.retry_budget_used == 0
+
+
+def test_pipes_and_very_large_files_are_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(BadImage, match=r"x\.png: it is not a regular file"):
+        dino_images.open_image(tmp_path / "x.png")
+    os.mkfifo(tmp_path / "x.csv")
+    with pytest.raises(UserError, match=r"x\.csv is neither a file nor a folder"):
+        dino_files.find_images(tmp_path / "x.csv")
+    with open(tmp_path / "y.png", "wb") as file:
+        file.truncate(2**31 + 1)  # without content
+    with pytest.raises(BadImage, match=r"y\.png: it has more than 2048 MB"):
+        dino_images.open_image(tmp_path / "y.png")
+
+
+def test_a_very_thin_image_is_cut_before_it_is_resized(tmp_path):
+    image = Image.new("RGB", (2, 50_000))
+    image.paste((255, 0, 0), (0, 24_990, 2, 25_010))
+    cut = dino_crops.shorten(image)
+    assert (cut.size, cut.getpixel((0, 0)), cut.getpixel((1, 3))) == ((2, 4), (255, 0, 0), (255, 0, 0))
+    assert dino_crops.shorten(torch.zeros(4, 3, 60)).shape == (4, 3, 6)
+    assert dino_crops.shorten(cut) is cut
+    assert dino_crops.eval_transform(224)(image)[0].min() == 255
 
 
 # ---- runs with unreadable images ----

@@ -161,7 +161,7 @@ def test_a_pattern_without_quotes_is_an_error_of_one_line():
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("train/0.tar", "Name one of the folders"), ("0.tar.gz", "gunzip"), ("a/0.npy", "with --in_chans")],
+    [("train/0.tar", "Name one of the folders"), ("0.tar.gz", "gunzip")],
 )
 def test_a_folder_without_images_gives_a_hint_on_its_content(tmp_path, name, hint):
     (tmp_path / name).parent.mkdir(exist_ok=True)
