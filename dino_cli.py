@@ -204,11 +204,15 @@ def run(main, flags, description):
 
     Any other error keeps its traceback. A hint follows where the cause is known.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # terminals that know ASCII only
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")  # terminals that know ASCII only
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, utils.terminate)  # an exception, so that half-written files are removed
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, utils.terminate)  # an exception, so that half-written files are removed
     parser = OneLineParser(description=description, parents=[flags], formatter_class=HelpFormatter)
     try:
         args = parse_args(parser)
@@ -239,6 +243,19 @@ def run(main, flags, description):
         sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def setup_for_distributed(is_master):
+    """Silence print in processes other than the first; print(..., force=True) still prints. For code of the release."""
+    import builtins
+
+    builtin_print = builtins.print
+
+    def print_on_master(*words, force=False, **options):
+        if is_master or force:
+            builtin_print(*words, **options)
+
+    builtins.print = print_on_master
 
 
 def close_bars():

@@ -31,7 +31,8 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=N
     store = weight.device if use_cuda else torch.device("cpu")
     found, places = None, torch.empty(len(data_loader.sampler), dtype=torch.long)
     first = 0
-    for i, (images, indices) in enumerate(utils.MetricLogger().log_every(data_loader, 10, "Features:")):
+    batches = stop.watch(data_loader) if stop else data_loader
+    for i, (images, indices) in enumerate(utils.MetricLogger().log_every(batches, 10, "Features:")):
         if stop and i % 10 == 0 and (number := max(utils.gather_objects(stop.signal))):
             raise utils.Stopped(int(number))
         images = utils.normalize(images.to(weight.device, non_blocking=True))
@@ -120,6 +121,13 @@ def main_components(tokens):
     found = centered @ axes
     low, high = found.quantile(torch.tensor([0.02, 0.98], dtype=torch.float64), dim=0)
     return ((found - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).unflatten(0, tokens.shape[:2])
+
+
+@torch.no_grad()
+def accuracy(output, target, topk=(1,)):
+    """Top-k accuracies in percent, one scalar tensor per k, of logits [N, C] and labels [N]."""
+    hits = output.topk(max(topk), dim=1).indices == target.view(-1, 1)  # [N, largest k]
+    return [100.0 * hits[:, :k].any(dim=1).float().mean() for k in topk]
 
 
 # ---- nearest neighbors ----

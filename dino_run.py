@@ -178,8 +178,10 @@ class Run(Bare):
         self.parts, self.data_loader, self.parser, self.amp_dtype = parts, data_loader, parser, amp_dtype
         args.images = len(data_loader.dataset)
         args.image_names = dino_files.digest_of_names(data_loader.dataset.images)
+        what = (args.images, args.image_names), "the training images (number, digest of names)"
+        utils.check_same_everywhere(*what, "--data_path must have the same ones for all")
         self.path = os.path.join(args.output_dir, "checkpoint.pth")
-        self.bad_steps, self.unsaved, self.stats = 0, {}, {}
+        self.bad_steps, self.collapsed, self.unsaved, self.stats = 0, False, {}, {}
         self.buffers = [*parts.student.buffers(), *parts.teacher.buffers()]  # statistics of batch norms
 
     def __enter__(self):
@@ -249,6 +251,14 @@ class Run(Bare):
             utils.log("before the first step: k-NN accuracy of the start weights and of raw pixels, to compare with")
             self.measure_neighbors("before the first step")
 
+    def steps(self, data_loader, epoch):
+        try:
+            yield from super().steps(self.stop.watch(data_loader), epoch)
+        except Stopped:  # while it waited for a batch
+            self.save(self.epoch, self.images_done, self.metrics.totals())
+            self.report_stop(self.images_done, self.stop.signal)
+            raise
+
     def received(self, indices, unreadable):
         self.indices = indices
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
@@ -317,15 +327,20 @@ class Run(Bare):
             return
         done = self.images_done + self.args.images_per_step  # this step included
         self.save(self.epoch, done, self.metrics.totals())
+        self.report_stop(done, self.signal)
+        if self.signal:
+            raise Stopped(int(self.signal))
+
+    def report_stop(self, done, number):
+        """Say where the run stops on signal `number`; raise UserError if it stops for another reason."""
         where = f"stopped in epoch {self.epoch} after step {done // self.args.images_per_step}"
         collapse, unsaved = utils.gather_objects((self.monitor.collapse, self.unsaved.get(self.path)))[0]
         if self.collapsed:
             raise UserError(f"{where}, {'not saved' if unsaved else 'saved'}: {collapse}", exit_code=4)
-        if self.signal and unsaved:
+        if number and unsaved:
             raise UserError(f"{where}, not saved: {unsaved}. Make room and run again", exit_code=5)
-        if self.signal:
+        if number:
             utils.log(f"{where}. Run the same command to resume")
-            raise Stopped(int(self.signal))
 
     def report_bad_step(self, step):
         """Log a step that is left out. After too many, write bad_step.json and end the run."""
@@ -489,26 +504,47 @@ class Run(Bare):
 # ---- signals ----
 
 
+GRACE = 5.0  # seconds
+
+
+class Watched:
+    """A data loader that is given up some seconds after a signal, such as one whose file system does not answer."""
+
+    def __init__(self, loader, stop):
+        self.loader, self.stop = loader, stop
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        self.stop.waiting = True
+        for batch in self.loader:
+            self.stop.waiting = False
+            yield batch
+            self.stop.waiting = True
+        self.stop.waiting = False
+
+
 class StopRequest:
-    """Notes SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, so that a run can finish its step and save before it ends.
+    """Notes SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2, so that a run can finish its step and save before it ends.
 
     A context manager; `signal` is the number of the first signal, 0 before. A second SIGINT interrupts at once, but not
     within a second of the first: launchers pass on a Ctrl-C that the terminal has sent to the processes already.
     """
 
     def __enter__(self):
-        self.signal, self.noted, self.interrupted, self.before = 0, set(), None, {}
+        self.signal, self.noted, self.interrupted, self.before, self.waiting = 0, set(), None, {}, False
         self.children = set(multiprocessing.active_children())
         if threading.current_thread() is threading.main_thread():  # only the main thread can handle signals
-            for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
-                number = getattr(signal, name, None)  # Windows has the first two
-                if number is not None:
+            for number in utils.STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                     self.before[number] = signal.signal(number, self.note)
         return self
 
     def __exit__(self, error=None, *_):
         # From here on all processes end together, and launchers send SIGTERM to the rest when the first has ended. It
         # must not change the exit code, from which a job script decides whether to requeue.
+        self.waiting = False
         agreed = error is None or issubclass(error, (UserError, Stopped))
         ending = agreed and self.before.get(signal.SIGTERM) is utils.terminate
         for number, handler in self.before.items():
@@ -535,6 +571,19 @@ class StopRequest:
             self.interrupted = self.interrupted or now
         self.signal = self.signal or number
         self.noted.add(number)
+        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone
+            utils.mute()
+        if self.waiting and hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, self.give_up)
+            signal.setitimer(signal.ITIMER_REAL, GRACE)
+
+    def give_up(self, *_):
+        if self.waiting:
+            raise Stopped(self.signal)
+
+    def watch(self, data_loader):
+        """The batches of a loader. Raises Stopped if a signal is GRACE seconds old and the batch still not there."""
+        return Watched(data_loader, self)
 
     def leave(self, number):
         """Exit as signal `number` asks: through its earlier handler, such as submitit's, or with code 128 + number.

@@ -37,29 +37,27 @@ from tqdm import tqdm
 if TYPE_CHECKING:  # for editors
     from dino_backbones import load_pretrained_linear_weights, load_pretrained_weights  # noqa: F401
     from dino_checkpoints import restart_from_checkpoint  # noqa: F401
+    from dino_cli import setup_for_distributed  # noqa: F401
     from dino_crops import GaussianBlur, Solarization  # noqa: F401
-    from dino_features import PCA, compute_ap, compute_map, multi_scale  # noqa: F401
+    from dino_features import PCA, accuracy, compute_ap, compute_map, multi_scale  # noqa: F401
     from dino_health import get_sha  # noqa: F401
 
 # Public names that live in another file.
 ELSEWHERE = {
-    "GaussianBlur": "dino_crops",
-    "Solarization": "dino_crops",
-    "load_pretrained_weights": "dino_backbones",
-    "load_pretrained_linear_weights": "dino_backbones",
-    "restart_from_checkpoint": "dino_checkpoints",
-    "get_sha": "dino_health",
-    "PCA": "dino_features",
-    "compute_ap": "dino_features",
-    "compute_map": "dino_features",
-    "multi_scale": "dino_features",
+    "dino_backbones": ("load_pretrained_weights", "load_pretrained_linear_weights"),
+    "dino_checkpoints": ("restart_from_checkpoint",),
+    "dino_cli": ("setup_for_distributed",),
+    "dino_crops": ("GaussianBlur", "Solarization"),
+    "dino_features": ("PCA", "accuracy", "compute_ap", "compute_map", "multi_scale"),
+    "dino_health": ("get_sha",),
 }
 
 
 def __getattr__(name):
-    if name not in ELSEWHERE:
-        raise AttributeError(f"module 'utils' has no attribute {name!r}")
-    return getattr(importlib.import_module(ELSEWHERE[name]), name)
+    for module, names in ELSEWHERE.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'utils' has no attribute {name!r}")
 
 
 # ---- errors and words ----
@@ -178,6 +176,7 @@ def init_distributed_mode(args):
             if device.type == "mps":
                 raise UserError("several processes need cuda or cpu: use --device cpu, or start one process")
             join_processes(args, device)
+            check_same_args(args)
     except (ValueError, KeyError, RuntimeError, OSError, subprocess.CalledProcessError) as e:
         if isinstance(e, UserError):
             raise
@@ -241,19 +240,6 @@ def is_main_process():
     return get_rank() == 0
 
 
-def setup_for_distributed(is_master):
-    """Silence print in processes other than the first; print(..., force=True) still prints. For code of the release."""
-    import builtins
-
-    builtin_print = builtins.print
-
-    def print_on_master(*words, force=False, **options):
-        if is_master or force:
-            builtin_print(*words, **options)
-
-    builtins.print = print_on_master
-
-
 def collective_device():
     """Where tensors must be to travel between processes: nccl moves CUDA tensors only."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -281,11 +267,22 @@ def reduce_dict(input_dict, average=True):
         return dict(zip(names, values, strict=True))
 
 
-def check_same_everywhere(value, what):
+def check_same_everywhere(value, what, remedy="--output_dir must be one folder for all"):
     """Raise UserError on every rank if the ranks do not agree on a value."""
     values = gather_objects(value)
     if len(set(values)) > 1:
-        raise UserError(f"{what} differs between processes: {values}. --output_dir must be one folder for all")
+        raise UserError(f"{what} differs between processes: {', '.join(map(str, values))}. {remedy}")
+
+
+# Settings that may differ between processes: places, and what the machine decides.
+OF_A_PROCESS = {"rank", "gpu", "local_rank", "num_workers", "dist_url", "data_path", "knn_data", "given"}
+
+
+def check_same_args(args):
+    """Raise UserError on every rank if the processes were started with different flags: they would hang, or diverge."""
+    mine = {name: repr(value) for name, value in plain_args(args).items() if name not in OF_A_PROCESS}
+    for name in sorted(set().union(*gather_objects(set(mine)))):
+        check_same_everywhere(mine.get(name), f"--{name}", "Start all processes with the same flags")
 
 
 def terminate(number, _):
@@ -294,9 +291,14 @@ def terminate(number, _):
 
 def ignore_signals(_):
     """For loader processes, which receive the signals of their group too: they end when the training process does."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# What asks a run to save and end. Windows has the first two.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
 
 
 class HostCopy:
@@ -323,12 +325,24 @@ tqdm.monitor_interval = 0  # no thread: loaders are forked from this process
 
 
 def say(*words):
-    """Print a line at once, above the progress bar on a terminal, where warnings are yellow (see NO_COLOR)."""
+    """Print a line at once, above the progress bar on a terminal, where warnings are yellow (see NO_COLOR).
+
+    If the output is lost (a closed pipe, a full disk), this and all later lines are dropped: no run ends because of it.
+    """
     text = " ".join(map(str, words))
-    if text.startswith("warning") and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        text = f"\x1b[33m{text}\x1b[0m"
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        if text.startswith("warning") and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+            text = f"\x1b[33m{text}\x1b[0m"
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        mute()
+
+
+def mute():
+    """Drop all that is printed from now on."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def log(*words):
@@ -540,13 +554,6 @@ def peak_memory_mb():
     except ImportError:  # Windows
         return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-@torch.no_grad()
-def accuracy(output, target, topk=(1,)):
-    """Top-k accuracies in percent, one scalar tensor per k, of logits [N, C] and labels [N]."""
-    hits = output.topk(max(topk), dim=1).indices == target.view(-1, 1)  # [N, largest k]
-    return [100.0 * hits[:, :k].any(dim=1).float().mean() for k in topk]
 
 
 # ---- files ----

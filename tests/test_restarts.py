@@ -86,6 +86,44 @@ def kill_in_knn(number):
     dino_features.labeled_features = measure_or_die
 
 
+def hanging_image(number):
+    """The file system stops to answer at image `number`."""
+    load, loaded = dino_images.open_image, []
+
+    def load_or_hang(path, exif=False):
+        loaded.append(path)
+        if len(loaded) > number:
+            print("an image hangs", flush=True)
+            time.sleep(1000)
+        return load(path, exif)
+
+    dino_images.open_image, dino_run.GRACE = load_or_hang, 0.3
+
+
+def lost_stdout(kind):
+    """From step 1 on, nobody reads what is printed, or there is no room for it."""
+
+    def lose():
+        read, write = os.pipe()
+        os.dup2(write if kind == "pipe" else os.open("/dev/full", os.O_WRONLY), 1)
+        os.close(read)
+        os.close(write)
+
+    around_step(1, lose)
+
+
+def another_flag(name, value):
+    """Process 1 was started with another value of a flag."""
+    check = main_dino.check_args
+
+    def change_and_check(args):
+        if os.environ["RANK"] == "1":
+            setattr(args, name, value)
+        check(args)
+
+    main_dino.check_args = change_and_check
+
+
 def slow_steps(seconds):
     def say_and_sleep():
         print("a step begins", flush=True)
@@ -558,17 +596,65 @@ def test_a_moved_run_resumes_without_a_note(stopped, flags, tmp_path, tiny_root,
 # ---- signals ----
 
 
-@pytest.mark.parametrize(("name", "at"), [("SIGTERM", 1), ("SIGUSR2", 4)])  # 4 is an epoch's last step
+@pytest.mark.parametrize(("name", "at"), [("SIGTERM", 1), ("SIGHUP", 2), ("SIGUSR2", 4)])  # 4 is an epoch's last step
 def test_a_signal_saves_after_the_step_and_the_run_resumes_bit_identically(whole, flags, run, name, at):
     number = getattr(signal, name).value
     codes, (said,) = Run(*flags, spoil=("signal_in_step", at, number)).end()
     assert codes == [128 + number], said
     stopped = load(run / "checkpoint.pth")
     assert (stopped["epoch"], stopped["images_done"]) == (at // 5, 8 * (at % 5 + 1))
-    assert f"stopped in epoch {at // 5} after step {at % 5 + 1}" in said
+    if name != "SIGHUP":  # the terminal is closed
+        assert f"stopped in epoch {at // 5} after step {at % 5 + 1}" in said
     assert "Traceback" not in said
     assert f"continuing in epoch {at // 5} after step {at % 5 + 1}" in finish(*flags)
     assert_same(result(run), whole)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_while_the_loader_hangs_saves_what_is_done(whole, flags, run, workers):
+    stuck = Run(*flags, "--num_workers", workers, spoil=("hanging_image", 20))
+    stuck.wait_for("an image hangs")
+    time.sleep(1)  # it trains on the batches that are there
+    os.kill(stuck.processes[0].pid, signal.SIGTERM)
+    codes, (said,) = stuck.end(timeout=20)
+    assert codes == [128 + signal.SIGTERM], said
+    assert "stopped in epoch 0 after step 2. Run the same command to resume" in said
+    assert "Traceback" not in said
+    assert progress(run / "checkpoint.pth") == 2
+    finish(*flags)
+    assert_same(result(run), whole)
+
+
+def test_a_signal_before_the_first_batch_saves_too(whole, flags, run):
+    stuck = Run(*flags, spoil=("hanging_image", 3))
+    stuck.wait_for("an image hangs")
+    os.kill(stuck.processes[0].pid, signal.SIGTERM)
+    codes, (said,) = stuck.end(timeout=20)
+    assert (codes, progress(run / "checkpoint.pth")) == ([128 + signal.SIGTERM], 0), said
+    finish(*flags)
+    assert_same(result(run), whole)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "full disk"])
+def test_a_run_that_can_not_print_goes_on(whole, flags, run, kind):
+    assert Run(*flags, spoil=("lost_stdout", kind)).end()[0] == [0]
+    assert_same(result(run), whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("lr", 0.1, "--lr differs between processes: 0.0005, 0.1. Start all processes with the same flags"),
+        ("arch", "vit_tiny", "--arch differs between processes: 'vit_nano', 'vit_tiny'"),
+        ("data_path", "val", r"the training images (number, digest of names) differs between processes: (40, "),
+    ],
+)
+def test_processes_that_disagree_do_not_train(flags, tiny_root, run, name, value, says):
+    value = str(tiny_root / value) if name == "data_path" else value
+    codes, screens = Run(*flags, *HALVES, world=2, spoil=("another_flag", name, value)).end()
+    assert codes == [2, 2], screens
+    assert all(says in said for said in screens), screens
+    assert not (run / "checkpoint.pth").exists()
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(whole_of_two, flags, run):
