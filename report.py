@@ -333,7 +333,7 @@ class Sample(NamedTuple):
 
     @property
     def name(self):
-        return self.images.name(self.number)
+        return utils.printable(self.images.name(self.number))
 
     @property
     def label(self):
@@ -373,7 +373,20 @@ def choose_images(data_path, number, inputs=utils.RGB):
     """At most `number` Samples, evenly spread over the images of data_path, or of its val part. Raises UserError."""
     path = dino_data.find_part(data_path, "val") or dino_data.find_data(data_path)
     images = dino_data.find_images(path, "val", in_chans=inputs.in_chans)
-    return evenly([Sample(images, i, inputs) for i in range(len(images))], number)
+    samples = evenly([Sample(images, i, inputs) for i in range(len(images))], number)
+    found = [sample for sample in samples if readable(sample)]
+    if not found:
+        raise UserError(f"none of the {len(samples)} images chosen from {data_path} can be read. Name others")
+    return found
+
+
+def readable(sample):
+    try:
+        sample.load()
+    except dino_images.BadImage as e:
+        utils.log(f"warning: {e}. The page leaves it out")
+        return False
+    return True
 
 
 def evenly(items, number):
@@ -592,7 +605,7 @@ def main(args):
         named = args.data_path and choose_images(args.data_path, args.images, inputs[0])
         samples = named or images_of_runs(runs, args.images, inputs[0])
     page = build_page(runs, [pictures(run, samples, args, device) for run in runs])
-    utils.write_whole(output, lambda file: file.write(page.encode()))
+    utils.write_whole(output, lambda file: file.write(page.encode(errors="backslashreplace")))
     print(f"{output}: {len(page) / 1e6:.1f} MB")
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -426,15 +427,26 @@ def test_without_bokeh_the_pip_command_is_named(monkeypatch, capsys, run_folder)
     assert (code, said.endswith("pip install bokeh")) == (2, True)
 
 
-def test_a_damaged_image_is_named_and_the_old_page_stays(refusal, tmp_path, images):
+def test_a_damaged_image_is_left_out_and_an_odd_name_escaped(tmp_path, images, capsys):
+    folder = make_run(tmp_path / "run", model=teacher())
+    (tmp_path / "images").mkdir()
+    names = [b"0.png", b"1.png", b"k\xf6ln.png"]
+    for name, path in zip(names, sorted((images / "brick").iterdir()), strict=True):
+        content = path.read_bytes()
+        (tmp_path / "images" / os.fsdecode(name)).write_bytes(content[:500] if name == b"1.png" else content)
+    page = page_of(folder, images=tmp_path / "images")
+    assert f"can't read the image {tmp_path / 'images' / '1.png'}" in capsys.readouterr().out
+    assert "The nearest of 2 images" in page.text
+    assert "k\\udcf6ln.png" in page.text
+
+
+def test_without_a_readable_image_the_old_page_stays(refusal, tmp_path):
     folder = make_run(tmp_path / "run", model=teacher())
     (folder / "report.html").write_text("before")
     (tmp_path / "images").mkdir()
-    for i, path in enumerate(sorted((images / "brick").iterdir())):
-        (tmp_path / "images" / f"{i}.png").write_bytes(path.read_bytes()[: 500 if i == 1 else None])
+    (tmp_path / "images" / "1.png").write_bytes(b"torn")
     flags = [folder, "--data_path", tmp_path / "images", "--device", "cpu", "--num_workers", 1]
-    said = refusal(report, *flags)
-    assert str(tmp_path / "images" / "1.png") in said
+    assert "none of the 1 images" in refusal(report, *flags)
     assert (folder / "report.html").read_text() == "before"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pth", "log.txt", "report.html", "run.json"]
 
