@@ -456,10 +456,10 @@ def training_loader(images, augment, args, device):
             f"the {len(images)} training images are fewer than one step of {batch_size * world_size}. Use "
             f"--batch_size_per_gpu {len(images) // (world_size * args.grad_accum_steps)} or less"
         )
-    if images.sharded and images.are_sorted():
+    if images.sharded and images.are_sorted:
         utils.log(
-            "warning: these shards contain one or two classes each. A batch comes from a few shards, so it has few "
-            "classes, and little is learned. Write the shards again, in random order"
+            "warning: these shards contain one or two classes each, so images are read in random order from all of "
+            "them. That is slow on disks and network file systems: write the shards again, in random order"
         )
     return DataLoader(
         MultiCropDataset(images, augment, args.seed, args.strict_images),

@@ -295,6 +295,13 @@ def shard_index(paths, extensions):
 # ---- images ----
 
 
+def class_of(label, name):
+    """The class of an image: its label, else a WordNet number or a word in front of its name; else it is unknown."""
+    folder, _, file = name.rpartition(b"/")
+    word = folder.rpartition(b"/")[2] or re.split(rb"[_-]", file)[0]
+    return label or (word if re.fullmatch(rb"n\d{8}|\D+", word) else name)
+
+
 class TarShards:
     """Images in shards, with the methods of dino_files.ImageFiles: numbered shard by shard, sorted by name."""
 
@@ -345,8 +352,12 @@ class TarShards:
         """The indices of the images in the order of an epoch, a function of (seed, epoch), from position `first`.
 
         Shards follow each other in random order, and images are shuffled within windows of WINDOW of them. Only one
-        window is in memory, and nothing before `first` is looked at.
+        window is in memory, and nothing before `first` is looked at. If shards have one class each, a window would have
+        few classes: all images are shuffled.
         """
+        if self.are_sorted:
+            yield from dino_files.random_order(len(self), seed, epoch, first)
+            return
         generator = torch.Generator().manual_seed(utils.derive_seed(seed, utils.ORDER, epoch))
         shards = torch.randperm(len(self.paths), generator=generator).numpy()
         ends = np.diff(self.starts)[shards].cumsum()  # of each shard among the positions of the epoch
@@ -373,13 +384,18 @@ class TarShards:
     def classes(self):
         return self.labels[1]
 
+    @functools.cached_property
     def are_sorted(self):
-        """Whether shards contain one or two classes each, of more, by the labels of about twenty of them."""
+        """Whether shards contain one or two classes each, of more: by labels or else names, in about twenty of them.
+
+        Names tell the class of images without labels: n01440764_18.JPEG, cat/18.jpg.
+        """
         some = range(0, len(self.paths), max(len(self.paths) // 20, 1))
-        tables = [load_index(self.paths[k], self.states[k], self.extensions)["label"] for k in some]
-        found = [Counter(labels.tolist()) for labels in tables if len(labels) >= 10]
+        tables = [load_index(self.paths[k], self.states[k], self.extensions) for k in some]
+        found = [Counter(map(class_of, table["label"].tolist(), table["name"].tolist())) for table in tables]
+        found = [classes for classes in found if classes.total() >= 10]
         each = statistics.median(map(len, found)) if found else 0
-        commonest = {labels.most_common(1)[0][0] for labels in found}  # one, if other classes are rare
+        commonest = {classes.most_common(1)[0][0] for classes in found}  # one, if other classes are rare
         return 0 < each <= 2 <= len(commonest) and len(set().union(*found)) >= 2 * each
 
     def take(self, numbers):

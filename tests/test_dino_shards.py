@@ -529,7 +529,7 @@ def test_the_order_of_a_billion_images_takes_no_memory_and_opens_no_shard(tmp_pa
         (["a" * 12] * 4, False),
         (["a" * 30, "a" * 29 + "b", "a" * 30, "a" * 30], False),  # one of them is rare
         (["a" * 3, "b" * 3, "c" * 3, "d" * 3], False),  # too few to tell
-        (["-" * 12] * 4, False),  # no labels
+        (["-" * 12] * 4, False),  # no labels, and numbers as names
     ],
 )
 def test_shards_sorted_by_class_give_a_warning(tmp_path, capsys, labels, are_sorted):
@@ -540,6 +540,41 @@ def test_shards_sorted_by_class_give_a_warning(tmp_path, capsys, labels, are_sor
     args = arguments_of(main_dino, *SMALL_RUN, "--data_path", tmp_path)
     dino_data.training_loader(dino_data.training_images(args), None, args, torch.device("cpu"))
     assert ("warning: these shards contain one or two classes each" in capsys.readouterr().out) == are_sorted
+
+
+@pytest.mark.parametrize(
+    ("key", "are_sorted"),
+    [
+        ("n0144076{k}_{i}", True),  # as in ImageNet's own tar files
+        ("n0144076{i}_{k}", False),
+        ("{word}/{i}", True),
+        ("{word}-{i}", True),
+        ("train_{k}{i}", False),
+        ("shard{k}_{i}", False),  # a number that is no class
+        ("{k}/{i}", False),
+    ],
+)
+def test_shards_without_labels_are_known_to_be_sorted_by_names(tmp_path, key, are_sorted):
+    for k in range(4):
+        with webdataset.TarWriter(str(tmp_path / f"{k}.tar")) as shard:
+            for i in range(12):
+                shard.write({"__key__": key.format(k=k, i=i, word=("ape", "bee", "cat", "dog")[k]), "png": b"x"})
+    images = dino_data.find_images(tmp_path)
+    assert images.are_sorted == are_sorted
+
+
+def test_images_of_shards_sorted_by_class_are_read_in_random_order_from_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(dino_shards, "WINDOW", 24)
+    for k in range(8):
+        with webdataset.TarWriter(str(tmp_path / f"{k}.tar")) as shard:
+            for i in range(12):
+                shard.write({"__key__": f"n0144076{k}_{i}", "png": b"x"})
+    images = dino_data.find_images(tmp_path)
+    order = list(images.order(0, 3))
+    assert sorted(order) == list(range(96))
+    assert len({index // 12 for index in order[:24]}) >= 6  # of 8 classes; a window would have 2
+    assert list(images.order(0, 3, 40)) == order[40:]
+    assert order != list(images.order(0, 4))
 
 
 # ---- train and val ----
