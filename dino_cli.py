@@ -78,21 +78,47 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return text.replace("%(default)s)", f"%(default)s, {range_})") if range_ else text
 
 
+class Flags(argparse.Namespace):
+    """Parsed flags. `given` has the names of those that the command line or a recipe set; it is not one of vars()."""
+
+    __slots__ = ("given",)
+
+
 def parse_args(parser, argv=None):
-    """Parse the command line. A recipe named by --config is read as if its flags came first.
+    """Parse the command line into Flags. A recipe named by --config is read as if its flags came first.
 
     So argparse itself checks the recipe's values, and the command line overrides them.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, Flags())
     path = getattr(args, "config", None)
     if path is not None:
         flags = recipe_flags(parser, read_recipe(path, known=set(vars(args)) - {"config", "print_config"}))
         parser.source = f"in {path}: "
         parser.parse_args(flags)
         parser.source = ""
-        args = parser.parse_args(flags + argv)
+        argv = flags + argv
+        args = parser.parse_args(argv, Flags())
+    args.given = given_flags(parser, argv, vars(args))
     return args
+
+
+def given_flags(parser, argv, names):
+    """The subset of `names` that `argv` sets, also to their defaults."""
+    unset = object()  # argparse sets no default where there is a value already
+    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
+    return {name for name, value in values.items() if value is not unset}
+
+
+def check_whole_patches(flag, size, patch_size):
+    """Raise UserError, with the nearest multiples, if `size` (or one of several sizes) is not one of the patch size."""
+    sizes = [size] if isinstance(size, int) else size
+    if not any(side % patch_size for side in sizes):
+        return
+    below = [side // patch_size * patch_size for side in sizes]
+    above = [-(-side // patch_size) * patch_size for side in sizes]
+    given, *near = (" ".join(map(str, sides)) for sides in (sizes, below, above) if all(sides))
+    raise UserError(f"--{flag} {given} is not a multiple of --patch_size {patch_size}. Use {' or '.join(near)}")
 
 
 def read_recipe(path, known):
@@ -146,11 +172,13 @@ def print_config(args):
 def model_flags(arch="vit_small", patch_size=16):
     """The flags that name the network of an evaluation, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--arch", default=arch, metavar="NAME", help="Network; main_dino.py --list_archs lists them.")
+    parser.add_argument("--pretrained_weights", default="", metavar="PATH", help="""Folder of a run, or a checkpoint or
+        state dict. A run says its network, so --arch and --patch_size are not needed. Default: the published weights
+        for --arch and --patch_size. `random` evaluates an untrained network.""")
+    parser.add_argument("--arch", default=arch, metavar="NAME",
+        help="Network; main_dino.py --list_archs lists them. Default for a run: its own.")
     parser.add_argument("--patch_size", default=patch_size, type=at_least(1), metavar="PIXELS",
-        help="Side of a ViT's patches.")
-    parser.add_argument("--pretrained_weights", default="", metavar="FILE", help="""Checkpoint or state dict. Default:
-        the published weights for --arch and --patch_size. `random` evaluates an untrained network.""")
+        help="Side of a ViT's patches. Default for a run: its own.")
     parser.add_argument("--checkpoint_key", default="teacher", metavar="KEY",
         help="Which network of a training checkpoint to use: teacher (better) or student.")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
@@ -158,15 +186,21 @@ def model_flags(arch="vit_small", patch_size=16):
     return parser
 
 
+def exif_flag():
+    """--exif, as a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
+        help="Rotate photographs by their EXIF orientation. Default for a run: as in its training.")
+    return parser
+
+
 def labeled_flags():
     """The flags that name labeled images, as a parser for `parents=[...]`."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, parents=[exif_flag()])
     parser.add_argument("--data_path", default="sample", metavar="PATH", help="""Folder with train and val: class
         folders, or lists of paths and labels (train.csv), or tar shards. Or torchvision:NAME, such as
         torchvision:CIFAR10. Or `sample`, a small set made from photographs that are installed with the
         requirements.""")
-    parser.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
-        help="Rotate photographs by their EXIF orientation; as in training.")
     return parser
 
 

@@ -64,6 +64,28 @@ def test_a_wrong_value_on_the_command_line_is_not_blamed_on_the_recipe(parse, ca
     assert error.count("\n") == 1
 
 
+def test_flags_know_which_of_them_were_given(parse):
+    args = parse("epochs: 100\n", "--sca", "0.4", "1.0", "--lr=0.5")
+    assert args.given == {"config", "epochs", "scale", "lr"}  # also those that are given their defaults
+    assert "given" not in vars(args)
+    assert parse(None).given == set()
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        (36, "--crop 36 is not a multiple of --patch_size 16. Use 32 or 48"),
+        (15, "--crop 15 is not a multiple of --patch_size 16. Use 16"),
+        ([33, 64], "--crop 33 64 is not a multiple of --patch_size 16. Use 32 64 or 48 64"),
+    ],
+)
+def test_a_size_of_no_whole_patches_is_refused_with_the_nearest_ones(size, says):
+    with pytest.raises(UserError) as raised:
+        dino_cli.check_whole_patches("crop", size, 16)
+    assert str(raised.value) == says
+    dino_cli.check_whole_patches("crop", 48, 16)
+
+
 # ---- run ----
 
 
