@@ -92,6 +92,13 @@ def check_arch(arch):
     raise UserError(f"unknown --arch {arch}{near or '; try vit_small or resnet50'} (main_dino.py --list_archs)")
 
 
+def check_vit(arch, needs):
+    """Raise UserError if `arch` is not one of our ViTs; `needs` names what other networks lack."""
+    check_arch(arch)
+    if not vit_factory(arch):
+        raise UserError(f"--arch {arch} has no {needs}. Use a ViT, such as vit_small")
+
+
 # ---- networks ----
 
 
@@ -406,7 +413,8 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
     state, source = dino_checkpoints.pick_state_dict(file, checkpoint_key, source)
     state = dino_checkpoints.backbone_state(state)
     resize_model_grid(model, state)
-    return load_backbone_state(model, state, source, arch, dino_checkpoints.trained_crop_size(file))
+    trained_size = dino_checkpoints.trained_settings(pretrained_weights).get("image_size")
+    return load_backbone_state(model, state, source, arch, trained_size)
 
 
 def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_name, patch_size):
@@ -496,16 +504,9 @@ def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
     """(trained network for evaluation on the device, its width), as `args` (dino_cli.model_flags) name it.
 
     `image_size` is the side of the positional grid of an untrained network. `inputs` are the network's
-    (dino_checkpoints.trained_inputs), from callers that support any; without, it must be for RGB photographs. Raises
-    UserError.
+    (dino_checkpoints.trained_inputs); without them it must be for photographs. Raises UserError.
     """
-    if inputs is None:
-        inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
-        if inputs != utils.RGB:
-            raise UserError(
-                f"--pretrained_weights {args.pretrained_weights} was trained on other inputs ({inputs.describe()}). "
-                "This script needs RGB photographs with ImageNet's mean and std. eval_knn.py and eval_linear.py do not"
-            )
+    inputs = inputs or dino_checkpoints.photograph_inputs(args.pretrained_weights)
     model, width = build_backbone(args.arch, args.patch_size, image_size, in_chans=inputs.in_chans)
     load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, part)
     return prepare_for_evaluation(model, device), width
@@ -543,12 +544,9 @@ def initial_weights(init_from, arch, patch_size):
         if file is None:
             raise UserError(f"no weights were published for --arch {arch} --patch_size {patch_size}. Give a file")
     else:
-        source, file = init_from, dino_checkpoints.load_checkpoint(init_from)
-    networks = (
-        [key for key, value in file.items() if dino_checkpoints.is_network_state(value)]
-        if isinstance(file, dict)
-        else []
-    )
+        source = dino_checkpoints.find_weights(init_from, "--init_from")
+        file = dino_checkpoints.load_checkpoint(source)
+    networks = dino_checkpoints.networks_in(file)
     return dino_checkpoints.pick_state_dict(file, networks[0] if len(networks) == 1 else "teacher", source)
 
 

@@ -179,11 +179,16 @@ def is_network_state(value):
     return isinstance(value, dict) and any(key.endswith((".weight", ".bias")) for key in value if isinstance(key, str))
 
 
+def networks_in(file):
+    """Keys of the networks in what a file contained."""
+    return [key for key, value in file.items() if is_network_state(value)] if isinstance(file, dict) else []
+
+
 def pick_state_dict(state, checkpoint_key, source):
     """(tensors of one network in what a file contained, without DDP's `module.` prefix; where they came from)."""
     if not isinstance(state, dict):
         raise UserError(f"{source} contains a {type(state).__name__}, not a state dict")
-    networks = [key for key, value in state.items() if is_network_state(value)]
+    networks = networks_in(state)
     if checkpoint_key in networks:
         state, source = state[checkpoint_key], f"{source} [{checkpoint_key}]"
     elif networks or any(isinstance(value, dict) for value in state.values()):
@@ -198,17 +203,122 @@ def backbone_state(state):
     return inner or dict(state)
 
 
-def trained_crop_size(checkpoint):
-    """Side of the run's global crops, if the checkpoint says; the best size to evaluate at."""
-    args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
-    return args.get("global_crops_size") if isinstance(args, dict) else None
+# ---- what a run says about its network ----
+
+
+def find_weights(path, flag="--pretrained_weights"):
+    """The file that a flag names: of a run's folder its checkpoint.pth, else the previous one, else backbone.pth.
+
+    Anything but a folder is returned as it is. Raises UserError for a folder without any of them.
+    """
+    if not path or not os.path.isdir(path):
+        return path
+    newest = os.path.join(path, "checkpoint.pth")
+    found = [
+        file for file in (newest, previous_checkpoint(newest), os.path.join(path, BACKBONE)) if os.path.isfile(file)
+    ]
+    if not found:
+        raise UserError(
+            f"{flag} {path} is a folder without a checkpoint.pth. Name the --output_dir of a run, or a file"
+        )
+    return found[0]
+
+
+# The types of what other scripts follow, under the names of their flags. Besides these: the fields of utils.Inputs.
+FOLLOWED = {"arch": str, "patch_size": int, "image_size": int, "exif": bool}
+
+
+def settings_of(args):
+    """What the arguments of a run (a dict) say about its network; `image_size` is the side of the global crops.
+
+    Only settings of the right type: checkpoints of other projects have arguments, too. Raises UserError if channels,
+    mean and std do not fit together.
+    """
+    args = {**args, "image_size": args.get("global_crops_size", args.get("image_size"))}
+    found = {name: args[name] for name, kind in FOLLOWED.items() if type(args.get(name)) is kind}
+    found = {name: value for name, value in found.items() if isinstance(value, str | bool) or value > 0}
+    return {**found, **utils.inputs_of(args)._asdict()}
+
+
+def trained_settings(path):
+    """`settings_of` the training of a file's network; {} if there is nothing that says.
+
+    A training checkpoint contains them. For plain weights, they are in a JSON file of the same name (see
+    `write_backbone`). Raises UserError if a file can't be read.
+    """
+    if not path or path == "random":
+        return {}
+    args = {} if str(path).endswith(".safetensors") else load_args(path)
+    beside = Path(path).with_suffix(".json")
+    if not args and beside.is_file():
+        try:
+            args = json.loads(beside.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise UserError(f"{beside}, the settings of {path}, can't be read: {reason}. Restore or delete it") from e
+        if not isinstance(args, dict) or "arch" not in args:  # the file is something else
+            args = {}
+    return settings_of(args) if args else {}
 
 
 def trained_inputs(path):
-    """The utils.Inputs of the training checkpoint in a file; RGB for files that don't say, as the published ones."""
-    if not path or path == "random" or str(path).endswith(".safetensors"):
-        return utils.RGB
-    return utils.inputs_of(load_args(path))
+    """The utils.Inputs of the network in a file; RGB for files that don't say, as the published ones."""
+    return utils.inputs_of(trained_settings(path))
+
+
+def photograph_inputs(path):
+    """`trained_inputs` for scripts whose data are photographs. Raises UserError for other than 3 channels."""
+    inputs = trained_inputs(path)
+    if inputs.in_chans != 3:
+        raise UserError(
+            f"--pretrained_weights {path} was trained on other inputs ({inputs.describe()}). This script needs RGB "
+            "photographs. eval_knn.py and eval_linear.py do not"
+        )
+    return inputs
+
+
+def follow_run(args, follow_size=True):
+    """Let --pretrained_weights say what its network is, in the flags `args` (see dino_cli.model_flags).
+
+    A run's folder becomes the file in it. Flags that were not given become the run's: --arch, --patch_size, --exif
+    and, with `follow_size`, --image_size. Flags that were given stay, with a note if they differ. In a Namespace
+    without `given` (see dino_cli.Flags), all are given. Raises UserError if the file can't be read.
+    """
+    args.pretrained_weights = find_weights(args.pretrained_weights)
+    trained, given = trained_settings(args.pretrained_weights), getattr(args, "given", vars(args))
+    names = [name for name in FOLLOWED if name in trained and name in args and (follow_size or name != "image_size")]
+    differ = [name for name in names if as_word(getattr(args, name)) != as_word(trained[name])]
+    followed = [name for name in differ if name not in given]
+    for name in followed:
+        setattr(args, name, trained[name])
+    if utils.rank_from_environment("")[0] != 0:  # the processes have not met yet
+        return
+    if followed:
+        utils.say("as in training:", *(f"--{name} {as_word(trained[name])}" for name in followed))
+    for name in differ:
+        if name in given:
+            utils.say(f"note: --{name} {as_word(getattr(args, name))} differs from the run's {as_word(trained[name])}")
+
+
+def as_word(value):
+    """A setting as on the command line, and by one name."""
+    return str(value).lower() if isinstance(value, bool) else ARCH_ALIASES.get(str(value), str(value))
+
+
+BACKBONE = "backbone.pth"
+
+
+def write_backbone(folder, backbone, args):
+    """Write a trained backbone to backbone.pth and its settings to backbone.json. Returns the path. Raises OSError.
+
+    The weights are a plain state dict of the network alone. `args` are the run's.
+    """
+    path, args = os.path.join(folder, BACKBONE), utils.plain_args(args)
+    more = {name: args[name] for name in ("epochs", "images") if name in args}
+    text = json.dumps({**settings_of(args), **more, "network": "teacher"}, indent=1).encode()
+    utils.write_whole(Path(path).with_suffix(".json"), lambda file: file.write(text))  # first: weights without are less
+    save(path, {name: tensor.contiguous() for name, tensor in to_host(backbone.state_dict()).items()})
+    return path
 
 
 # ---- comparing settings ----

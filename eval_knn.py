@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbor classification with frozen features (section 4.1 of the paper).
 
     python eval_knn.py --data_path imagenet                             # published ViT-S/16: 74.5 % top-1
-    python eval_knn.py --pretrained_weights runs/vits16/checkpoint.pth --data_path imagenet
+    python eval_knn.py --pretrained_weights runs/vits16 --data_path imagenet
     python eval_knn.py --load_features features                         # reuse the files of --dump_features
 
 --data_path holds train/<class>/* and val/<class>/*, or train.csv and val.csv. Each validation image is classified by
@@ -37,7 +37,7 @@ def get_args_parser():
     parser.add_argument("--temperature", default=0.07, type=positive, metavar="T",
         help="Each neighbor votes with weight exp(similarity / T). A lower T favors the nearest neighbors.")
     parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS", help="""Input size of the
-        network. Images are resized to 8/7 of this size, then center-cropped. Use the size of training.""")
+        network. Images are resized to 8/7 of this size, then center-cropped. Default for a run: its global crops.""")
     parser.add_argument("--baselines", default=False, type=bool_flag, metavar="BOOL", help="""Also print a table that
         compares the weights with chance, raw pixels and the same network untrained.""")
     parser.add_argument("--batch_size_per_gpu", default=128, type=at_least(1), metavar="B",
@@ -56,11 +56,8 @@ def check_args(args):
     """Raise UserError for flags that contradict each other."""
     if args.load_features is not None and (args.dump_features is not None or args.baselines):
         raise UserError("--load_features runs no network. Remove --dump_features and --baselines")
-    if args.image_size < args.patch_size and dino_backbones.vit_factory(args.arch):
-        raise UserError(
-            f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size}). "
-            "Raise --image_size"
-        )
+    if dino_backbones.vit_factory(args.arch):
+        dino_cli.check_whole_patches("image_size", args.image_size, args.patch_size)
 
 
 # ---- features ----
@@ -115,6 +112,7 @@ def load_features(folder, device):
 
 def main(args):
     """Run the evaluation. Raises UserError for a mistake in the arguments or the data."""
+    dino_checkpoints.follow_run(args)
     check_args(args)
     if args.dump_features is not None:
         dino_cli.check_output_dir(args.dump_features, "--dump_features", FEATURE_FILES)

@@ -1,6 +1,6 @@
 """Linear classification of frozen features (section 4.1 of the paper).
 
-    python eval_linear.py --pretrained_weights runs/vits16/checkpoint.pth --data_path imagenet --output_dir runs/linear
+    python eval_linear.py --pretrained_weights runs/vits16 --data_path imagenet --output_dir runs/linear
     python eval_linear.py --evaluate --data_path imagenet                          # published ViT-S/16 and head: 77.0 %
     python eval_linear.py --evaluate --arch vit_base --n_last_blocks 1 --avgpool_patchtokens true --data_path imagenet
 
@@ -47,7 +47,8 @@ def get_args_parser():
     parser.add_argument("--avgpool_patchtokens", default=False, type=bool_flag, metavar="BOOL",
         help="Also use the mean patch token of a ViT's last block: false for ViT-S, true for ViT-B.")
     parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS",
-        help="Input size of the network. Validation images are resized to 8/7 of this size, then center-cropped.")
+        help="""Input size of the network. Validation images are resized to 8/7 of this size, then center-cropped.
+        Default for a run: its global crops.""")
     parser.add_argument("--epochs", default=100, type=at_least(1), metavar="E", help="Passes over the training images.")
     parser.add_argument("--lr", default=0.001, type=positive, metavar="LR", help="""Initial learning rate for a
         global batch of 256, scaled linearly with the batch. It follows a cosine to 0, one value per epoch. For your
@@ -73,11 +74,8 @@ def check_args(args):
     """Raise UserError for flags that contradict each other, and for an unknown --arch."""
     if args.linear_weights and not args.evaluate:
         raise UserError("--linear_weights needs --evaluate. Training resumes from --output_dir instead")
-    if args.image_size < args.patch_size and dino_backbones.vit_factory(args.arch):
-        raise UserError(
-            f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size}). "
-            "Raise --image_size"
-        )
+    if dino_backbones.vit_factory(args.arch):
+        dino_cli.check_whole_patches("image_size", args.image_size, args.patch_size)
     dino_backbones.check_arch(args.arch)
 
 
@@ -272,6 +270,7 @@ def validate(extract, classifier, data_loader, labels):
 
 def main(args):
     """Train a linear classifier, resume its training, or --evaluate one. Raises UserError."""
+    dino_checkpoints.follow_run(args)
     check_args(args)
     if not args.evaluate:
         dino_cli.check_output_dir(args.output_dir, files=("checkpoint.pth.tar", "log.txt"))

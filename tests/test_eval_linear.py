@@ -419,7 +419,7 @@ HEAD = ["--evaluate", "--linear_weights", "TRAINED/checkpoint.pth.tar"]
     [
         (["--n_last_blocks", "5"], "--n_last_blocks 5: vit_nano has only 4 blocks"),
         (["--arch", "resnet18", "--avgpool_patchtokens", "true"], "resnet18 has no patch tokens"),
-        (["--image_size", "15"], "--image_size 15 is smaller than one patch (--patch_size 16)"),
+        (["--image_size", "15"], "--image_size 15 is not a multiple of --patch_size 16. Use 16"),
         (["--arch", "alexnet"], "--arch alexnet"),
         (["--num_labels", "3"], "has 4 classes, more than --num_labels 3"),
         (["--linear_weights", "TRAINED/checkpoint.pth.tar"], "--linear_weights needs --evaluate"),
