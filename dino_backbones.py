@@ -459,26 +459,7 @@ def load_backbone_state(model, state, source, arch=None, trained_size=None):
         import hubconf
 
         state = hubconf._xcit_for_timm(state)
-    matched = [key for key in wanted if key in state]
-    if not matched:
-        raise UserError(
-            f"none of the {len(wanted)} tensors of {arch or 'the model'} is in {source} (it has "
-            f"{utils.summarize(list(state)) or 'none'}). Check --arch, --patch_size and --checkpoint_key"
-        )
-    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-    if missing:
-        raise UserError(
-            f"{source} has only {len(matched)} of the {len(wanted)} tensors of {arch or 'the model'}; it lacks "
-            f"{utils.summarize(missing)}. Check --arch and --checkpoint_key"
-        )
-    for key in matched:
-        if state[key].shape != wanted[key].shape:
-            theirs, ours = list(state[key].shape), list(wanted[key].shape)
-            alike = len(theirs) == len(ours) == 4 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
-            hint = (
-                "Use the training checkpoint, which says how many channels" if alike else "Check --arch, --patch_size"
-            )
-            raise UserError(f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. {hint}")
+    matched = dino_checkpoints.matching_keys(state, wanted, source, arch)
     model.load_state_dict({key: state[key] for key in matched}, strict=False)
     trained_at = f", trained at {trained_size} pixels" if trained_size else ""
     utils.log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}{trained_at}")

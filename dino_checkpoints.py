@@ -203,6 +203,34 @@ def backbone_state(state):
     return inner or dict(state)
 
 
+def matching_keys(state, wanted, source, arch=None):
+    """Keys of the state dict `wanted` that `state` has, too. Raises UserError if tensors lack or have other shapes.
+
+    `source` and `arch` are where `state` came from and the network that it is for.
+    """
+    matched = [key for key in wanted if key in state]
+    if not matched:
+        raise UserError(
+            f"none of the {len(wanted)} tensors of {arch or 'the model'} is in {source} (it has "
+            f"{utils.summarize(list(state)) or 'none'}). Check --arch, --patch_size and --checkpoint_key"
+        )
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(
+            f"{source} has only {len(matched)} of the {len(wanted)} tensors of {arch or 'the model'}; it lacks "
+            f"{utils.summarize(missing)}. Check --arch and --checkpoint_key"
+        )
+    for key in matched:
+        if state[key].shape != wanted[key].shape:
+            theirs, ours = list(state[key].shape), list(wanted[key].shape)
+            alike = len(theirs) == len(ours) == 4 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
+            hint = (
+                "Use the training checkpoint, which says how many channels" if alike else "Check --arch, --patch_size"
+            )
+            raise UserError(f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. {hint}")
+    return matched
+
+
 # ---- what a run says about its network ----
 
 
