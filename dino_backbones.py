@@ -493,6 +493,29 @@ def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
     return prepare_for_evaluation(model, device), width
 
 
+def trained_backbone(source, checkpoint_key="teacher", device="cpu"):
+    """(frozen network, what its training says: see dino_checkpoints.settings_of) of a run, a file or a torch.hub name.
+
+    Attention is computed explicitly. Raises UserError if there is no such thing, or if it does not name its network.
+    """
+    import hubconf
+
+    settings, path = hubconf.PUBLISHED.get(source), ""
+    if settings is None:
+        if not os.path.exists(source):
+            near = utils.did_you_mean(os.fspath(source), hubconf.PUBLISHED)
+            raise UserError(f"{source} is neither a run's folder, nor a file, nor a published network{near}")
+        path = dino_checkpoints.find_weights(source, "the path")
+        settings = dino_checkpoints.trained_settings(path)
+    if "arch" not in settings:
+        raise UserError(f"{path} does not say its network. Build one, and use utils.load_pretrained_weights")
+    arch, patch_size = settings["arch"], settings.get("patch_size")
+    size, in_chans = settings.get("image_size", 224), settings.get("in_chans", 3)
+    model, _ = build_backbone(arch, patch_size or 16, size, in_chans=in_chans)
+    load_weights(model, path, checkpoint_key, arch, patch_size)
+    return model.to(utils.pick_device(device)).eval().requires_grad_(False), settings
+
+
 # ---- weights to start from ----
 
 

@@ -6,6 +6,7 @@ crops are a function of (seed, epoch, index) alone, whichever process makes them
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, d
 from torchvision import transforms
 
 import dino_checkpoints
+import dino_crops
 import dino_images
 import dino_shards
 import utils
@@ -181,6 +183,13 @@ class EvalImages(Dataset):
 
     def load(self, i):
         return dino_images.decode(self.images.open(i), self.inputs)
+
+
+def image_transform(image_size, inputs=utils.RGB, exif=False):
+    """PIL image (or what dino_images.open_image returns) -> normalized floats [C, image_size, image_size]."""
+    decode = functools.partial(dino_images.decode, inputs=inputs)
+    steps = [decode, dino_crops.eval_transform(image_size, inputs), inputs.normalize]
+    return transforms.Compose([ImageOps.exif_transpose, *steps] if exif else steps)
 
 
 def find_part(data_path, part):

@@ -8,9 +8,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor, resize
 
+import dino_backbones
 import dino_data
 import utils
 from utils import UserError
+
+# ---- a trained network in two lines ----
+
+
+def load_run(source, checkpoint_key="teacher", device="cpu"):
+    """(frozen backbone, transform) of a run's folder, a checkpoint, a backbone.pth, or a torch.hub name.
+
+    The transform maps a PIL image to the network's input, normalized floats [C, H, W], as the evaluations do: resize to
+    8/7 of the training's global crops, bicubic, crop the center, subtract the mean, divide by the std.
+    `checkpoint_key` is teacher or student, `device` cpu, cuda, mps or auto. Raises UserError.
+    """
+    model, settings = dino_backbones.trained_backbone(source, checkpoint_key, device)
+    size, exif = settings.get("image_size", 224), settings.get("exif", False)
+    return model, dino_data.image_transform(size, utils.inputs_of(settings), exif)
+
 
 # ---- extraction ----
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # for editors
     from dino_backbones import load_pretrained_linear_weights, load_pretrained_weights  # noqa: F401
     from dino_checkpoints import restart_from_checkpoint  # noqa: F401
     from dino_crops import GaussianBlur, Solarization  # noqa: F401
-    from dino_features import PCA, compute_ap, compute_map, multi_scale  # noqa: F401
+    from dino_features import PCA, compute_ap, compute_map, load_run, multi_scale  # noqa: F401
 
 # Public names that live in another file.
 ELSEWHERE = {
@@ -51,6 +51,7 @@ ELSEWHERE = {
     "compute_ap": "dino_features",
     "compute_map": "dino_features",
     "multi_scale": "dino_features",
+    "load_run": "dino_features",
 }
 
 
