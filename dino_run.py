@@ -449,7 +449,12 @@ class Run(Bare):
     # ---- the end ----
 
     def finish(self):
-        """Say what the run has come to. Raises UserError (exit codes 4 and 5) for what the launcher has to know."""
+        """Write backbone.pth, and say what the run has come to.
+
+        Raises UserError (exit codes 4 and 5) for what the launcher has to know.
+        """
+        if utils.is_main_process():
+            self.write_backbone()
         # Nobody exits before rank 0 has written: a launcher would end it too.
         unsaved, collapse = utils.gather_objects((list(self.unsaved.values()), self.monitor.collapse))[0]
         if unsaved:
@@ -458,6 +463,16 @@ class Run(Bare):
             raise UserError(f"all epochs are done and saved, but: {collapse}", exit_code=4)
         path = self.path if os.path.isfile(self.path) else self.loaded
         utils.log(dino_health.describe_end(self.args, self.stats, path, time.monotonic() - self.began))
+
+    def write_backbone(self):
+        """Write the teacher's backbone without all that only training needs. A full disk is a warning."""
+        try:
+            path = dino_checkpoints.write_backbone(self.args.output_dir, self.parts.teacher.backbone, self.args)
+        except OSError as e:
+            utils.say(f"warning: {dino_checkpoints.BACKBONE} could not be written ({e.strerror or e})")
+        else:
+            size = os.path.getsize(path) / 1e6
+            utils.say(f"the teacher's backbone alone, {size:.1f} MB, is in {path}; its settings are in backbone.json")
 
 
 # ---- k-NN during training ----
