@@ -344,8 +344,8 @@ def write_backbone(folder, backbone, args):
     path, args = os.path.join(folder, BACKBONE), utils.plain_args(args)
     more = {name: args[name] for name in ("epochs", "images") if name in args}
     text = json.dumps({**settings_of(args), **more, "network": "teacher"}, indent=1).encode()
-    utils.write_whole(Path(path).with_suffix(".json"), lambda file: file.write(text))  # first: weights without are less
     save(path, {name: tensor.contiguous() for name, tensor in to_host(backbone.state_dict()).items()})
+    utils.write_whole(Path(path).with_suffix(".json"), lambda file: file.write(text))
     return path
 
 

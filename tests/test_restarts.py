@@ -769,7 +769,7 @@ def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(whole, f
     assert (run / "checkpoint.pth.tmp").exists()
     assert (run / "checkpoint.pth").exists() == (number > 1)
     finish(*flags)
-    assert sorted(file.name for file in run.iterdir()) == FILES
+    assert sorted(file.name for file in run.iterdir()) == sorted([*FILES, "backbone.json", "backbone.pth"])
     assert_same(result(run), whole)
 
 
