@@ -224,7 +224,7 @@ def pick_amp_dtype(device, use_fp16, amp_dtype):
     """
     tf32 = use_fp16 and amp_dtype == "tf32"
     if tf32 and device.type != "cuda":
-        raise UserError(f"--amp_dtype tf32 is a precision of NVIDIA GPUs, not of {device.type}. Use --use_fp16 false")
+        raise UserError(f"--amp_dtype tf32 is a precision of NVIDIA GPUs, not of {device.type}. Use another")
     if device.type == "cuda":  # torch's default rounds convolutions alone, which mixed precision keeps
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32, use_fp16
     if tf32 or not use_fp16:
@@ -273,11 +273,11 @@ def prepare_for_training(student, teacher, args, device, amp_dtype):
         compile_in_place(student, teacher)
 
 
-def prepare_for_evaluation(model, device):
+def prepare_for_evaluation(model, device, amp_dtype=None):
     """The network on the device in evaluation mode, without gradients, switched to the fastest kernels there."""
     if device.type == "cpu":
         tune_cpu()
-    use_fused_attention(model, device)
+    use_fused_attention(model, device, amp_dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -481,7 +481,7 @@ def resize_model_grid(model, state):
         model.patch_embed.img_size = side * model.patch_embed.patch_size
 
 
-def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
+def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None, amp_dtype=None):
     """(trained network for evaluation on the device, its width), as `args` (dino_cli.model_flags) name it.
 
     `image_size` is the side of the positional grid of an untrained network. `inputs` are the network's
@@ -490,7 +490,7 @@ def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
     inputs = inputs or dino_checkpoints.photograph_inputs(args.pretrained_weights)
     model, width = build_backbone(args.arch, args.patch_size, image_size, in_chans=inputs.in_chans)
     load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, part)
-    return prepare_for_evaluation(model, device), width
+    return prepare_for_evaluation(model, device, amp_dtype), width
 
 
 def trained_backbone(source, checkpoint_key="teacher", device="cpu"):

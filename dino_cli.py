@@ -205,10 +205,13 @@ def labeled_flags():
 
 
 def process_flags():
-    """The flags of evaluations that can run in several processes, as a parser for `parents=[...]`."""
+    """The flags of evaluations that extract features, in one or several processes: a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--num_workers", default=default_workers(), type=at_least(0), metavar="N",
         help="Processes that load images. Default: the cores of this process, at most 10.")
+    parser.add_argument("--amp_dtype", default="float32", choices=["float32", "bf16", "fp16", "tf32"], help="""What the
+        network computes in. float32 gives the published numbers. bf16 and fp16 are faster on GPUs and round features
+        to 2 or 3 digits; tf32 (NVIDIA GPUs) is in between. Features are stored in float32.""")
     parser.add_argument("--dist_url", default="env://", metavar="URL", help="Rendezvous of several processes.")
     parser.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
         help="Passed by some launchers; ignored.")

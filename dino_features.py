@@ -1,5 +1,6 @@
 """Frozen features and what they tell: extraction, attention, nearest neighbors, retrieval."""
 
+import functools
 import math
 
 import numpy as np
@@ -31,15 +32,30 @@ def load_run(source, checkpoint_key="teacher", device="cpu"):
 # ---- extraction ----
 
 
+def pick_dtype(device, amp_dtype):
+    """dtype of autocast for --amp_dtype of an evaluation (dino_cli.process_flags), or None. Raises UserError."""
+    # float32 leaves torch's settings alone, with which the published numbers were measured.
+    return None if amp_dtype == "float32" else dino_backbones.pick_amp_dtype(device, True, amp_dtype)
+
+
+def features_in(model, images, amp_dtype=None):
+    """The features [B, D] of a model, computed by autocast in `amp_dtype` if there is one and returned as float32."""
+    if amp_dtype is None:
+        return utils.features_of(model, images)
+    with torch.autocast(images.device.type, dtype=amp_dtype):
+        return utils.features_of(model, images).float()
+
+
 @torch.no_grad()
-def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=None):
+def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=None, amp_dtype=None):
     """Features of a whole data set, in its order: [N, D] float32 on rank 0, None on other ranks.
 
     `data_loader` yields (images, indices into the data set), images as uint8 RGB or normalized floats; each rank's
     loader covers its share, all shares of one length. `use_cuda` keeps the features on the model's GPU, if it has one,
     instead of in main memory. They are gathered once, at the end. Every 10 batches, all ranks check whether `stop`, a
-    StopRequest, has a signal on any rank, and raise utils.Stopped.
+    StopRequest, has a signal on any rank, and raise utils.Stopped. `amp_dtype` is what the model computes in.
     """
+    network = functools.partial(features_in, model, amp_dtype=amp_dtype)
     weight = next(model.parameters(), torch.empty(0))
     store = weight.device if use_cuda else torch.device("cpu")
     found, places = None, torch.empty(len(data_loader.sampler), dtype=torch.long)
@@ -48,7 +64,7 @@ def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=N
         if stop and i % 10 == 0 and (number := max(utils.gather_objects(stop.signal))):
             raise utils.Stopped(int(number))
         images = utils.normalize(images.to(weight.device, non_blocking=True))
-        features = multi_scale(images, model) if multiscale else utils.features_of(model, images)
+        features = multi_scale(images, network) if multiscale else network(images)
         if found is None:  # one buffer: parts and their concatenation would need twice the memory
             found = torch.empty(len(places), features.shape[1], device=store)
         here = slice(first, first + len(indices))
@@ -124,7 +140,7 @@ def largest_mass(attention, threshold):
 # ---- nearest neighbors ----
 
 
-def labeled_features(model, sets, batch_size, num_workers, device, use_cuda=True, stop=None):
+def labeled_features(model, sets, batch_size, num_workers, device, use_cuda=True, stop=None, amp_dtype=None):
     """(train features, train labels, test features, test labels), features L2-normalized; None on other ranks than 0.
 
     `sets` are two data sets of (image, index), and the labels [N] of each. All ranks have to call it. Raises
@@ -136,7 +152,7 @@ def labeled_features(model, sets, batch_size, num_workers, device, use_cuda=True
         # A signal to the whole process group is for the training process, not for its loaders.
         in_worker = utils.ignore_signals if stop else None
         loader = dino_data.eval_loader(dataset, batch_size, num_workers, device, in_worker)
-        features.append(extract_features(model, loader, use_cuda, stop=stop))
+        features.append(extract_features(model, loader, use_cuda, stop=stop, amp_dtype=amp_dtype))
     if not utils.is_main_process():
         return None
     for rows in features:

@@ -113,17 +113,18 @@ class CopyFeatures(nn.Module):
 
     def forward(self, images):
         (tokens,) = self.vit.get_intermediate_layers(images, n=1)  # [B, 1 + N, D]
+        tokens = tokens.float()  # fourth powers would leave the range of fp16
         pooled = tokens[:, 1:].clamp(min=1e-6).pow(4).mean(dim=1).pow(0.25)
         return torch.cat((tokens[:, 0], pooled), dim=1)
 
 
-def extract(model, paths, args, device, inputs=utils.RGB):
+def extract(model, paths, args, device, inputs=utils.RGB, amp_dtype=None):
     """Features [N, 2·D] of the images at `paths`, in order; None on ranks other than 0. Raises UserError for NaN."""
     square = transforms.Resize((args.imsize, args.imsize), interpolation=transforms.InterpolationMode.BICUBIC)
     transform = transforms.Compose([square, *dino_crops.last_transforms(inputs)])
     images = dino_data.EvalImages(dino_images.ImageFiles(paths), transform)
     loader = dino_data.eval_loader(images, args.batch_size_per_gpu, args.num_workers, device)
-    features = dino_features.extract_features(model, loader, args.use_cuda)
+    features = dino_features.extract_features(model, loader, args.use_cuda, amp_dtype=amp_dtype)
     if features is not None:
         dino_features.check_finite_features(features)
     return features
@@ -176,10 +177,13 @@ def main(args):
         if getattr(args, flag)
     }
     inputs = dino_checkpoints.photograph_inputs(args.pretrained_weights)
-    model = CopyFeatures(dino_backbones.frozen_backbone(args, device, args.imsize, inputs=inputs)[0])
+    amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
+    vit, _ = dino_backbones.frozen_backbone(args, device, args.imsize, inputs=inputs, amp_dtype=amp_dtype)
+    model = CopyFeatures(vit)
 
     # ---- features ----
-    features = {name: extract(model, paths, args, device, inputs) for name, paths in {**blocks, **others}.items()}
+    how = (args, device, inputs, amp_dtype)
+    features = {name: extract(model, paths, *how) for name, paths in {**blocks, **others}.items()}
     if not utils.is_main_process():
         return
     if args.whitening_path:

@@ -175,12 +175,14 @@ def main(args):
         for split in ("database", "query")
     ]
     utils.log(f"{len(splits[0])} images in the database, {len(splits[1])} queries")
-    model, _ = dino_backbones.frozen_backbone(args, device, args.imsize, part="landmarks", inputs=inputs)
+    amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
+    model, _ = dino_backbones.frozen_backbone(args, device, args.imsize, "landmarks", inputs, amp_dtype)
 
     # ---- features: batches of one image, because sizes differ ----
     loaders = [dino_data.eval_loader(split, 1, args.num_workers, device) for split in splits]
     try:
-        features = [dino_features.extract_features(model, loader, args.use_cuda, args.multiscale) for loader in loaders]
+        how = {"use_cuda": args.use_cuda, "multiscale": args.multiscale, "amp_dtype": amp_dtype}
+        features = [dino_features.extract_features(model, loader, **how) for loader in loaders]
     except (RuntimeError, AssertionError) as e:  # some networks need a certain shape; ours do not
         if dino_backbones.vit_factory(args.arch):
             raise

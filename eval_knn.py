@@ -19,6 +19,7 @@ import dino_checkpoints
 import dino_cli
 import dino_crops
 import dino_data
+import dino_features
 import utils
 from dino_cli import at_least, positive
 from dino_features import extract_features, knn_accuracies, knn_classifier, labeled_features  # noqa: F401 - public
@@ -63,12 +64,12 @@ def check_args(args):
 # ---- features ----
 
 
-def build_model(args, device, weights, in_chans=3):
+def build_model(args, device, weights, in_chans=3, amp_dtype=None):
     """(frozen network with these weights, its name in the table)."""
     model, _ = dino_backbones.build_backbone(args.arch, args.patch_size, args.image_size, in_chans=in_chans)
     matched, _ = dino_backbones.load_weights(model, weights, args.checkpoint_key, args.arch, args.patch_size)
     name = f"trained {args.checkpoint_key}" if matched else "untrained network"
-    return dino_backbones.prepare_for_evaluation(model, device), name
+    return dino_backbones.prepare_for_evaluation(model, device, amp_dtype), name
 
 
 def raw_pixels():
@@ -125,15 +126,14 @@ def main(args):
     sets = dino_data.labeled_images(args.data_path, transform, args.exif, inputs=inputs)
     utils.log(f"{len(sets[0])} training and {len(sets[1])} validation images in {len(sets[0].images.classes)} classes")
     utils.fix_random_seeds(0)  # an untrained network has the same weights in every run
-    model, name = build_model(args, device, args.pretrained_weights, inputs.in_chans)
+    amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
+    model, name = build_model(args, device, args.pretrained_weights, inputs.in_chans, amp_dtype)
     rows = {name: model}
     if args.baselines:
-        untrained, _ = build_model(args, device, "random", inputs.in_chans)
+        untrained, _ = build_model(args, device, "random", inputs.in_chans, amp_dtype)
         rows = {"raw pixels": raw_pixels(), "untrained network": untrained, **rows}
-    features = {
-        row: labeled_features(network, sets, args.batch_size_per_gpu, args.num_workers, device, args.use_cuda)
-        for row, network in rows.items()
-    }
+    how = (args.batch_size_per_gpu, args.num_workers, device, args.use_cuda)
+    features = {row: labeled_features(network, sets, *how, amp_dtype=amp_dtype) for row, network in rows.items()}
     if not utils.is_main_process():
         return
     if args.dump_features is not None:

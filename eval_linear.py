@@ -28,6 +28,7 @@ import dino_checkpoints
 import dino_cli
 import dino_crops
 import dino_data
+import dino_features
 import dino_images
 import utils
 from dino_cli import at_least, between, positive
@@ -113,7 +114,7 @@ def build_loader(dataset, sampler, args, device, collate=None):
 # ---- features ----
 
 
-def build_model(args, device):
+def build_model(args, device, amp_dtype=None):
     """(frozen network on the device, width of its features). Raises UserError if the flags do not fit the network."""
     if dino_backbones.vit_factory(args.arch):
         with torch.device("meta"):  # no memory, no download: this only reads the depth
@@ -124,7 +125,7 @@ def build_model(args, device):
         raise UserError(f"--arch {args.arch} has no patch tokens to pool. Remove --avgpool_patchtokens")
     # The network stays in evaluation mode: no dropout, and batch norms keep their statistics.
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
-    model, width = dino_backbones.frozen_backbone(args, device, args.image_size, inputs=inputs)
+    model, width = dino_backbones.frozen_backbone(args, device, args.image_size, inputs=inputs, amp_dtype=amp_dtype)
     return model, width * (args.n_last_blocks + args.avgpool_patchtokens if dino_backbones.is_vit(model) else 1)
 
 
@@ -191,7 +192,17 @@ def load_head(classifier, args):
 # Settings that determine the features, and settings that determine a whole run. `weights` is not a flag but a digest
 # of the network's tensors: their file may be moved, but not changed.
 FEATURE_SETTINGS = ("arch", "patch_size", "n_last_blocks", "avgpool_patchtokens", "weights")
-SETTINGS = ("epochs", "lr", "global_batch", "image_size", "seed", "num_labels", "num_images", *FEATURE_SETTINGS)
+SETTINGS = (
+    "epochs",
+    "lr",
+    "global_batch",
+    "image_size",
+    "seed",
+    "num_labels",
+    "num_images",
+    "amp_dtype",
+    *FEATURE_SETTINGS,
+)
 
 
 def check_settings(path, file, args, names):
@@ -290,11 +301,13 @@ def main(args):
     val_labels = val_labels.to(device)
 
     # ---- frozen network, classifier ----
-    model, width = build_model(args, device)
+    amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
+    model, width = build_model(args, device, amp_dtype)
     tensors = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values())
     args.weights = hashlib.blake2b(tensors, digest_size=8).hexdigest()
     blocks = {"n_last_blocks": args.n_last_blocks, "avgpool": args.avgpool_patchtokens}
-    extract = functools.partial(frozen_features, model, **blocks)
+    network = functools.partial(frozen_features, model, **blocks)
+    extract = functools.partial(dino_features.features_in, network, amp_dtype=amp_dtype)
     classifier = LinearClassifier(width, args.num_labels).to(device)
     if args.evaluate:
         load_head(classifier, args)

@@ -11,6 +11,7 @@ from conftest import SMALL_RUN, arguments_of
 from PIL import Image
 
 import dino_checkpoints
+import dino_features
 import eval_copy_detection
 import eval_image_retrieval
 import eval_knn
@@ -112,7 +113,11 @@ SCRIPTS = [
     (video_generation, ["--input_path", "DATA/davis/JPEGImages/480p/clip", "--output_path", "OUT"], NETWORK),
     (export, ["--to", "backbone", "--output", "OUT/weights.pth"], NETWORK),
 ]  # fmt: skip
-EACH_SCRIPT = pytest.mark.parametrize(("script", "flags", "full"), SCRIPTS, ids=lambda x: getattr(x, "__name__", ""))
+NORMALIZING = (eval_knn, eval_linear, eval_image_retrieval, eval_copy_detection, visualize_attention, video_generation)
+
+
+def name_of(value):
+    return getattr(value, "__name__", "")
 
 
 @pytest.fixture
@@ -127,7 +132,7 @@ def places(photographs, rotated):
     return replace
 
 
-@EACH_SCRIPT
+@pytest.mark.parametrize(("script", "flags", "full"), SCRIPTS, ids=name_of)
 def test_a_run_alone_gives_the_results_of_all_its_flags(results, places, run_dir, script, flags, full):
     flags = places(flags)
     printed, files = results(script, *flags, "--pretrained_weights", run_dir)
@@ -149,10 +154,8 @@ def normalized_by_itself(state):
     return state
 
 
-@EACH_SCRIPT
-def test_mean_and_std_are_the_runs(results, places, run_dir, tmp_path, script, flags, full):
-    if script is export:
-        pytest.skip("writes weights alone")
+@pytest.mark.parametrize(("script", "flags", "_"), [case for case in SCRIPTS if case[0] in NORMALIZING], ids=name_of)
+def test_mean_and_std_are_the_runs(results, places, run_dir, tmp_path, script, flags, _):
     checkpoint = torch.load(run_dir / "checkpoint.pth", weights_only=True)
     checkpoint["teacher"] = normalized_by_itself(checkpoint["teacher"])
     checkpoint["args"] |= {"mean": [0.0] * 3, "std": [1.0] * 3}
@@ -177,6 +180,41 @@ def test_video_frames_are_normalized_by_the_runs_mean_and_std(places, run_dir, t
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     levels = 255 * (seen[0] * std + mean)
     torch.testing.assert_close(levels, levels.round().clamp(0, 255), atol=1e-3, rtol=0)
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize(("script", "flags", "_"), SCRIPTS[:4], ids=name_of)
+def test_features_are_computed_in_the_precision_that_is_given(results, places, run_dir, monkeypatch, script, flags, _):
+    seen, real = [], dino_features.features_in
+
+    def features_in(model, images, amp_dtype=None):
+        features = real(model, images, amp_dtype)
+        seen.append((amp_dtype, features.dtype))
+        return features
+
+    monkeypatch.setattr(dino_features, "features_in", features_in)
+    for words, dtype in (([], None), (["--amp_dtype", "bf16"], torch.bfloat16)):
+        seen.clear()
+        results(script, *places(flags), "--pretrained_weights", run_dir, *words)
+        assert set(seen) == {(dtype, torch.float32)}
+
+
+def test_features_in_bf16_are_close_to_float32(results, places, run_dir):
+    flags = [*places(SCRIPTS[0][1]), "--pretrained_weights", run_dir]
+    (_, exact), (_, rounded) = results(eval_knn, *flags), results(eval_knn, *flags, "--amp_dtype", "bf16")
+    exact, rounded = (found["testfeat.pth/"] for found in (exact, rounded))
+    assert rounded.dtype == np.float32
+    assert 0 < np.linalg.norm(rounded - exact) < 2e-2 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("script", [script.__name__ for script, *_ in SCRIPTS[:4]])
+def test_tf32_without_a_gpu_is_one_line(refusal, places, run_dir, tmp_path, script):
+    flags = {each.__name__: flags for each, flags, _ in SCRIPTS}[script]
+    flags = [flag.replace("OUT", str(tmp_path)) for flag in places(flags)]
+    line = refusal(script, *flags, "--pretrained_weights", run_dir, "--amp_dtype", "tf32", "--device", "cpu")
+    assert line.endswith("--amp_dtype tf32 is a precision of NVIDIA GPUs, not of cpu. Use another")
 
 
 # ---- flags ----
