@@ -43,6 +43,7 @@ def at_least(low, number=int):
 share = between(0, 1, float)
 positive = at_least(math.ulp(0.0), float)
 positive.range = "above 0"
+bool_flag.range = "true or false"
 
 
 def default_workers():
@@ -62,8 +63,12 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("unrecognized arguments: ") and message.endswith(".tar"):
             message = "--data_path takes one pattern. Quote it: 'shards/{0000..0999}.tar'"
-        elif message.startswith("unrecognized arguments: --"):
-            message += utils.did_you_mean(message.split()[2].partition("=")[0], self._option_string_actions)
+        elif message.startswith("unrecognized arguments: "):
+            for word in [word for word in message.split()[2:] if word.startswith("-")][:1]:
+                flag = "--" + word.partition("=")[0].lstrip("-").replace("-", "_")  # as in -arch and --patch-size
+                message += utils.did_you_mean(flag, self._option_string_actions)
+        # bool_flag also knows on, off, 1 and 0, for the authors' commands.
+        message = re.sub(r" is neither on/true/1 .*", f" must be {bool_flag.range}", message)
         self.exit(2, f"error: {self.source}{message} (--help lists the flags)\n")
 
 
@@ -91,8 +96,8 @@ def parse_args(parser, argv=None):
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(argv, Flags())
-    path = getattr(args, "config", None)
-    if path is not None:
+    if getattr(args, "config", None) is not None:
+        path = find_recipe(args.config)
         flags = recipe_flags(parser, read_recipe(path, known=set(vars(args)) - {"config", "print_config"}))
         parser.source = f"in {path}: "
         parser.parse_args(flags)
@@ -119,6 +124,17 @@ def check_whole_patches(flag, size, patch_size):
     above = [-(-side // patch_size) * patch_size for side in sizes]
     given, *near = (" ".join(map(str, sides)) for sides in (sizes, below, above) if all(sides))
     raise UserError(f"--{flag} {given} is not a multiple of --patch_size {patch_size}. Use {' or '.join(near)}")
+
+
+def find_recipe(name):
+    """The path of a recipe. `name` is a file, or one in recipes/ without its suffix: demo. Raises UserError."""
+    if os.path.isfile(name) or os.path.basename(name) != name or Path(name).suffix:
+        return name
+    known = {path.stem: str(path) for path in Path(__file__).resolve().parent.glob("recipes/*.yaml")}
+    if name not in known:
+        near = utils.did_you_mean(name, known) or f". There are {', '.join(sorted(known))}"
+        raise UserError(f"--config {name} is neither a file nor the name of a recipe{near}")
+    return known[name]
 
 
 def read_recipe(path, known):

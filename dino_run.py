@@ -36,8 +36,8 @@ def flags():
     parser = argparse.ArgumentParser(add_help=False)
     # fmt: off
     run = parser.add_argument_group("output and resuming")
-    run.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines (see recipes/).
-        Flags on the command line override it.""")
+    run.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines, or the name of
+        one in recipes/, such as demo. Flags on the command line override it.""")
     run.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS,
         help="Print the final settings as a recipe for --config, and exit.")
     run.add_argument("--output_dir", default=".", metavar="DIR",
