@@ -413,8 +413,8 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
     state, source = dino_checkpoints.pick_state_dict(file, checkpoint_key, source)
     state = dino_checkpoints.backbone_state(state)
     resize_model_grid(model, state)
-    trained_size = dino_checkpoints.trained_settings(pretrained_weights).get("image_size")
-    return load_backbone_state(model, state, source, arch, trained_size)
+    training = dino_checkpoints.network_settings(dino_checkpoints.trained_args(pretrained_weights))
+    return load_backbone_state(model, state, source, arch, training.get("image_size"))
 
 
 def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_name, patch_size):

@@ -242,9 +242,8 @@ def find_weights(path, flag="--pretrained_weights"):
     if not path or not os.path.isdir(path):
         return path
     newest = os.path.join(path, "checkpoint.pth")
-    found = [
-        file for file in (newest, previous_checkpoint(newest), os.path.join(path, BACKBONE)) if os.path.isfile(file)
-    ]
+    files = (newest, previous_checkpoint(newest), os.path.join(path, BACKBONE))
+    found = [file for file in files if os.path.isfile(file)]
     if not found:
         raise UserError(
             f"{flag} {path} is a folder without a checkpoint.pth. Name the --output_dir of a run, or a file"
@@ -252,24 +251,27 @@ def find_weights(path, flag="--pretrained_weights"):
     return found[0]
 
 
-# The types of what other scripts follow, under the names of their flags. Besides these: the fields of utils.Inputs.
+# The types of what other scripts follow, under the names of their flags.
 FOLLOWED = {"arch": str, "patch_size": int, "image_size": int, "exif": bool}
 
 
-def settings_of(args):
-    """What the arguments of a run (a dict) say about its network; `image_size` is the side of the global crops.
+def network_settings(args):
+    """The FOLLOWED settings in the arguments of a run (a dict); `image_size` is the side of its global crops.
 
-    Only settings of the right type: checkpoints of other projects have arguments, too. Raises UserError if channels,
-    mean and std do not fit together.
+    Settings of another type are left out: checkpoints of other projects have arguments, too.
     """
     args = {**args, "image_size": args.get("global_crops_size", args.get("image_size"))}
     found = {name: args[name] for name, kind in FOLLOWED.items() if type(args.get(name)) is kind}
-    found = {name: value for name, value in found.items() if isinstance(value, str | bool) or value > 0}
-    return {**found, **utils.inputs_of(args)._asdict()}
+    return {name: value for name, value in found.items() if isinstance(value, str | bool) or value > 0}
 
 
-def trained_settings(path):
-    """`settings_of` the training of a file's network; {} if there is nothing that says.
+def settings_of(args):
+    """`network_settings`, and the fields of the run's utils.Inputs. Raises UserError if these do not fit together."""
+    return {**network_settings(args), **utils.inputs_of(args)._asdict()}
+
+
+def trained_args(path):
+    """The arguments (a dict) with which the network in a file was trained; {} if there is nothing that says.
 
     A training checkpoint contains them. For plain weights, they are in a JSON file of the same name (see
     `write_backbone`). Raises UserError if a file can't be read.
@@ -278,14 +280,19 @@ def trained_settings(path):
         return {}
     args = {} if str(path).endswith(".safetensors") else load_args(path)
     beside = Path(path).with_suffix(".json")
-    if not args and beside.is_file():
-        try:
-            args = json.loads(beside.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as e:
-            reason = getattr(e, "strerror", None) or e
-            raise UserError(f"{beside}, the settings of {path}, can't be read: {reason}. Restore or delete it") from e
-        if not isinstance(args, dict) or "arch" not in args:  # the file is something else
-            args = {}
+    if args or not beside.is_file():
+        return args
+    try:
+        args = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{beside}, the settings of {path}, can't be read: {reason}. Restore or delete it") from e
+    return args if isinstance(args, dict) and "arch" in args else {}  # else the file is something else
+
+
+def trained_settings(path):
+    """`settings_of` the training of the network in a file; {} if there is nothing that says. Raises UserError."""
+    args = trained_args(path)
     return settings_of(args) if args else {}
 
 
@@ -310,7 +317,8 @@ def follow_run(args, follow_size=True):
 
     A run's folder becomes the file in it. Flags that were not given become the run's: --arch, --patch_size, --exif
     and, with `follow_size`, --image_size. Flags that were given stay, with a note if they differ. In a Namespace
-    without `given` (see dino_cli.Flags), all are given. Raises UserError if the file can't be read.
+    without `given` (see dino_cli.Flags), all are given. Returns the `trained_settings`. Raises UserError if the file
+    can't be read.
     """
     args.pretrained_weights = find_weights(args.pretrained_weights)
     trained, given = trained_settings(args.pretrained_weights), getattr(args, "given", vars(args))
@@ -319,13 +327,13 @@ def follow_run(args, follow_size=True):
     followed = [name for name in differ if name not in given]
     for name in followed:
         setattr(args, name, trained[name])
-    if utils.rank_from_environment("")[0] != 0:  # the processes have not met yet
-        return
-    if followed:
-        utils.say("as in training:", *(f"--{name} {as_word(trained[name])}" for name in followed))
-    for name in differ:
-        if name in given:
-            utils.say(f"note: --{name} {as_word(getattr(args, name))} differs from the run's {as_word(trained[name])}")
+    if utils.rank_from_environment("")[0] == 0:  # the processes have not met yet
+        if followed:
+            utils.say("as in training:", *(f"--{name} {as_word(trained[name])}" for name in followed))
+        for name in [name for name in differ if name in given]:
+            value, theirs = as_word(getattr(args, name)), as_word(trained[name])
+            utils.say(f"note: --{name} {value} differs from the run's {theirs}")
+    return trained
 
 
 def as_word(value):

@@ -163,7 +163,7 @@ def average_precisions(queries, database, positives):
 def main(args):
     """Run the evaluation. Raises UserError for a mistake in the arguments or the data."""
     dino_checkpoints.follow_run(args)
-    if "imsize" not in getattr(args, "given", vars(args)):  # a run may have patches that 320 is no multiple of
+    if "imsize" not in getattr(args, "given", vars(args)):  # there are patches that 320 is no multiple of
         args.imsize = max(args.imsize // args.patch_size, 1) * args.patch_size
     check_args(args)
     device = utils.init_distributed_mode(args)

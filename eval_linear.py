@@ -192,17 +192,8 @@ def load_head(classifier, args):
 # Settings that determine the features, and settings that determine a whole run. `weights` is not a flag but a digest
 # of the network's tensors: their file may be moved, but not changed.
 FEATURE_SETTINGS = ("arch", "patch_size", "n_last_blocks", "avgpool_patchtokens", "weights")
-SETTINGS = (
-    "epochs",
-    "lr",
-    "global_batch",
-    "image_size",
-    "seed",
-    "num_labels",
-    "num_images",
-    "amp_dtype",
-    *FEATURE_SETTINGS,
-)
+SETTINGS = ("epochs", "lr", "global_batch", "image_size", "seed", "num_labels", "num_images", "amp_dtype")
+SETTINGS += FEATURE_SETTINGS
 
 
 def check_settings(path, file, args, names):

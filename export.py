@@ -369,10 +369,9 @@ def write_and_check(model, path, size, args, inputs=utils.RGB):
 
 def main(args):
     """Export as `args` say (see get_args_parser). The output appears whole or not at all. Raises UserError."""
-    dino_checkpoints.follow_run(args, follow_size=False)
-    if args.image_size is None and not dino_backbones.vit_factory(args.arch):  # a ViT's positions know their size
-        trained_size = dino_checkpoints.trained_settings(args.pretrained_weights).get("image_size")
-        args.image_size = [trained_size] if trained_size else None
+    trained = dino_checkpoints.follow_run(args, follow_size=False)
+    if not dino_backbones.vit_factory(args.arch):  # a ViT's positions know their size
+        args.image_size = args.image_size or ([trained["image_size"]] if "image_size" in trained else None)
     check_args(args)
     check_libraries(args)
     output = check_output(args)

@@ -185,8 +185,8 @@ def draw_overview(pixels, attention):
 
 def main(args):
     """Write the pictures of all images. Raises UserError."""
-    dino_checkpoints.follow_run(args, follow_size=False)
-    if "image_size" not in getattr(args, "given", vars(args)):  # whole patches, so that nothing is cropped
+    trained = dino_checkpoints.follow_run(args, follow_size=False)
+    if trained and "image_size" not in getattr(args, "given", vars(args)):  # whole patches: nothing is cropped
         args.image_size = [max(side // args.patch_size, 1) * args.patch_size for side in args.image_size]
     check_args(args)
     paths = find_images(args.image_path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import referee
 import torch
-from conftest import SMALL_RUN, arguments_of
+from conftest import SMALL_RUN, arguments_of, same_state, tiny_vit
 from PIL import Image
 
 import dino_checkpoints
@@ -19,6 +19,7 @@ import eval_linear
 import eval_video_segmentation
 import export
 import main_dino
+import utils
 import video_generation
 import visualize_attention
 from utils import UserError
@@ -65,6 +66,12 @@ def run_dir(rotated, small_networks, tmp_path_factory):
         checkpoint["teacher"][key] = 4 * value if value.ndim > 1 else value
     torch.save(checkpoint, folder / "checkpoint.pth")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def small_frames(monkeypatch):
+    """Videos are segmented at 96 x 128 pixels: at 480p, one takes seconds."""
+    monkeypatch.setattr(eval_video_segmentation, "scaled_size", lambda *_: (96, 128))
 
 
 def words(line):
@@ -265,21 +272,51 @@ def test_arguments_of_other_projects_that_make_no_sense_here_are_ignored(tmp_pat
     assert (args.arch, args.patch_size, args.image_size, args.exif) == ("vit_small", 16, 224, False)
 
 
-def test_default_sizes_of_squares_become_whole_patches_of_the_run(photographs, tmp_path, monkeypatch):
-    """320 is no multiple of 12, 480 none of 32 · 7."""
-    seen = {}
+@pytest.fixture
+def seen(monkeypatch):
+    """seen(script, *flags) -> the arguments that a script checks."""
 
-    def stop(args):
-        seen.update(vars(args))
-        raise UserError("enough")
+    def run(script, *flags):
+        found = {}
 
-    monkeypatch.setattr(eval_copy_detection, "check_args", stop)
-    monkeypatch.setattr(visualize_attention, "check_args", stop)
-    torch.save({"teacher": {}, "args": {"arch": "vit_nano", "patch_size": 14}}, tmp_path / "c.pth")
-    for script, name, size in ((eval_copy_detection, "imsize", 308), (visualize_attention, "image_size", [476, 476])):
+        def stop(args):
+            found.update(vars(args))
+            raise UserError("enough")
+
+        monkeypatch.setattr(script, "check_args", stop)
         with pytest.raises(UserError, match="enough"):
-            script.main(arguments_of(script, "--pretrained_weights", tmp_path / "c.pth"))
-        assert seen[name] == size
+            script.main(arguments_of(script, *flags))
+        return found
+
+    return run
+
+
+def test_default_sizes_become_whole_patches_of_the_run(seen, tmp_path):
+    """320 and 480 are no multiples of 14."""
+    torch.save({"teacher": {}, "args": {"arch": "vit_nano", "patch_size": 14}}, tmp_path / "c.pth")
+    weights = ["--pretrained_weights", tmp_path / "c.pth"]
+    assert seen(eval_copy_detection, *weights)["imsize"] == 308
+    assert seen(eval_copy_detection, *weights, "--imsize", 320)["imsize"] == 320
+    assert seen(visualize_attention, *weights)["image_size"] == [476, 476]
+    assert seen(visualize_attention, *weights, "--image_size", 480)["image_size"] == [480]
+    assert seen(visualize_attention, "--patch_size", 14)["image_size"] == [480, 480]  # there is no run
+
+
+def test_a_convnet_is_exported_for_the_crops_of_its_training(seen, tmp_path):
+    flags = ["--to", "onnx", "--output", tmp_path / "x.onnx", "--pretrained_weights", tmp_path / "c.pth"]
+    for arch, size in (("resnet18", [96]), ("vit_nano", None)):  # a ViT's positions know it
+        args = {"arch": arch, "patch_size": 16, "global_crops_size": 96}
+        torch.save({"teacher": {}, "args": args}, tmp_path / "c.pth")
+        found = seen(export, *flags)
+        assert (found["arch"], found["image_size"]) == (arch, size)
+    assert seen(export, *flags, "--image_size", 64)["image_size"] == [64]
+
+
+def test_arguments_of_other_projects_do_not_keep_weights_from_loading(tmp_path):
+    source, target = tiny_vit(0), tiny_vit(1)
+    torch.save({"teacher": source.state_dict(), "args": {"in_chans": 1, "mean": "imagenet"}}, tmp_path / "c.pth")
+    utils.load_pretrained_weights(target, tmp_path / "c.pth", "teacher", "vit_tiny", 8)
+    assert same_state(target, source)
 
 
 @pytest.mark.parametrize("script", ["eval_knn", "eval_linear"])
