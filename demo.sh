@@ -11,5 +11,4 @@ cd "$(dirname "$0")"
 # on a machine with other load.
 export OMP_WAIT_POLICY=PASSIVE
 "$python" main_dino.py --config recipes/demo.yaml --output_dir "$output"
-"$python" eval_knn.py --arch vit_nano --patch_size 8 --image_size 48 --nb_knn 5 10 20 50 --num_workers 2 \
-  --baselines true --pretrained_weights "$output/checkpoint.pth"
+"$python" eval_knn.py --pretrained_weights "$output" --nb_knn 5 10 20 50 --num_workers 2 --baselines true

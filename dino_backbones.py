@@ -92,6 +92,13 @@ def check_arch(arch):
     raise UserError(f"unknown --arch {arch}{near or '; try vit_small or resnet50'} (main_dino.py --list_archs)")
 
 
+def check_vit(arch, needs):
+    """Raise UserError if `arch` is not one of our ViTs; `needs` names what other networks lack."""
+    check_arch(arch)
+    if not vit_factory(arch):
+        raise UserError(f"--arch {arch} has no {needs}. Use a ViT, such as vit_small")
+
+
 # ---- networks ----
 
 
@@ -217,7 +224,7 @@ def pick_amp_dtype(device, use_fp16, amp_dtype):
     """
     tf32 = use_fp16 and amp_dtype == "tf32"
     if tf32 and device.type != "cuda":
-        raise UserError(f"--amp_dtype tf32 is a precision of NVIDIA GPUs, not of {device.type}. Use --use_fp16 false")
+        raise UserError(f"--amp_dtype tf32 is a precision of NVIDIA GPUs, not of {device.type}. Use another")
     if device.type == "cuda":  # torch's default rounds convolutions alone, which mixed precision keeps
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32, use_fp16
     if tf32 or not use_fp16:
@@ -266,11 +273,11 @@ def prepare_for_training(student, teacher, args, device, amp_dtype):
         compile_in_place(student, teacher)
 
 
-def prepare_for_evaluation(model, device):
+def prepare_for_evaluation(model, device, amp_dtype=None):
     """The network on the device in evaluation mode, without gradients, switched to the fastest kernels there."""
     if device.type == "cpu":
         tune_cpu()
-    use_fused_attention(model, device)
+    use_fused_attention(model, device, amp_dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -406,7 +413,8 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
     state, source = dino_checkpoints.pick_state_dict(file, checkpoint_key, source)
     state = dino_checkpoints.backbone_state(state)
     resize_model_grid(model, state)
-    return load_backbone_state(model, state, source, arch, dino_checkpoints.trained_crop_size(file))
+    training = dino_checkpoints.network_settings(dino_checkpoints.trained_args(pretrained_weights))
+    return load_backbone_state(model, state, source, arch, training.get("image_size"))
 
 
 def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_name, patch_size):
@@ -451,26 +459,7 @@ def load_backbone_state(model, state, source, arch=None, trained_size=None):
         import hubconf
 
         state = hubconf._xcit_for_timm(state)
-    matched = [key for key in wanted if key in state]
-    if not matched:
-        raise UserError(
-            f"none of the {len(wanted)} tensors of {arch or 'the model'} is in {source} (it has "
-            f"{utils.summarize(list(state)) or 'none'}). Check --arch, --patch_size and --checkpoint_key"
-        )
-    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-    if missing:
-        raise UserError(
-            f"{source} has only {len(matched)} of the {len(wanted)} tensors of {arch or 'the model'}; it lacks "
-            f"{utils.summarize(missing)}. Check --arch and --checkpoint_key"
-        )
-    for key in matched:
-        if state[key].shape != wanted[key].shape:
-            theirs, ours = list(state[key].shape), list(wanted[key].shape)
-            alike = len(theirs) == len(ours) == 4 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
-            hint = (
-                "Use the training checkpoint, which says how many channels" if alike else "Check --arch, --patch_size"
-            )
-            raise UserError(f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. {hint}")
+    matched = dino_checkpoints.matching_keys(state, wanted, source, arch)
     model.load_state_dict({key: state[key] for key in matched}, strict=False)
     trained_at = f", trained at {trained_size} pixels" if trained_size else ""
     utils.log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}{trained_at}")
@@ -492,23 +481,39 @@ def resize_model_grid(model, state):
         model.patch_embed.img_size = side * model.patch_embed.patch_size
 
 
-def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None):
+def frozen_backbone(args, device, image_size=224, part="backbone", inputs=None, amp_dtype=None):
     """(trained network for evaluation on the device, its width), as `args` (dino_cli.model_flags) name it.
 
     `image_size` is the side of the positional grid of an untrained network. `inputs` are the network's
-    (dino_checkpoints.trained_inputs), from callers that support any; without, it must be for RGB photographs. Raises
-    UserError.
+    (dino_checkpoints.trained_inputs); without them it must be for photographs. Raises UserError.
     """
-    if inputs is None:
-        inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
-        if inputs != utils.RGB:
-            raise UserError(
-                f"--pretrained_weights {args.pretrained_weights} was trained on other inputs ({inputs.describe()}). "
-                "This script needs RGB photographs with ImageNet's mean and std. eval_knn.py and eval_linear.py do not"
-            )
+    inputs = inputs or dino_checkpoints.photograph_inputs(args.pretrained_weights)
     model, width = build_backbone(args.arch, args.patch_size, image_size, in_chans=inputs.in_chans)
     load_weights(model, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size, part)
-    return prepare_for_evaluation(model, device), width
+    return prepare_for_evaluation(model, device, amp_dtype), width
+
+
+def trained_backbone(source, checkpoint_key="teacher", device="cpu"):
+    """(frozen network, what its training says: see dino_checkpoints.settings_of) of a run, a file or a torch.hub name.
+
+    Attention is computed explicitly. Raises UserError if there is no such thing, or if it does not name its network.
+    """
+    import hubconf
+
+    settings, path = hubconf.PUBLISHED.get(source), ""
+    if settings is None:
+        if not os.path.exists(source):
+            near = utils.did_you_mean(os.fspath(source), hubconf.PUBLISHED)
+            raise UserError(f"{source} is neither a run's folder, nor a file, nor a published network{near}")
+        path = dino_checkpoints.find_weights(source, "the path")
+        settings = dino_checkpoints.trained_settings(path)
+    if "arch" not in settings:
+        raise UserError(f"{path} does not say its network. Build one, and use utils.load_pretrained_weights")
+    arch, patch_size = settings["arch"], settings.get("patch_size")
+    size, in_chans = settings.get("image_size", 224), settings.get("in_chans", 3)
+    model, _ = build_backbone(arch, patch_size or 16, size, in_chans=in_chans)
+    load_weights(model, path, checkpoint_key, arch, patch_size)
+    return model.to(utils.pick_device(device)).eval().requires_grad_(False), settings
 
 
 # ---- weights to start from ----
@@ -543,12 +548,9 @@ def initial_weights(init_from, arch, patch_size):
         if file is None:
             raise UserError(f"no weights were published for --arch {arch} --patch_size {patch_size}. Give a file")
     else:
-        source, file = init_from, dino_checkpoints.load_checkpoint(init_from)
-    networks = (
-        [key for key, value in file.items() if dino_checkpoints.is_network_state(value)]
-        if isinstance(file, dict)
-        else []
-    )
+        source = dino_checkpoints.find_weights(init_from, "--init_from")
+        file = dino_checkpoints.load_checkpoint(source)
+    networks = dino_checkpoints.networks_in(file)
     return dino_checkpoints.pick_state_dict(file, networks[0] if len(networks) == 1 else "teacher", source)
 
 

@@ -196,11 +196,16 @@ def is_network_state(value):
     return isinstance(value, dict) and any(key.endswith((".weight", ".bias")) for key in value if isinstance(key, str))
 
 
+def networks_in(file):
+    """Keys of the networks in what a file contained."""
+    return [key for key, value in file.items() if is_network_state(value)] if isinstance(file, dict) else []
+
+
 def pick_state_dict(state, checkpoint_key, source):
     """(tensors of one network in what a file contained, without DDP's `module.` prefix; where they came from)."""
     if not isinstance(state, dict):
         raise UserError(f"{source} contains a {type(state).__name__}, not a state dict")
-    networks = [key for key, value in state.items() if is_network_state(value)]
+    networks = networks_in(state)
     if checkpoint_key in networks:
         state, source = state[checkpoint_key], f"{source} [{checkpoint_key}]"
     elif networks or any(isinstance(value, dict) for value in state.values()):
@@ -215,17 +220,158 @@ def backbone_state(state):
     return inner or dict(state)
 
 
-def trained_crop_size(checkpoint):
-    """Side of the run's global crops, if the checkpoint says; the best size to evaluate at."""
-    args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
-    return args.get("global_crops_size") if isinstance(args, dict) else None
+def matching_keys(state, wanted, source, arch=None):
+    """Keys of the state dict `wanted` that `state` has, too. Raises UserError if tensors lack or have other shapes.
+
+    `source` and `arch` are where `state` came from and the network that it is for.
+    """
+    matched = [key for key in wanted if key in state]
+    if not matched:
+        raise UserError(
+            f"none of the {len(wanted)} tensors of {arch or 'the model'} is in {source} (it has "
+            f"{utils.summarize(list(state)) or 'none'}). Check --arch, --patch_size and --checkpoint_key"
+        )
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(
+            f"{source} has only {len(matched)} of the {len(wanted)} tensors of {arch or 'the model'}; it lacks "
+            f"{utils.summarize(missing)}. Check --arch and --checkpoint_key"
+        )
+    for key in matched:
+        if state[key].shape != wanted[key].shape:
+            theirs, ours = list(state[key].shape), list(wanted[key].shape)
+            alike = len(theirs) == len(ours) == 4 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
+            hint = (
+                "Use the training checkpoint, which says how many channels" if alike else "Check --arch, --patch_size"
+            )
+            raise UserError(f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. {hint}")
+    return matched
+
+
+# ---- what a run says about its network ----
+
+
+def find_weights(path, flag="--pretrained_weights"):
+    """The file that a flag names: of a run's folder its checkpoint.pth, else the previous one, else backbone.pth.
+
+    Anything but a folder is returned as it is. Raises UserError for a folder without any of them.
+    """
+    if not path or not os.path.isdir(path):
+        return path
+    newest = os.path.join(path, "checkpoint.pth")
+    files = (newest, previous_checkpoint(newest), os.path.join(path, BACKBONE))
+    found = [file for file in files if os.path.isfile(file)]
+    if not found:
+        raise UserError(
+            f"{flag} {path} is a folder without a checkpoint.pth. Name the --output_dir of a run, or a file"
+        )
+    return found[0]
+
+
+# The types of what other scripts follow, under the names of their flags.
+FOLLOWED = {"arch": str, "patch_size": int, "image_size": int, "exif": bool}
+
+
+def network_settings(args):
+    """The FOLLOWED settings in the arguments of a run (a dict); `image_size` is the side of its global crops.
+
+    Settings of another type are left out: checkpoints of other projects have arguments, too.
+    """
+    args = {**args, "image_size": args.get("global_crops_size", args.get("image_size"))}
+    found = {name: args[name] for name, kind in FOLLOWED.items() if type(args.get(name)) is kind}
+    return {name: value for name, value in found.items() if isinstance(value, str | bool) or value > 0}
+
+
+def settings_of(args):
+    """`network_settings`, and the fields of the run's utils.Inputs. Raises UserError if these do not fit together."""
+    return {**network_settings(args), **utils.inputs_of(args)._asdict()}
+
+
+def trained_args(path):
+    """The arguments (a dict) with which the network in a file was trained; {} if there is nothing that says.
+
+    A training checkpoint contains them. For plain weights, they are in a JSON file of the same name (see
+    `write_backbone`). Raises UserError if a file can't be read.
+    """
+    if not path or path == "random":
+        return {}
+    args = {} if str(path).endswith(".safetensors") else load_args(path)
+    beside = Path(path).with_suffix(".json")
+    if args or not beside.is_file():
+        return args
+    try:
+        args = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{beside}, the settings of {path}, can't be read: {reason}. Restore or delete it") from e
+    return args if isinstance(args, dict) and "arch" in args else {}  # else the file is something else
+
+
+def trained_settings(path):
+    """`settings_of` the training of the network in a file; {} if there is nothing that says. Raises UserError."""
+    args = trained_args(path)
+    return settings_of(args) if args else {}
 
 
 def trained_inputs(path):
-    """The utils.Inputs of the training checkpoint in a file; RGB for files that don't say, as the published ones."""
-    if not path or path == "random" or str(path).endswith(".safetensors"):
-        return utils.RGB
-    return utils.inputs_of(load_args(path))
+    """The utils.Inputs of the network in a file; RGB for files that don't say, as the published ones."""
+    return utils.inputs_of(trained_settings(path))
+
+
+def photograph_inputs(path):
+    """`trained_inputs` for scripts whose data are photographs. Raises UserError for other than 3 channels."""
+    inputs = trained_inputs(path)
+    if inputs.in_chans != 3:
+        raise UserError(
+            f"--pretrained_weights {path} was trained on other inputs ({inputs.describe()}). This script needs RGB "
+            "photographs. eval_knn.py and eval_linear.py do not"
+        )
+    return inputs
+
+
+def follow_run(args, follow_size=True):
+    """Let --pretrained_weights say what its network is, in the flags `args` (see dino_cli.model_flags).
+
+    A run's folder becomes the file in it. Flags that were not given become the run's: --arch, --patch_size, --exif
+    and, with `follow_size`, --image_size. Flags that were given stay, with a note if they differ. In a Namespace
+    without `given` (see dino_cli.Flags), all are given. Returns the `trained_settings`. Raises UserError if the file
+    can't be read.
+    """
+    args.pretrained_weights = find_weights(args.pretrained_weights)
+    trained, given = trained_settings(args.pretrained_weights), getattr(args, "given", vars(args))
+    names = [name for name in FOLLOWED if name in trained and name in args and (follow_size or name != "image_size")]
+    differ = [name for name in names if as_word(getattr(args, name)) != as_word(trained[name])]
+    followed = [name for name in differ if name not in given]
+    for name in followed:
+        setattr(args, name, trained[name])
+    if utils.rank_from_environment("")[0] == 0:  # the processes have not met yet
+        if followed:
+            utils.say("as in training:", *(f"--{name} {as_word(trained[name])}" for name in followed))
+        for name in [name for name in differ if name in given]:
+            value, theirs = as_word(getattr(args, name)), as_word(trained[name])
+            utils.say(f"note: --{name} {value} differs from the run's {theirs}")
+    return trained
+
+
+def as_word(value):
+    """A setting as on the command line, and by one name."""
+    return str(value).lower() if isinstance(value, bool) else ARCH_ALIASES.get(str(value), str(value))
+
+
+BACKBONE = "backbone.pth"
+
+
+def write_backbone(folder, backbone, args):
+    """Write a trained backbone to backbone.pth and its settings to backbone.json. Returns the path. Raises OSError.
+
+    The weights are a plain state dict of the network alone. `args` are the run's.
+    """
+    path, args = os.path.join(folder, BACKBONE), utils.plain_args(args)
+    more = {name: args[name] for name in ("epochs", "images") if name in args}
+    text = json.dumps({**settings_of(args), **more, "network": "teacher"}, indent=1).encode()
+    save(path, {name: tensor.contiguous() for name, tensor in to_host(backbone.state_dict()).items()})
+    utils.write_whole(Path(path).with_suffix(".json"), lambda file: file.write(text))
+    return path
 
 
 # ---- comparing settings ----

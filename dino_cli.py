@@ -43,6 +43,7 @@ def at_least(low, number=int):
 share = between(0, 1, float)
 positive = at_least(math.ulp(0.0), float)
 positive.range = "above 0"
+bool_flag.range = "true or false"
 
 
 def default_workers():
@@ -62,8 +63,12 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("unrecognized arguments: ") and message.endswith(".tar"):
             message = "--data_path takes one pattern. Quote it: 'shards/{0000..0999}.tar'"
-        elif message.startswith("unrecognized arguments: --"):
-            message += utils.did_you_mean(message.split()[2].partition("=")[0], self._option_string_actions)
+        elif message.startswith("unrecognized arguments: "):
+            for word in [word for word in message.split()[2:] if word.startswith("-")][:1]:
+                flag = "--" + word.partition("=")[0].lstrip("-").replace("-", "_")  # as in -arch and --patch-size
+                message += utils.did_you_mean(flag, self._option_string_actions)
+        # bool_flag also knows on, off, 1 and 0, for the authors' commands.
+        message = re.sub(r" is neither on/true/1 .*", f" must be {bool_flag.range}", message)
         self.exit(2, f"error: {self.source}{message} (--help lists the flags)\n")
 
 
@@ -78,21 +83,58 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return text.replace("%(default)s)", f"%(default)s, {range_})") if range_ else text
 
 
+class Flags(argparse.Namespace):
+    """Parsed flags. `given` has the names of those that the command line or a recipe set; it is not one of vars()."""
+
+    __slots__ = ("given",)
+
+
 def parse_args(parser, argv=None):
-    """Parse the command line. A recipe named by --config is read as if its flags came first.
+    """Parse the command line into Flags. A recipe named by --config is read as if its flags came first.
 
     So argparse itself checks the recipe's values, and the command line overrides them.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(argv)
-    path = getattr(args, "config", None)
-    if path is not None:
+    args = parser.parse_args(argv, Flags())
+    if getattr(args, "config", None) is not None:
+        path = find_recipe(args.config)
         flags = recipe_flags(parser, read_recipe(path, known=set(vars(args)) - {"config", "print_config"}))
         parser.source = f"in {path}: "
         parser.parse_args(flags)
         parser.source = ""
-        args = parser.parse_args(flags + argv)
+        argv = flags + argv
+        args = parser.parse_args(argv, Flags())
+    args.given = given_flags(parser, argv, vars(args))
     return args
+
+
+def given_flags(parser, argv, names):
+    """The subset of `names` that `argv` sets, also to their defaults."""
+    unset = object()  # argparse sets no default where there is a value already
+    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
+    return {name for name, value in values.items() if value is not unset}
+
+
+def check_whole_patches(flag, size, patch_size):
+    """Raise UserError, with the nearest multiples, if `size` (or one of several sizes) is not one of the patch size."""
+    sizes = [size] if isinstance(size, int) else size
+    if not any(side % patch_size for side in sizes):
+        return
+    below = [side // patch_size * patch_size for side in sizes]
+    above = [-(-side // patch_size) * patch_size for side in sizes]
+    given, *near = (" ".join(map(str, sides)) for sides in (sizes, below, above) if all(sides))
+    raise UserError(f"--{flag} {given} is not a multiple of --patch_size {patch_size}. Use {' or '.join(near)}")
+
+
+def find_recipe(name):
+    """The path of a recipe. `name` is a file, or one in recipes/ without its suffix: demo. Raises UserError."""
+    if os.path.isfile(name) or os.path.basename(name) != name or Path(name).suffix:
+        return name
+    known = {path.stem: str(path) for path in Path(__file__).resolve().parent.glob("recipes/*.yaml")}
+    if name not in known:
+        near = utils.did_you_mean(name, known) or f". There are {', '.join(sorted(known))}"
+        raise UserError(f"--config {name} is neither a file nor the name of a recipe{near}")
+    return known[name]
 
 
 def read_recipe(path, known):
@@ -146,11 +188,13 @@ def print_config(args):
 def model_flags(arch="vit_small", patch_size=16):
     """The flags that name the network of an evaluation, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--arch", default=arch, metavar="NAME", help="Network; main_dino.py --list_archs lists them.")
+    parser.add_argument("--pretrained_weights", default="", metavar="PATH", help="""Folder of a run, or a checkpoint or
+        state dict. A run says its network, so --arch and --patch_size are not needed. Default: the published weights
+        for --arch and --patch_size. `random` evaluates an untrained network.""")
+    parser.add_argument("--arch", default=arch, metavar="NAME",
+        help="Network; main_dino.py --list_archs lists them. Default for a run: its own.")
     parser.add_argument("--patch_size", default=patch_size, type=at_least(1), metavar="PIXELS",
-        help="Side of a ViT's patches.")
-    parser.add_argument("--pretrained_weights", default="", metavar="FILE", help="""Checkpoint or state dict. Default:
-        the published weights for --arch and --patch_size. `random` evaluates an untrained network.""")
+        help="Side of a ViT's patches. Default for a run: its own.")
     parser.add_argument("--checkpoint_key", default="teacher", metavar="KEY",
         help="Which network of a training checkpoint to use: teacher (better) or student.")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
@@ -158,23 +202,34 @@ def model_flags(arch="vit_small", patch_size=16):
     return parser
 
 
+def exif_flag():
+    """--exif, as a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
+        help="Rotate photographs by their EXIF orientation. Default for a run: as in its training.")
+    return parser
+
+
 def labeled_flags():
     """The flags that name labeled images, as a parser for `parents=[...]`."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, parents=[exif_flag()])
     parser.add_argument("--data_path", default="sample", metavar="PATH", help="""Folder with train and val: class
         folders, or lists of paths and labels (train.csv), or tar shards. Or torchvision:NAME, such as
         torchvision:CIFAR10. Or `sample`, a small set made from photographs that are installed with the
         requirements.""")
-    parser.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
-        help="Rotate photographs by their EXIF orientation; as in training.")
+    parser.add_argument("--list_columns", default=(), nargs="+", metavar="NAME", help="""Of lists with a header: the
+        columns with paths and labels. Default: recognized by their names.""")
     return parser
 
 
 def process_flags():
-    """The flags of evaluations that can run in several processes, as a parser for `parents=[...]`."""
+    """The flags of evaluations that extract features, in one or several processes: a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--num_workers", default=default_workers(), type=at_least(0), metavar="N",
         help="Processes that load images. Default: the cores of this process, at most 10.")
+    parser.add_argument("--amp_dtype", default="float32", choices=["float32", "bf16", "fp16", "tf32"], help="""What the
+        network computes in. float32 gives the published numbers. bf16 and fp16 are faster on GPUs and round features
+        to 2 or 3 digits; tf32 (NVIDIA GPUs) is in between. Features are stored in float32.""")
     parser.add_argument("--dist_url", default="env://", metavar="URL", help="Rendezvous of several processes.")
     parser.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
         help="Passed by some launchers; ignored.")

@@ -122,6 +122,13 @@ def shorten(image):
     return transforms.functional.center_crop(image, [min(side, 2 * min(height, width)) for side in (height, width)])
 
 
+def image_transform(image_size, inputs=utils.RGB, exif=False):
+    """PIL image (or what dino_images.open_image returns) -> normalized floats [C, image_size, image_size]."""
+    decode = functools.partial(dino_images.decode, inputs=inputs)
+    steps = [decode, eval_transform(image_size, inputs), inputs.normalize]
+    return transforms.Compose([ImageOps.exif_transpose, *steps] if exif else steps)
+
+
 def last_transforms(inputs):
     """The last steps of a transform: to uint8 [3, H, W] for photographs, to normalized floats [C, H, W] for others."""
     steps = [transforms.PILToTensor() if inputs.photographs else to_int16]

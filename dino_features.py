@@ -1,5 +1,6 @@
 """Frozen features and what they tell: extraction, attention, nearest neighbors, retrieval."""
 
+import functools
 import itertools
 import math
 
@@ -10,33 +11,67 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms.functional import pil_to_tensor, resize
 
+import dino_backbones
 import dino_crops
 import dino_data
 import utils
 from utils import UserError
 
+# ---- a trained network in two lines ----
+
+
+def load_run(source, checkpoint_key="teacher", device="cpu"):
+    """(frozen backbone, transform) of a run's folder, a checkpoint, a backbone.pth, or a torch.hub name.
+
+    The transform maps a PIL image to the network's input, normalized floats [C, H, W], as the evaluations do: resize to
+    8/7 of the training's global crops, bicubic, crop the center, subtract the mean, divide by the std.
+    `checkpoint_key` is teacher or student, `device` cpu, cuda, mps or auto. Raises UserError.
+    """
+    model, settings = dino_backbones.trained_backbone(source, checkpoint_key, device)
+    size, exif = settings.get("image_size", 224), settings.get("exif", False)
+    return model, dino_crops.image_transform(size, utils.inputs_of(settings), exif)
+
+
 # ---- extraction ----
 
 
+def pick_dtype(device, amp_dtype):
+    """dtype of autocast for --amp_dtype of an evaluation (dino_cli.process_flags), or None. Raises UserError."""
+    # float32 leaves torch's settings alone, with which the published numbers were measured.
+    return None if amp_dtype == "float32" else dino_backbones.pick_amp_dtype(device, True, amp_dtype)
+
+
+def features_in(model, images, amp_dtype=None):
+    """The features [B, D] of a model, computed by autocast in `amp_dtype` if there is one and returned as float32."""
+    if amp_dtype is None:
+        return utils.features_of(model, images)
+    with torch.autocast(images.device.type, dtype=amp_dtype):
+        return utils.features_of(model, images).float()
+
+
 @torch.no_grad()
-def extract_features(model, data_loader, use_cuda=True, multiscale=False, stop=None):
+def extract_features(
+    model, data_loader, use_cuda=True, multiscale=False, stop=None, amp_dtype=None, header="Features:"
+):
     """Features of a whole data set, in its order: [N, D] float32 on rank 0, None on other ranks.
 
     `data_loader` yields (images, indices into the data set), images as uint8 RGB or normalized floats; each rank's
     loader covers its share, all shares of one length. `use_cuda` keeps the features on the model's GPU, if it has one,
     instead of in main memory. They are gathered once, at the end. Every 10 batches, all ranks check whether `stop`, a
-    StopRequest, has a signal on any rank, and raise utils.Stopped.
+    StopRequest, has a signal on any rank, and raise utils.Stopped. `amp_dtype` is what the model computes in, `header`
+    the start of the lines that show progress.
     """
+    network = functools.partial(features_in, model, amp_dtype=amp_dtype)
     weight = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
     store = weight.device if use_cuda else torch.device("cpu")
     found, places = None, torch.empty(len(data_loader.sampler), dtype=torch.long)
     first = 0
     batches = stop.watch(data_loader) if stop else data_loader
-    for i, (images, indices) in enumerate(utils.MetricLogger().log_every(batches, 10, "Features:")):
+    for i, (images, indices) in enumerate(utils.MetricLogger().log_every(batches, 10, header)):
         if stop and i % 10 == 0 and (number := max(utils.gather_objects(stop.signal))):
             raise utils.Stopped(int(number))
         images = utils.normalize(images.to(weight.device, non_blocking=True))
-        features = multi_scale(images, model) if multiscale else utils.features_of(model, images)
+        features = multi_scale(images, network) if multiscale else network(images)
         if found is None:  # one buffer: parts and their concatenation would need twice the memory
             found = torch.empty(len(places), features.shape[1], device=store)
         here = slice(first, first + len(indices))
@@ -133,19 +168,22 @@ def accuracy(output, target, topk=(1,)):
 # ---- nearest neighbors ----
 
 
-def labeled_features(model, sets, batch_size, num_workers, device, use_cuda=True, stop=None):
+def labeled_features(
+    model, sets, batch_size, num_workers, device, use_cuda=True, stop=None, amp_dtype=None, name="Features"
+):
     """(train features, train labels, test features, test labels), features L2-normalized; None on other ranks than 0.
 
     `sets` are two data sets of (image, index), and the labels [N] of each. All ranks have to call it. Raises
-    utils.Stopped if the StopRequest `stop` has a signal.
+    utils.Stopped if the StopRequest `stop` has a signal. `name` is the network's, for the lines that show progress.
     """
     train, test, train_labels, test_labels = sets
     features = []
-    for dataset in (train, test):
+    for part, dataset in (("train", train), ("val", test)):
         # A signal to the whole process group is for the training process, not for its loaders.
         in_worker = utils.ignore_signals if stop else None
         loader = dino_data.eval_loader(dataset, batch_size, num_workers, device, in_worker)
-        features.append(extract_features(model, loader, use_cuda, stop=stop))
+        how = {"stop": stop, "amp_dtype": amp_dtype, "header": f"{name}, {part}:"}
+        features.append(extract_features(model, loader, use_cuda, **how))
     if not utils.is_main_process():
         return None
     for rows in features:
@@ -232,11 +270,11 @@ class OnlineKnn:
 
     def baselines(self, backbone, stop=None):
         """{"knn_start": ..., "knn_raw_pixels": ...}: top-1 accuracies of the start weights and of raw pixels."""
-        models = {"knn_start": backbone, "knn_raw_pixels": raw_pixels(self.device)}
-        found = {name: self.accuracies(model, stop).get("knn_top1") for name, model in models.items()}
+        models = {"knn_start": (backbone, "start weights"), "knn_raw_pixels": (raw_pixels(self.device), "raw pixels")}
+        found = {key: self.accuracies(model, stop, name).get("knn_top1") for key, (model, name) in models.items()}
         return {name: top1 for name, top1 in found.items() if top1 is not None}
 
-    def accuracies(self, backbone, stop=None):
+    def accuracies(self, backbone, stop=None, name="teacher"):
         """{"knn_top1": ..., "knn_top5": ...} in percent, the same on all ranks. {} if the GPU has no memory for it.
 
         All ranks have to call it. Raises utils.Stopped if the StopRequest `stop` has a signal on any rank.
@@ -246,7 +284,7 @@ class OnlineKnn:
         how = (self.args.batch_size_per_gpu, self.args.num_workers, self.device)
         found, features = {}, None
         try:
-            features = labeled_features(backbone, self.sets, *how, stop=stop)
+            features = labeled_features(backbone, self.sets, *how, stop=stop, name=f"Features of the {name}")
             if features:
                 top1, top5 = knn_accuracies(*features, [NEIGHBORS], TEMPERATURE)[NEIGHBORS]
                 found = {"knn_top1": top1, "knn_top5": top5}

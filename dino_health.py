@@ -261,14 +261,13 @@ def describe_end(args, stats, path, seconds):
     result = [f"loss {stats['train_loss']:.4f}"] if "train_loss" in stats else []
     if "knn_top1" in stats:
         result.append(f"k-NN top-1 {describe_knn(stats, args)}")
-    patch = f" --patch_size {args.patch_size}" if args.arch in VITS else ""
     labeled = args.knn_data or (args.data_path if args.data_path == "sample" else None)
     data = shlex.quote(labeled) if labeled else "FOLDER_WITH_TRAIN_AND_VAL"
+    folder = shlex.quote(args.output_dir)
     return (
         f"finished{': ' * bool(result)}{', '.join(result)}. This run took {seconds:.0f} s; weights are in {path}\n"
-        f"next: python eval_knn.py --arch {args.arch}{patch} --image_size {args.global_crops_size} "
-        f"--pretrained_weights {shlex.quote(str(path))} --data_path {data}\n"
-        f"      python report.py {shlex.quote(args.output_dir)}"
+        f"next: python eval_knn.py --pretrained_weights {folder} --data_path {data}\n"
+        f"      python report.py {folder}"
     )
 
 

@@ -8,11 +8,7 @@ import argparse
 import contextlib
 import json
 import math
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 import time
 
 import torch
@@ -24,6 +20,7 @@ import dino_data
 import dino_features
 import dino_files
 import dino_health
+import dino_signals
 import utils
 from dino_cli import at_least, between
 from utils import Stopped, UserError, bool_flag
@@ -36,8 +33,8 @@ def flags():
     parser = argparse.ArgumentParser(add_help=False)
     # fmt: off
     run = parser.add_argument_group("output and resuming")
-    run.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines (see recipes/).
-        Flags on the command line override it.""")
+    run.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines, or the name of
+        one in recipes/, such as demo. Flags on the command line override it.""")
     run.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS,
         help="Print the final settings as a recipe for --config, and exit.")
     run.add_argument("--output_dir", default=".", metavar="DIR",
@@ -201,7 +198,7 @@ class Run(Bare):
             self.bad_images = dino_data.recheck_bad_images(progress["health"], images, utils.inputs_of(args))
             dino_health.write_environment(args, self.parser)
             self.monitor.check_settings()
-            self.stop = stack.enter_context(StopRequest())
+            self.stop = stack.enter_context(dino_signals.StopRequest())
             self.open = stack.pop_all()
         return self
 
@@ -490,7 +487,12 @@ class Run(Bare):
     # ---- the end ----
 
     def finish(self):
-        """Say what the run has come to. Raises UserError (exit codes 4 and 5) for what the launcher has to know."""
+        """Write backbone.pth, and say what the run has come to.
+
+        Raises UserError (exit codes 4 and 5) for what the launcher has to know.
+        """
+        if utils.is_main_process():
+            self.write_backbone()
         # Nobody exits before rank 0 has written: a launcher would end it too.
         unsaved, collapse = utils.gather_objects((list(self.unsaved.values()), self.monitor.collapse))[0]
         if unsaved:
@@ -500,101 +502,12 @@ class Run(Bare):
         path = self.path if os.path.isfile(self.path) else self.loaded
         utils.log(dino_health.describe_end(self.args, self.stats, path, time.monotonic() - self.began))
 
-
-# ---- signals ----
-
-
-GRACE = 5.0  # seconds
-
-
-class Watched:
-    """A data loader that is given up some seconds after a signal, such as one whose file system does not answer."""
-
-    def __init__(self, loader, stop):
-        self.loader, self.stop = loader, stop
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        self.stop.waiting = True
-        for batch in self.loader:
-            self.stop.waiting = False
-            yield batch
-            self.stop.waiting = True
-        self.stop.waiting = False
-
-
-class StopRequest:
-    """Notes SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2, so that a run can finish its step and save before it ends.
-
-    A context manager; `signal` is the number of the first signal, 0 before. A second SIGINT interrupts at once, but not
-    within a second of the first: launchers pass on a Ctrl-C that the terminal has sent to the processes already.
-    """
-
-    def __enter__(self):
-        self.signal, self.noted, self.interrupted, self.before, self.waiting = 0, set(), None, {}, False
-        self.children = set(multiprocessing.active_children())
-        if threading.current_thread() is threading.main_thread():  # only the main thread can handle signals
-            for number in utils.STOP_SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-                    self.before[number] = signal.signal(number, self.note)
-        return self
-
-    def __exit__(self, error=None, *_):
-        # From here on all processes end together, and launchers send SIGTERM to the rest when the first has ended. It
-        # must not change the exit code, from which a job script decides whether to requeue.
-        self.waiting = False
-        agreed = error is None or issubclass(error, (UserError, Stopped))
-        ending = agreed and self.before.get(signal.SIGTERM) is utils.terminate
-        for number, handler in self.before.items():
-            if ending and number != signal.SIGINT:
-                handler = signal.SIG_IGN
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self.kill_loaders()
-
-    def kill_loaders(self):
-        """Kill the loader processes. Python would send them SIGTERM at exit, which they ignore, and wait forever."""
-        main = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if main else None  # torch's handler would raise
-        for child in set(multiprocessing.active_children()) - self.children:
-            child.kill()
-            child.join()
-        if main:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
-
-    def note(self, number, _):
-        if number == signal.SIGINT:
-            now = time.monotonic()
-            if self.interrupted is not None and now - self.interrupted > 1:
-                raise KeyboardInterrupt
-            self.interrupted = self.interrupted or now
-        self.signal = self.signal or number
-        self.noted.add(number)
-        if number == getattr(signal, "SIGHUP", None):  # the terminal is gone
-            utils.mute()
-        if self.waiting and hasattr(signal, "setitimer"):
-            signal.signal(signal.SIGALRM, self.give_up)
-            signal.setitimer(signal.ITIMER_REAL, GRACE)
-
-    def give_up(self, *_):
-        if self.waiting:
-            raise Stopped(self.signal)
-
-    def watch(self, data_loader):
-        """The batches of a loader. Raises Stopped if a signal is GRACE seconds old and the batch still not there."""
-        return Watched(data_loader, self)
-
-    def leave(self, number):
-        """Exit as signal `number` asks: through its earlier handler, such as submitit's, or with code 128 + number.
-
-        The earlier handlers of other signals that have arrived run too: Slurm may send SIGTERM, then SIGUSR2.
-        """
-        for each in sorted({number, *self.noted}):
-            handler = self.before.get(each)
-            if callable(handler) and handler not in (signal.default_int_handler, utils.terminate):
-                self.__exit__()
-                handler(each, None)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(128 + number)
+    def write_backbone(self):
+        """Write the teacher's backbone without all that only training needs. A full disk is a warning."""
+        try:
+            path = dino_checkpoints.write_backbone(self.args.output_dir, self.parts.teacher.backbone, self.args)
+        except OSError as e:
+            utils.say(f"warning: {dino_checkpoints.BACKBONE} could not be written ({e.strerror or e})")
+        else:
+            size = os.path.getsize(path) / 1e6
+            utils.say(f"the teacher's backbone alone, {size:.1f} MB, is in {path}; its settings are in backbone.json")

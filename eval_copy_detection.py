@@ -2,7 +2,7 @@
 
     python eval_copy_detection.py --data_path copydays                                  # published ViT-B/8, 320 pixels
     python eval_copy_detection.py --data_path copydays --whitening_path yfcc/20k --distractors_path yfcc/10k
-    python eval_copy_detection.py --arch vit_small --patch_size 16 --pretrained_weights FILE --data_path copydays
+    python eval_copy_detection.py --pretrained_weights runs/vits16 --data_path copydays
 
 --data_path holds the images in original/, and in any of strong/, jpegqual/<quality>/ and crops/<share>/. Each image of
 these blocks is a query; the database is all originals and distractors. Prints the mean average precision per block.
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torchvision import transforms
 
 import dino_backbones
+import dino_checkpoints
 import dino_cli
+import dino_crops
 import dino_data
 import dino_features
 import dino_files
@@ -51,14 +53,9 @@ def get_args_parser():
 
 
 def check_args(args):
-    """Raise UserError if --arch is not a ViT, or if --imsize is too small for it."""
-    dino_backbones.check_arch(args.arch)
-    if not dino_backbones.vit_factory(args.arch):
-        vits = ", ".join(dino_backbones.vit_names())
-        raise UserError(f"--arch {args.arch} has no CLS and patch tokens. Use one of {vits}")
-    if args.imsize < args.patch_size:
-        size = f"--imsize {args.imsize} is smaller than one patch (--patch_size {args.patch_size})"
-        raise UserError(f"{size}. Raise --imsize")
+    """Raise UserError if --arch is not a ViT, or if --imsize does not fit its patches."""
+    dino_backbones.check_vit(args.arch, "CLS and patch tokens")
+    dino_cli.check_whole_patches("imsize", args.imsize, args.patch_size)
 
 
 # ---- data ----
@@ -116,17 +113,18 @@ class CopyFeatures(nn.Module):
 
     def forward(self, images):
         (tokens,) = self.vit.get_intermediate_layers(images, n=1)  # [B, 1 + N, D]
+        tokens = tokens.float()  # fourth powers would leave the range of fp16
         pooled = tokens[:, 1:].clamp(min=1e-6).pow(4).mean(dim=1).pow(0.25)
         return torch.cat((tokens[:, 0], pooled), dim=1)
 
 
-def extract(model, paths, args, device):
+def extract(model, paths, args, device, inputs=utils.RGB, amp_dtype=None):
     """Features [N, 2·D] of the images at `paths`, in order; None on ranks other than 0. Raises UserError for NaN."""
     square = transforms.Resize((args.imsize, args.imsize), interpolation=transforms.InterpolationMode.BICUBIC)
-    transform = transforms.Compose([square, transforms.PILToTensor()])
+    transform = transforms.Compose([square, *dino_crops.last_transforms(inputs)])
     images = dino_data.EvalImages(dino_files.ImageFiles(paths), transform)
     loader = dino_data.eval_loader(images, args.batch_size_per_gpu, args.num_workers, device)
-    features = dino_features.extract_features(model, loader, args.use_cuda)
+    features = dino_features.extract_features(model, loader, args.use_cuda, amp_dtype=amp_dtype)
     if features is not None:
         dino_features.check_finite_features(features)
     return features
@@ -164,6 +162,9 @@ def average_precisions(queries, database, positives):
 @torch.no_grad()
 def main(args):
     """Run the evaluation. Raises UserError for a mistake in the arguments or the data."""
+    dino_checkpoints.follow_run(args)
+    if "imsize" not in getattr(args, "given", vars(args)):  # there are patches that 320 is no multiple of
+        args.imsize = max(args.imsize // args.patch_size, 1) * args.patch_size
     check_args(args)
     device = utils.init_distributed_mode(args)
 
@@ -175,10 +176,14 @@ def main(args):
         for flag in ("whitening_path", "distractors_path")
         if getattr(args, flag)
     }
-    model = CopyFeatures(dino_backbones.frozen_backbone(args, device, args.imsize)[0])
+    inputs = dino_checkpoints.photograph_inputs(args.pretrained_weights)
+    amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
+    vit, _ = dino_backbones.frozen_backbone(args, device, args.imsize, inputs=inputs, amp_dtype=amp_dtype)
+    model = CopyFeatures(vit)
 
     # ---- features ----
-    features = {name: extract(model, paths, args, device) for name, paths in {**blocks, **others}.items()}
+    how = (args, device, inputs, amp_dtype)
+    features = {name: extract(model, paths, *how) for name, paths in {**blocks, **others}.items()}
     if not utils.is_main_process():
         return
     if args.whitening_path:

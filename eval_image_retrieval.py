@@ -1,7 +1,7 @@
 """Image retrieval on revisited Oxford and Paris with frozen features (section 4.2.1 of the paper).
 
     python eval_image_retrieval.py --imsize 512 --multiscale true --data_path revisitop --dataset roxford5k
-    python eval_image_retrieval.py --pretrained_weights checkpoint.pth --data_path revisitop --dataset rparis6k
+    python eval_image_retrieval.py --pretrained_weights runs/vits16 --data_path revisitop --dataset rparis6k
 
 --data_path holds <dataset>/gnd_<dataset>.pkl, the revisited ground truth, and <dataset>/jpg/*.jpg. Prints mAP and mP@k
 in percent for the Medium, Hard and Easy protocols. By default, uses the published ViT-S/16 trained on landmarks: mAP
@@ -20,7 +20,9 @@ from PIL import Image
 from torchvision import transforms
 
 import dino_backbones
+import dino_checkpoints
 import dino_cli
+import dino_crops
 import dino_data
 import dino_features
 import dino_files
@@ -159,23 +161,28 @@ def protocol_truth(gnd, protocol):
 
 def main(args):
     """Run the evaluation. Raises UserError for a mistake in the arguments or the data."""
+    dino_checkpoints.follow_run(args)
     check_args(args)
     device = utils.init_distributed_mode(args)
 
     # ---- data, network ----
     patch = args.patch_size if dino_backbones.vit_factory(args.arch) else 1
     least_side = 2 * patch if args.multiscale else patch  # one patch, also at half the size
+    inputs = dino_checkpoints.photograph_inputs(args.pretrained_weights)
+    transform = transforms.Compose(dino_crops.last_transforms(inputs))
     splits = [
-        OxfordParisDataset(args.data_path, args.dataset, split, imsize=args.imsize, least_side=least_side)
+        OxfordParisDataset(args.data_path, args.dataset, split, transform, args.imsize, least_side)
         for split in ("database", "query")
     ]
     utils.log(f"{len(splits[0])} images in the database, {len(splits[1])} queries")
-    model, _ = dino_backbones.frozen_backbone(args, device, args.imsize, part="landmarks")
+    amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
+    model, _ = dino_backbones.frozen_backbone(args, device, args.imsize, "landmarks", inputs, amp_dtype)
 
     # ---- features: batches of one image, because sizes differ ----
     loaders = [dino_data.eval_loader(split, 1, args.num_workers, device) for split in splits]
     try:
-        features = [dino_features.extract_features(model, loader, args.use_cuda, args.multiscale) for loader in loaders]
+        how = {"use_cuda": args.use_cuda, "multiscale": args.multiscale, "amp_dtype": amp_dtype}
+        features = [dino_features.extract_features(model, loader, **how) for loader in loaders]
     except (RuntimeError, AssertionError) as e:  # some networks need a certain shape; ours do not
         if dino_backbones.vit_factory(args.arch):
             raise

@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbor classification with frozen features (section 4.1 of the paper).
 
     python eval_knn.py --data_path imagenet                             # published ViT-S/16: 74.5 % top-1
-    python eval_knn.py --pretrained_weights runs/vits16/checkpoint.pth --data_path imagenet
+    python eval_knn.py --pretrained_weights runs/vits16 --data_path imagenet
     python eval_knn.py --load_features features                         # reuse the files of --dump_features
 
 --data_path holds train/<class>/* and val/<class>/*, or train.csv and val.csv. Each validation image is classified by
@@ -12,13 +12,13 @@ import argparse
 import os
 
 import torch
-import torch.nn as nn
 
 import dino_backbones
 import dino_checkpoints
 import dino_cli
 import dino_crops
 import dino_data
+import dino_features
 import utils
 from dino_cli import at_least, positive
 from dino_features import extract_features, knn_accuracies, knn_classifier, labeled_features  # noqa: F401 - public
@@ -37,7 +37,7 @@ def get_args_parser():
     parser.add_argument("--temperature", default=0.07, type=positive, metavar="T",
         help="Each neighbor votes with weight exp(similarity / T). A lower T favors the nearest neighbors.")
     parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS", help="""Input size of the
-        network. Images are resized to 8/7 of this size, then center-cropped. Use the size of training.""")
+        network. Images are resized to 8/7 of this size, then center-cropped. Default for a run: its global crops.""")
     parser.add_argument("--baselines", default=False, type=bool_flag, metavar="BOOL", help="""Also print a table that
         compares the weights with chance, raw pixels and the same network untrained.""")
     parser.add_argument("--batch_size_per_gpu", default=128, type=at_least(1), metavar="B",
@@ -56,27 +56,19 @@ def check_args(args):
     """Raise UserError for flags that contradict each other."""
     if args.load_features is not None and (args.dump_features is not None or args.baselines):
         raise UserError("--load_features runs no network. Remove --dump_features and --baselines")
-    if args.image_size < args.patch_size and dino_backbones.vit_factory(args.arch):
-        raise UserError(
-            f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size}). "
-            "Raise --image_size"
-        )
+    if dino_backbones.vit_factory(args.arch):
+        dino_cli.check_whole_patches("image_size", args.image_size, args.patch_size)
 
 
 # ---- features ----
 
 
-def build_model(args, device, weights, in_chans=3):
+def build_model(args, device, weights, in_chans=3, amp_dtype=None):
     """(frozen network with these weights, its name in the table)."""
     model, _ = dino_backbones.build_backbone(args.arch, args.patch_size, args.image_size, in_chans=in_chans)
     matched, _ = dino_backbones.load_weights(model, weights, args.checkpoint_key, args.arch, args.patch_size)
     name = f"trained {args.checkpoint_key}" if matched else "untrained network"
-    return dino_backbones.prepare_for_evaluation(model, device), name
-
-
-def raw_pixels():
-    """Baseline: the image itself, averaged down to 16 × 16 pixels, as the feature vector [B, 16 · 16 · channels]."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten())
+    return dino_backbones.prepare_for_evaluation(model, device, amp_dtype), name
 
 
 # In the order in which `labeled_features` returns the tensors.
@@ -115,6 +107,7 @@ def load_features(folder, device):
 
 def main(args):
     """Run the evaluation. Raises UserError for a mistake in the arguments or the data."""
+    dino_checkpoints.follow_run(args)
     check_args(args)
     if args.dump_features is not None:
         dino_cli.check_output_dir(args.dump_features, "--dump_features", FEATURE_FILES)
@@ -124,16 +117,18 @@ def main(args):
         return
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     transform = dino_crops.eval_transform(args.image_size, inputs)
-    sets = dino_data.labeled_images(args.data_path, transform, args.exif, inputs=inputs)
+    sets = dino_data.labeled_images(args.data_path, transform, args.exif, inputs=inputs, columns=args.list_columns)
     utils.log(f"{len(sets[0])} training and {len(sets[1])} validation images in {len(sets[0].images.classes)} classes")
     utils.fix_random_seeds(0)  # an untrained network has the same weights in every run
-    model, name = build_model(args, device, args.pretrained_weights, inputs.in_chans)
+    amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
+    model, name = build_model(args, device, args.pretrained_weights, inputs.in_chans, amp_dtype)
     rows = {name: model}
     if args.baselines:
-        untrained, _ = build_model(args, device, "random", inputs.in_chans)
-        rows = {"raw pixels": raw_pixels(), "untrained network": untrained, **rows}
+        untrained, _ = build_model(args, device, "random", inputs.in_chans, amp_dtype)
+        rows = {"raw pixels": dino_features.raw_pixels(device), "untrained network": untrained, **rows}
+    how = (args.batch_size_per_gpu, args.num_workers, device, args.use_cuda)
     features = {
-        row: labeled_features(network, sets, args.batch_size_per_gpu, args.num_workers, device, args.use_cuda)
+        row: labeled_features(network, sets, *how, amp_dtype=amp_dtype, name=f"Features ({row})")
         for row, network in rows.items()
     }
     if not utils.is_main_process():
@@ -150,10 +145,12 @@ def print_accuracies(features, args):
     """Print one line per k on rank 0. `features` are the four tensors of `labeled_features`."""
     if not utils.is_main_process():
         return
+    if len(torch.cat((features[1], features[3])).unique()) < 2:
+        print("note: there is only one class, so every answer is right. Name images of several classes")
     if max(args.nb_knn) > len(features[0]):
         print(f"note: only {len(features[0])} training images; a larger k uses all of them")
     for k, (top1, top5) in knn_accuracies(*features, args.nb_knn, args.temperature).items():
-        print(f"{k}-NN classifier result: Top1: {top1}, Top5: {top5}")
+        print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}")
 
 
 def print_table(features, args):

@@ -1,6 +1,6 @@
 """Linear classification of frozen features (section 4.1 of the paper).
 
-    python eval_linear.py --pretrained_weights runs/vits16/checkpoint.pth --data_path imagenet --output_dir runs/linear
+    python eval_linear.py --pretrained_weights runs/vits16 --data_path imagenet --output_dir runs/linear
     python eval_linear.py --evaluate --data_path imagenet                          # published ViT-S/16 and head: 77.0 %
     python eval_linear.py --evaluate --arch vit_base --n_last_blocks 1 --avgpool_patchtokens true --data_path imagenet
 
@@ -28,6 +28,7 @@ import dino_checkpoints
 import dino_cli
 import dino_crops
 import dino_data
+import dino_features
 import dino_images
 import utils
 from dino_cli import at_least, between, positive
@@ -47,7 +48,8 @@ def get_args_parser():
     parser.add_argument("--avgpool_patchtokens", default=False, type=bool_flag, metavar="BOOL",
         help="Also use the mean patch token of a ViT's last block: false for ViT-S, true for ViT-B.")
     parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS",
-        help="Input size of the network. Validation images are resized to 8/7 of this size, then center-cropped.")
+        help="""Input size of the network. Validation images are resized to 8/7 of this size, then center-cropped.
+        Default for a run: its global crops.""")
     parser.add_argument("--epochs", default=100, type=at_least(1), metavar="E", help="Passes over the training images.")
     parser.add_argument("--lr", default=0.001, type=positive, metavar="LR", help="""Initial learning rate for a
         global batch of 256, scaled linearly with the batch. It follows a cosine to 0, one value per epoch. For your
@@ -73,11 +75,8 @@ def check_args(args):
     """Raise UserError for flags that contradict each other, and for an unknown --arch."""
     if args.linear_weights and not args.evaluate:
         raise UserError("--linear_weights needs --evaluate. Training resumes from --output_dir instead")
-    if args.image_size < args.patch_size and dino_backbones.vit_factory(args.arch):
-        raise UserError(
-            f"--image_size {args.image_size} is smaller than one patch (--patch_size {args.patch_size}). "
-            "Raise --image_size"
-        )
+    if dino_backbones.vit_factory(args.arch):
+        dino_cli.check_whole_patches("image_size", args.image_size, args.patch_size)
     dino_backbones.check_arch(args.arch)
 
 
@@ -94,9 +93,10 @@ def load_data(args):
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     transform = dino_crops.eval_transform(args.image_size, inputs)
     if args.evaluate and dino_data.find_part(args.data_path, "train") is None:
-        val = dino_data.labeled_part(args.data_path, "val", args.exif, in_chans=inputs.in_chans)
+        how = {"in_chans": inputs.in_chans, "columns": args.list_columns}
+        val = dino_data.labeled_part(args.data_path, "val", args.exif, **how)
         return None, dino_data.EvalImages(val, transform, inputs=inputs), None, val.targets, val.classes
-    sets = dino_data.labeled_images(args.data_path, transform, args.exif, inputs=inputs)
+    sets = dino_data.labeled_images(args.data_path, transform, args.exif, inputs=inputs, columns=args.list_columns)
     train, val, train_labels, val_labels = sets
     # MultiCropDataset, because random crops depend on the epoch as well as on the index.
     crop, flip = transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip()
@@ -115,7 +115,7 @@ def build_loader(dataset, sampler, args, device, collate=None):
 # ---- features ----
 
 
-def build_model(args, device):
+def build_model(args, device, amp_dtype=None):
     """(frozen network on the device, width of its features). Raises UserError if the flags do not fit the network."""
     if dino_backbones.vit_factory(args.arch):
         with torch.device("meta"):  # no memory, no download: this only reads the depth
@@ -126,7 +126,7 @@ def build_model(args, device):
         raise UserError(f"--arch {args.arch} has no patch tokens to pool. Remove --avgpool_patchtokens")
     # The network stays in evaluation mode: no dropout, and batch norms keep their statistics.
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
-    model, width = dino_backbones.frozen_backbone(args, device, args.image_size, inputs=inputs)
+    model, width = dino_backbones.frozen_backbone(args, device, args.image_size, inputs=inputs, amp_dtype=amp_dtype)
     return model, width * (args.n_last_blocks + args.avgpool_patchtokens if dino_backbones.is_vit(model) else 1)
 
 
@@ -193,7 +193,8 @@ def load_head(classifier, args):
 # Settings that determine the features, and settings that determine a whole run. `weights` is not a flag but a digest
 # of the network's tensors: their file may be moved, but not changed.
 FEATURE_SETTINGS = ("arch", "patch_size", "n_last_blocks", "avgpool_patchtokens", "weights")
-SETTINGS = ("epochs", "lr", "global_batch", "image_size", "seed", "num_labels", "num_images", *FEATURE_SETTINGS)
+SETTINGS = ("epochs", "lr", "global_batch", "image_size", "seed", "num_labels", "num_images", "amp_dtype")
+SETTINGS += FEATURE_SETTINGS
 
 
 def check_settings(path, file, args, names):
@@ -272,6 +273,7 @@ def validate(extract, classifier, data_loader, labels):
 
 def main(args):
     """Train a linear classifier, resume its training, or --evaluate one. Raises UserError."""
+    dino_checkpoints.follow_run(args)
     check_args(args)
     if not args.evaluate:
         dino_cli.check_output_dir(args.output_dir, files=("checkpoint.pth.tar", "log.txt"))
@@ -291,11 +293,13 @@ def main(args):
     val_labels = val_labels.to(device)
 
     # ---- frozen network, classifier ----
-    model, width = build_model(args, device)
+    amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
+    model, width = build_model(args, device, amp_dtype)
     tensors = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values())
     args.weights = hashlib.blake2b(tensors, digest_size=8).hexdigest()
     blocks = {"n_last_blocks": args.n_last_blocks, "avgpool": args.avgpool_patchtokens}
-    extract = functools.partial(frozen_features, model, **blocks)
+    network = functools.partial(frozen_features, model, **blocks)
+    extract = functools.partial(dino_features.features_in, network, amp_dtype=amp_dtype)
     classifier = LinearClassifier(width, args.num_labels).to(device)
     if args.evaluate:
         load_head(classifier, args)

@@ -1,13 +1,12 @@
 """Video object segmentation on DAVIS 2017 with frozen ViT features (section 4.2.2 of the paper).
 
     python eval_video_segmentation.py --data_path DAVIS --output_dir runs/davis      # published ViT-S/16: J&F 0.618
-    python eval_video_segmentation.py --arch vit_base --patch_size 8 --data_path DAVIS --output_dir runs/davis  # 0.714
-    python eval_video_segmentation.py --pretrained_weights runs/vits16/checkpoint.pth --data_path DAVIS --bs 1
+    python eval_video_segmentation.py --pretrained_weights runs/vits16 --data_path DAVIS --output_dir runs/davis
 
 Each patch copies the labels of the most similar patches nearby, in the first frame and in the previous frames. Nothing
 is trained. --data_path holds ImageSets/2017/val.txt (one video name per line), JPEGImages/480p/<video>/*.jpg and
-Annotations/480p/<video>/00000.png. Writes <output_dir>/<video>/*.png, in the format of the official DAVIS evaluator. If
-all frames of a video are annotated, also prints that evaluator's scores and writes them to <output_dir>/results.json.
+Annotations/480p/<video>/00000.png. Writes <output_dir>/<video>/*.png for the official DAVIS evaluator. If all frames of
+a video are annotated, also prints that evaluator's scores and writes them to <output_dir>/results.json.
 """
 
 import argparse
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import dino_backbones
+import dino_checkpoints
 import dino_cli
 import dino_images
 import utils
@@ -57,9 +57,7 @@ def get_args_parser():
 
 def check_args(args):
     """Raise UserError if --arch is unknown, or is not a ViT."""
-    dino_backbones.check_arch(args.arch)
-    if not dino_backbones.vit_factory(args.arch):
-        raise UserError(f"--arch {args.arch} has no patch features. Use a ViT, such as vit_small")
+    dino_backbones.check_vit(args.arch, "patch features")
 
 
 # ---- videos, frames and masks ----
@@ -133,10 +131,11 @@ def scaled_size(height, width, scale_size=(480,)):
 
 
 # The std differs slightly from ImageNet's (0.229, ...) used elsewhere. The published scores were measured with it.
-FRAME_MEAN, FRAME_STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
+FRAME_MEAN_STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
+VOID = 255  # label of pixels that the annotators left undecided
 
 
-def read_frame(frame_dir, scale_size=(480,), multiple=1):
+def read_frame(frame_dir, scale_size=(480,), multiple=1, mean_std=FRAME_MEAN_STD):
     """(normalized image [3, h, w], original height, original width) of the frame file `frame_dir`.
 
     h and w are the `scaled_size`, rounded down to a multiple of `multiple`. Raises UserError if the file is damaged.
@@ -146,11 +145,8 @@ def read_frame(frame_dir, scale_size=(480,), multiple=1):
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # [3, H, W], 0 to 255
     # Like OpenCV: no antialiasing, and rounded to integers. The published scores were measured this way.
     pixels = F.interpolate(pixels[None], size=size, mode="bilinear", align_corners=False)[0].round()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (FRAME_MEAN, FRAME_STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in mean_std)
     return (pixels / 255 - mean) / std, image.height, image.width
-
-
-VOID = 255  # label of pixels that the annotators left undecided
 
 
 def read_mask(path):
@@ -231,11 +227,11 @@ def extract_feature(model, frame, return_h_w=False):
 
 
 @torch.no_grad()
-def frame_features(model, frame_list, batch_size):
+def frame_features(model, frame_list, batch_size, mean_std=FRAME_MEAN_STD):
     """Yield the L2-normalized features [h, w, D] of each frame, computed for `batch_size` frames at a time."""
     for start in range(0, len(frame_list), batch_size):
         batch = frame_list[start : start + batch_size]
-        frames = [read_frame(path, multiple=model.patch_embed.patch_size)[0] for path in batch]
+        frames = [read_frame(path, (480,), model.patch_embed.patch_size, mean_std)[0] for path in batch]
         yield from F.normalize(patch_features(model, torch.stack(frames)), dim=-1)
 
 
@@ -329,9 +325,11 @@ def eval_video_tracking_davis(args, model, frame_list, video_dir, first_seg, seg
     Their folder is named after `video_dir`, and holds all of them or none. `first_seg` [1, C, h, w] and `seg_ori`
     [H, W] are the first annotation, as returned by `read_seg`. Raises UserError.
     """
+    inputs = dino_checkpoints.photograph_inputs(args.pretrained_weights)
+    mean_std = FRAME_MEAN_STD if inputs == utils.RGB else (inputs.mean, inputs.std)
     first, history, masks = [], deque(maxlen=args.n_last_frames), []  # sources: (features [h, w, D], labels [h, w, C])
     with whole_folder(Path(args.output_dir) / Path(video_dir).name) as folder:
-        for path, features in zip(frame_list, frame_features(model, frame_list, args.bs), strict=True):
+        for path, features in zip(frame_list, frame_features(model, frame_list, args.bs, mean_std), strict=True):
             if not first:
                 mask = seg_ori
                 first.append((features, first_seg[0].permute(1, 2, 0).to(features.device)))
@@ -411,6 +409,7 @@ def mean_scores(scores):
 
 def main(args):
     """Segment all videos, and score the annotated ones. Raises UserError."""
+    dino_checkpoints.follow_run(args)
     check_args(args)
     videos = find_videos(args.data_path, args.output_dir)
     dino_cli.check_output_dir(args.output_dir, files=("results.json",))

@@ -1,9 +1,9 @@
 """Export a trained backbone: plain weights, ONNX, timm, Hugging Face transformers.
 
-    python export.py --to backbone --pretrained_weights runs/vits16/checkpoint.pth --output dino_vits16.pth
-    python export.py --to onnx --pretrained_weights runs/vits16/checkpoint.pth --output dino_vits16.onnx
-    python export.py --to timm --pretrained_weights runs/vits16/checkpoint.pth --output dino_vits16.safetensors
-    python export.py --to hf --pretrained_weights runs/vits16/checkpoint.pth --output dino_vits16
+    python export.py --to backbone --pretrained_weights runs/vits16 --output dino_vits16.pth
+    python export.py --to onnx --pretrained_weights runs/vits16 --output dino_vits16.onnx
+    python export.py --to timm --pretrained_weights runs/vits16 --output dino_vits16.safetensors
+    python export.py --to hf --pretrained_weights runs/vits16 --output dino_vits16
 
 Writes one file (hf: a folder) and prints how to use it. Each export is opened with the software that it is for. It is
 kept only if that software reproduces the network's features on random images to 1e-4 of the largest feature.
@@ -52,7 +52,7 @@ def get_args_parser():
         .safetensors file; onnx: a .onnx file; an existing file is replaced. hf: a new folder.""")
     parser.add_argument("--image_size", default=None, nargs="+", type=at_least(1), metavar="PIXELS",
         help="""Image size of the exported network: height and width, or one number for a square. For a ViT, a multiple
-        of its patch size. Default: the crop size in training for a ViT, 224 for other networks.""")
+        of its patch size. Default: the crop size in training, or 224 if the weights do not say it.""")
     # fmt: on
     parser.set_defaults(device="cpu")  # the export is opened on the CPU, too; a GPU would save no time
     return parser
@@ -76,8 +76,8 @@ def check_args(args):
     args.image_size = [args.image_size[0], args.image_size[-1]]
     if vit and args.to == "backbone":
         raise UserError(f"--image_size {size}: the plain weights of a ViT work for any image size. Remove the flag")
-    if vit and any(side % args.patch_size for side in args.image_size):
-        raise UserError(f"--image_size {size} is not a multiple of --patch_size {args.patch_size}")
+    if vit:
+        dino_cli.check_whole_patches("image_size", args.image_size, args.patch_size)
 
 
 def check_libraries(args):
@@ -369,6 +369,9 @@ def write_and_check(model, path, size, args, inputs=utils.RGB):
 
 def main(args):
     """Export as `args` say (see get_args_parser). The output appears whole or not at all. Raises UserError."""
+    trained = dino_checkpoints.follow_run(args, follow_size=False)
+    if not dino_backbones.vit_factory(args.arch):  # a ViT's positions know their size
+        args.image_size = args.image_size or ([trained["image_size"]] if "image_size" in trained else None)
     check_args(args)
     check_libraries(args)
     output = check_output(args)

@@ -135,10 +135,7 @@ def check_args(args):
     dino_backbones.check_arch(args.arch)
     if dino_backbones.vit_factory(args.arch):
         for flag in ["global_crops_size"] + ["local_crops_size"] * (args.local_crops_number > 0):
-            size, patch = getattr(args, flag), args.patch_size
-            if size % patch:
-                near = " or ".join(str(n * patch) for n in (size // patch, size // patch + 1) if n)
-                raise UserError(f"--{flag} {size} is not a multiple of --patch_size {patch}. Use {near}")
+            dino_cli.check_whole_patches(flag, getattr(args, flag), args.patch_size)
 
 
 # ---- crops (multi-crop of section 3.1, BYOL's augmentations of section 3.2) ----

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # for editors
     from dino_checkpoints import restart_from_checkpoint  # noqa: F401
     from dino_cli import setup_for_distributed  # noqa: F401
     from dino_crops import GaussianBlur, Solarization  # noqa: F401
-    from dino_features import PCA, accuracy, compute_ap, compute_map, multi_scale  # noqa: F401
+    from dino_features import PCA, accuracy, compute_ap, compute_map, load_run, multi_scale  # noqa: F401
     from dino_health import get_sha  # noqa: F401
 
 # Public names that live in another file.
@@ -48,7 +48,7 @@ ELSEWHERE = {
     "dino_checkpoints": ("restart_from_checkpoint",),
     "dino_cli": ("setup_for_distributed",),
     "dino_crops": ("GaussianBlur", "Solarization"),
-    "dino_features": ("PCA", "accuracy", "compute_ap", "compute_map", "multi_scale"),
+    "dino_features": ("PCA", "accuracy", "compute_ap", "compute_map", "load_run", "multi_scale"),
     "dino_health": ("get_sha",),
 }
 

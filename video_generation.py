@@ -1,7 +1,7 @@
 """Video of a ViT's attention: where the CLS token attends in the last block, frame by frame.
 
     python video_generation.py --input_path dog.mp4 --output_path out                            # published ViT-S/8
-    python video_generation.py --input_path frames --patch_size 16 --pretrained_weights checkpoint.pth --output_path out
+    python video_generation.py --input_path frames --pretrained_weights runs/vits16 --output_path out
     python video_generation.py --input_path out/attention --video_only --output_path out         # only encode images
 
 --input_path is a video, a folder of frames or, with --video_only, a folder of attention images. Writes
@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import dino_backbones
+import dino_checkpoints
 import dino_cli
 import dino_data
 import dino_features
@@ -76,9 +77,7 @@ def check_args(args):
             raise UserError(f"--resize {sizes} has more than two numbers. Set the shorter side, or height and width")
         if args.video_only:
             raise UserError("--video_only does not change the images. Remove --resize")
-    dino_backbones.check_arch(args.arch)
-    if not dino_backbones.vit_factory(args.arch):
-        raise UserError(f"--arch {args.arch} has no CLS token that attends to patches. Use a ViT, such as vit_small")
+    dino_backbones.check_vit(args.arch, "CLS token that attends to patches")
 
 
 def check_paths(args):
@@ -174,7 +173,7 @@ def extract_frames(path, folder):
 FRAMES_AT_ONCE = 8  # per forward pass
 
 
-def attention_images(model, paths, folder, args, device):
+def attention_images(model, paths, folder, args, inputs):
     """Yield the attention map of each frame, [H, W, 3] uint8. Write it, and the mask, to subfolders of `folder`.
 
     Raises UserError if the attention is not finite.
@@ -189,7 +188,8 @@ def attention_images(model, paths, folder, args, device):
         batch = paths[start : start + FRAMES_AT_ONCE]
         images = map(dino_images.load_image, batch)
         frames = torch.stack([dino_features.prepare(image, args.resize, args.patch_size) for image in images])
-        attention = dino_features.cls_attention(model, utils.normalize(frames.to(device)))  # [B, heads, h, w]
+        frames_seen = inputs.normalize(frames.to(model.pos_embed.device))
+        attention = dino_features.cls_attention(model, frames_seen)  # [B, heads, h, w]
         attention = attention.float().cpu()
         if not attention.isfinite().all():
             raise UserError("the attention is not finite: the weights are damaged, or training diverged")
@@ -269,6 +269,8 @@ def publish(building, output_path):
 
 def main(args):
     """Write the attention images and the video. Raises UserError."""
+    if not args.video_only:
+        dino_checkpoints.follow_run(args, follow_size=False)
     check_args(args)
     check_paths(args)
     fps = args.fps
@@ -289,8 +291,9 @@ def main(args):
             # Fail before any work if frames are too small. All have one size here.
             dino_features.prepare(dino_images.load_image(paths[0]), args.resize, args.patch_size)
             utils.fix_random_seeds(0)  # an untrained network has the same weights in every run
-            model, _ = dino_backbones.frozen_backbone(args, device, part="attention")
-            images = attention_images(model, paths, building, args, device)
+            inputs = dino_checkpoints.photograph_inputs(args.pretrained_weights)
+            model, _ = dino_backbones.frozen_backbone(args, device, part="attention", inputs=inputs)
+            images = attention_images(model, paths, building, args, inputs)
         number = write_video(video, images, fps)
         publish(building, args.output_path)
     utils.log(f"{number} frames: {os.path.join(args.output_path, os.path.basename(video))}")

@@ -2,7 +2,7 @@
 
     python visualize_attention.py --output_dir out                               # published ViT-S/8, example photograph
     python visualize_attention.py --image_path cat.jpg --threshold 0.6 --output_dir out
-    python visualize_attention.py --pretrained_weights runs/vits16/checkpoint.pth --patch_size 16 --image_path photos
+    python visualize_attention.py --pretrained_weights runs/vits16 --image_path photos
 
 Writes img.png (the input), attn-head{h}.png (one map per head) and overview.png (all of them on one page). --threshold
 adds mask_th{t}_head{h}.png: the smallest set of patches that holds this share of a head's attention. With several
@@ -35,8 +35,8 @@ from utils import UserError
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    flags = dino_cli.model_flags(patch_size=8)
-    parser = argparse.ArgumentParser("Visualize self-attention", add_help=False, parents=[flags])
+    flags = [dino_cli.model_flags(patch_size=8), dino_cli.exif_flag()]
+    parser = argparse.ArgumentParser("Visualize self-attention", add_help=False, parents=flags)
     # fmt: off
     parser.add_argument("--image_path", default=None, nargs="+", metavar="PATH", help="""Images or folders of
         images. Default: an example photograph that comes with scikit-image.""")
@@ -52,9 +52,7 @@ def get_args_parser():
 
 def check_args(args):
     """Raise UserError for flags that do not fit together. Sets args.image_size to [height, width]."""
-    dino_backbones.check_arch(args.arch)
-    if not dino_backbones.vit_factory(args.arch):
-        raise UserError(f"--arch {args.arch} has no CLS token that attends to patches. Use a ViT, such as vit_small")
+    dino_backbones.check_vit(args.arch, "CLS token that attends to patches")
     if len(args.image_size) > 2:
         sizes = " ".join(map(str, args.image_size))
         raise UserError(f"--image_size {sizes} has more than two numbers. Set height and width, or one number")
@@ -114,10 +112,10 @@ def check_folders(folders, names, inputs):
 def load(path, args, inputs):
     """(image to show, uint8 [3, H, W], input of the network, normalized floats [C, H, W]) for an image file."""
     if inputs.in_chans == 3:
-        shown = dino_features.prepare(dino_images.load_image(path), args.image_size, args.patch_size)
+        shown = dino_features.prepare(dino_images.load_image(path, args.exif), args.image_size, args.patch_size)
         return shown, inputs.normalize(shown)
     height, width = (side - side % args.patch_size for side in args.image_size)
-    values = dino_images.planes(dino_images.open_image(path), inputs)
+    values = dino_images.planes(dino_images.open_image(path, args.exif), inputs)
     values = resize(values, args.image_size, antialias=True)[:, :height, :width]
     return (255 * values).round().byte().expand(3, -1, -1), inputs.normalize(dino_crops.to_int16(values))
 
@@ -187,6 +185,9 @@ def draw_overview(pixels, attention):
 
 def main(args):
     """Write the pictures of all images. Raises UserError."""
+    trained = dino_checkpoints.follow_run(args, follow_size=False)
+    if trained and "image_size" not in getattr(args, "given", vars(args)):  # whole patches: nothing is cropped
+        args.image_size = [max(side // args.patch_size, 1) * args.patch_size for side in args.image_size]
     check_args(args)
     paths = find_images(args.image_path)
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)

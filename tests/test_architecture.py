@@ -27,7 +27,11 @@ ARROWS = {
     "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "utils"},
     "dino_features": {"dino_data", "dino_crops", "dino_backbones", "utils"},
     "dino_health": {"utils"},
-    "dino_run": {"dino_features", "dino_data", "dino_files", "dino_health", "dino_checkpoints", "dino_cli", "utils"},
+    "dino_signals": {"utils"},
+    "dino_run": {
+        *("dino_features", "dino_data", "dino_files", "dino_health", "dino_signals", "dino_checkpoints"),
+        *("dino_cli", "utils"),
+    },
     "main_dino": {
         *("dino_run", "dino_backbones", "dino_data", "dino_crops", "dino_cli", "vision_transformer", "utils")
     },

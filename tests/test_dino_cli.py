@@ -56,12 +56,108 @@ def test_the_command_line_wins_over_the_recipe(parse, words):
     assert parse("epochs: 7\n", *words).epochs == 9
 
 
+@pytest.fixture
+def error(capsys):
+    """error(*words) -> the line with which these words end the parser."""
+
+    def error(*words):
+        with pytest.raises(SystemExit) as ended:
+            dino_cli.parse_args(dino_cli.OneLineParser(parents=[flags()]), words)
+        assert ended.value.code == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        return line
+
+    return error
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["--epohcs", "3"], "--epochs"),
+        (["--use-fp16", "true"], "--use_fp16"),
+        (["-epochs", "3"], "--epochs"),
+        (["--scale", "1", "2", "3", "--data-path=x"], "--data_path"),
+    ],
+)
+def test_an_unknown_flag_gets_the_nearest_one(error, words, near):
+    line = error(*words)
+    assert line.startswith("error: unrecognized arguments: ")
+    assert f"; did you mean {near}" in line
+
+
+def test_a_word_without_a_flag_has_no_near_one(error):
+    assert error("epochs") == "error: unrecognized arguments: epochs (--help lists the flags)\n"
+
+
+def test_flags_that_are_on_or_off_say_true_or_false(error, run):
+    assert "argument --use_fp16: 'yes' must be true or false (" in error("--use_fp16", "yes")
+    assert "Mixed precision. (default: True, true or false)" in run(print, "--help")[1]
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """A folder that has recipes/short.yaml beside dino_cli.py, and another one to be in."""
+    (tmp_path / "code" / "recipes").mkdir(parents=True)
+    (tmp_path / "code" / "recipes" / "short.yaml").write_text("epochs: 7\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(dino_cli, "__file__", str(tmp_path / "code" / "dino_cli.py"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+def test_a_recipe_is_found_by_its_name_from_any_folder(recipes, parse):
+    (recipes / "elsewhere" / "short").mkdir()  # no file
+    args = parse(None, "--config", "short")
+    assert (args.epochs, args.config) == (7, "short")
+    (recipes / "elsewhere" / "short").rmdir()
+    (recipes / "elsewhere" / "short").write_text("epochs: 8\n")
+    assert parse(None, "--config", "short").epochs == 8  # a file of that name comes first
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("shrot", "--config shrot is neither a file nor the name of a recipe; did you mean short?"),
+        ("x", "--config x is neither a file nor the name of a recipe. There are short"),
+        ("short.yml", "can't read the recipe --config short.yml: No such file"),
+        ("./short", "can't read the recipe --config ./short: No such file"),
+    ],
+)
+def test_an_unknown_recipe_lists_what_there_is(recipes, parse, name, says):
+    with pytest.raises(UserError) as raised:
+        parse(None, "--config", name)
+    assert str(raised.value).startswith(says)
+
+
 def test_a_wrong_value_on_the_command_line_is_not_blamed_on_the_recipe(parse, capsys):
     with pytest.raises(SystemExit):
         parse("epochs: 7\n", "--lr", "high")
     error = capsys.readouterr().err
     assert error.startswith("error: argument --lr: invalid float value: 'high'")
     assert error.count("\n") == 1
+
+
+def test_flags_know_which_of_them_were_given(parse):
+    args = parse("epochs: 100\n", "--sca", "0.4", "1.0", "--lr=0.5")
+    assert args.given == {"config", "epochs", "scale", "lr"}  # also those that are given their defaults
+    assert "given" not in vars(args)
+    assert parse(None).given == set()
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        (36, "--crop 36 is not a multiple of --patch_size 16. Use 32 or 48"),
+        (15, "--crop 15 is not a multiple of --patch_size 16. Use 16"),
+        ([33, 64], "--crop 33 64 is not a multiple of --patch_size 16. Use 32 64 or 48 64"),
+    ],
+)
+def test_a_size_of_no_whole_patches_is_refused_with_the_nearest_ones(size, says):
+    with pytest.raises(UserError) as raised:
+        dino_cli.check_whole_patches("crop", size, 16)
+    assert str(raised.value) == says
+    dino_cli.check_whole_patches("crop", 48, 16)
 
 
 # ---- run ----

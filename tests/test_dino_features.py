@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, assert_near, run_script, tensor
+from conftest import ROOT, assert_near, run_script, sharp_nano, tensor
 from torch.utils.data import DataLoader, Dataset
 
 import dino_features
@@ -78,6 +78,40 @@ def test_features_over_scales_are_extracted_on_demand(as_tuple):
     features = dino_features.extract_features(FirstPixel(as_tuple), DataLoader(Levels(3, torch.uint8)), multiscale=True)
     want = np.array(expected_features(3))  # images of one level look the same at each scale
     assert_near(features, want / np.linalg.norm(want, axis=1, keepdims=True), 1e-6)
+
+
+# ---- precision ----
+
+
+class Pictures(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return tensor(f"picture {i}", (3, 32, 32)), i
+
+
+@pytest.mark.parametrize("multiscale", [False, True])
+@pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
+def test_features_in_half_precision_are_close_and_stored_in_float32(multiscale, amp_dtype):
+    model, loader = sharp_nano(32), DataLoader(Pictures(), batch_size=4)
+    exact = dino_features.extract_features(model, loader, multiscale=multiscale)
+    rounded = dino_features.extract_features(model, loader, multiscale=multiscale, amp_dtype=amp_dtype)
+    assert rounded.dtype == torch.float32
+    assert_near(rounded, exact, 2e-2)
+    assert (rounded - exact).norm() > 1e-4 * exact.norm()
+
+
+def test_float32_leaves_the_settings_of_a_gpu_as_they_are(monkeypatch):
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for products, convolutions in ((False, True), (True, False)):
+        for backend, allowed in zip(backends, (products, convolutions), strict=True):
+            monkeypatch.setattr(backend, "allow_tf32", allowed)
+        assert dino_features.pick_dtype(torch.device("cuda"), "float32") is None
+        assert [backend.allow_tf32 for backend in backends] == [products, convolutions]
+    assert dino_features.pick_dtype(torch.device("cuda"), "tf32") is None
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert dino_features.pick_dtype(torch.device("cpu"), "bf16") == torch.bfloat16
 
 
 # ---- two processes ----

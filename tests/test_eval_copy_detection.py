@@ -133,7 +133,7 @@ def test_flags_have_the_published_names_and_defaults():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--arch", "resnet50"], "--arch resnet50 has no CLS and patch tokens. Use one of vit_"),
+        (["--arch", "resnet50"], "--arch resnet50 has no CLS and patch tokens. Use a ViT, such as vit_small"),
         (["--whitening_path", "EMPTY"], "--whitening_path EMPTY"),
         (["--distractors_path", "EMPTY"], "--distractors_path EMPTY"),
         (["--data_path", "EMPTY"], "--data_path EMPTY must hold original/"),

@@ -217,7 +217,7 @@ def test_half_precision_feature_files_are_supported(capsys, tmp_path):
     files = {"trainfeat": train.half(), "trainlabels": labels.int(), "testfeat": test.half(), "testlabels": targets}
     for name, content in files.items():
         torch.save(content, tmp_path / f"{name}.pth")
-    assert RESULT.findall(evaluate(capsys, "--load_features", tmp_path, "--nb_knn", 3))[0][2] == "100.0"
+    assert RESULT.findall(evaluate(capsys, "--load_features", tmp_path, "--nb_knn", 3))[0][2] == "100.00"
 
 
 @pytest.mark.slow

@@ -78,6 +78,7 @@ def test_flags_have_the_published_names_and_defaults():
     published |= {"batch_size_per_gpu": 128, "output_dir": ".", "evaluate": False}
     published |= {"dist_url": "env://", "local_rank": 3}
     ours = {"data_path": "sample", "num_labels": None, "linear_weights": "", "image_size": 224, "exif": False}
+    ours |= {"amp_dtype": "float32", "list_columns": ()}
     assert 1 <= args.pop("num_workers") <= 10  # the number of cores, at most 10
     assert args == {**published, **ours, "seed": 0, "device": "auto"}
 
@@ -419,7 +420,7 @@ HEAD = ["--evaluate", "--linear_weights", "TRAINED/checkpoint.pth.tar"]
     [
         (["--n_last_blocks", "5"], "--n_last_blocks 5: vit_nano has only 4 blocks"),
         (["--arch", "resnet18", "--avgpool_patchtokens", "true"], "resnet18 has no patch tokens"),
-        (["--image_size", "15"], "--image_size 15 is smaller than one patch (--patch_size 16)"),
+        (["--image_size", "15"], "--image_size 15 is not a multiple of --patch_size 16. Use 16"),
         (["--arch", "alexnet"], "--arch alexnet"),
         (["--num_labels", "3"], "has 4 classes, more than --num_labels 3"),
         (["--linear_weights", "TRAINED/checkpoint.pth.tar"], "--linear_weights needs --evaluate"),
@@ -427,6 +428,7 @@ HEAD = ["--evaluate", "--linear_weights", "TRAINED/checkpoint.pth.tar"]
         (["--evaluate", "--linear_weights", "WEIGHTS"], "holds no linear.weight and linear.bias"),
         ([*HEAD, "--n_last_blocks", "2"], "4 labels and 512 features; this run has 4 labels and 256 features"),
         ([*HEAD, "--pretrained_weights", "random"], "was made with weights "),
+        (["--output_dir", "TRAINED", "--amp_dtype", "bf16"], "with amp_dtype float32; this run has amp_dtype bf16"),
         (["--output_dir", "TRAINED", "--epochs", "9"], "was made with epochs 3; this run has epochs 9"),
         (["--output_dir", "TRAINED", "--batch_size_per_gpu", "8"], "global_batch 16; this run has global_batch 8"),
         (["--output_dir", "TRAINED", "--pretrained_weights", "random"], "Use the same, or another --output_dir"),

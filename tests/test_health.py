@@ -415,5 +415,5 @@ def test_a_run_starts_and_ends_with_what_one_wants_to_know(tiny_root, tmp_path):
     assert re.fullmatch(
         r"finished: loss \S+, k-NN top-1 \S+ % \(.*\)\. This run took \d+ s; weights are in .*", said[-3]
     )
-    assert f"--pretrained_weights '{tmp_path / 'a b' / 'checkpoint.pth'}'" in said[-2]
+    assert f"--pretrained_weights '{tmp_path / 'a b'}'" in said[-2]
     assert said[-1].strip() == f"python report.py '{tmp_path / 'a b'}'"

@@ -110,11 +110,11 @@ def test_logged_accuracies_match_eval_knn_and_the_best_checkpoint_is_saved(capsy
     folder = train(tiny_root, tmp_path, "--knn_every", 1, "--epochs", 4, "--knn_data", labeled)
     logged = [[line["knn_top1"], line["knn_top5"]] for line in log_without_times(folder)]
     assert len(logged) == 4
-    assert accuracies_printed(capsys, labeled, folder / "checkpoint.pth") == pytest.approx(logged[-1])
+    assert accuracies_printed(capsys, labeled, folder / "checkpoint.pth") == pytest.approx(logged[-1], abs=0.005)
     best = max(range(4), key=lambda epoch: logged[epoch][0])
     assert logged[best][0] > min(top1 for top1, _ in logged)
     assert checkpoint(folder, "checkpoint_best.pth")["epoch"] == best + 1
-    assert accuracies_printed(capsys, labeled, folder / "checkpoint_best.pth") == pytest.approx(logged[best])
+    assert accuracies_printed(capsys, labeled, folder / "checkpoint_best.pth") == pytest.approx(logged[best], abs=0.005)
 
 
 def test_two_processes_log_what_eval_knn_prints(capsys, tiny_root, labeled, tmp_path):
@@ -122,7 +122,7 @@ def test_two_processes_log_what_eval_knn_prints(capsys, tiny_root, labeled, tmp_
     run_script("main_dino.py", *flags, "--knn_every", 1, "--output_dir", tmp_path, processes=2, blocks=2)
     (line,) = log_without_times(tmp_path)
     printed = accuracies_printed(capsys, labeled, tmp_path / "checkpoint.pth")
-    assert printed == pytest.approx([line["knn_top1"], line["knn_top5"]])
+    assert printed == pytest.approx([line["knn_top1"], line["knn_top5"]], abs=0.005)
 
 
 def test_knn_runs_every_n_epochs_and_after_the_last(tiny_root, tmp_path):
@@ -213,7 +213,7 @@ def test_a_resumed_run_keeps_what_it_compares_with(tiny_root, tmp_path):
 def test_a_signal_before_the_first_step_ends_the_run(sample_root, tiny_root, tmp_path):
     flags = ("--knn_every", 1, "--knn_data", sample_root, "--data_path", tiny_root / "train")
     run = Run(*RUN, *flags, "--output_dir", tmp_path / "run")
-    run.wait_for("Features:")
+    run.wait_for("Features of the start weights")
     os.killpg(run.processes[0].pid, signal.SIGTERM)
     codes, (said,) = run.end()
     assert codes == [128 + signal.SIGTERM]

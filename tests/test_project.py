@@ -10,10 +10,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
 import dino_cli
+import vision_transformer
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
@@ -70,14 +72,40 @@ def test_every_script_has_a_command_in_the_docs(script):
     assert any(f"python {script}" in command for command in COMMANDS)
 
 
-@pytest.mark.slow
-def test_the_readme_code_that_loads_a_backbone_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+@pytest.fixture
+def run_code(tmp_path, monkeypatch):
+    """run_code(code) -> its names. It runs in a folder with photo.jpg, and a ViT-S/16 with settings and without."""
     Image.new("RGB", (300, 260), (200, 120, 40)).save(tmp_path / "photo.jpg")
-    offline = code.replace("path/to/dino-pytorch", str(ROOT)).replace('"local")', '"local", pretrained=False)')
+    state = vision_transformer.vit_small(patch_size=16).state_dict()
+    for name in ("backbone.pth", "plain.pth"):
+        torch.save(state, tmp_path / name)
+    (tmp_path / "backbone.json").write_text('{"arch": "vit_small", "patch_size": 16, "image_size": 224}')
+    monkeypatch.chdir(tmp_path)
+
+    def run(code):
+        names = {}
+        exec(code, names)
+        return names
+
+    return run
+
+
+def test_the_code_in_the_readme_that_loads_a_backbone_runs(run_code):
+    ours, hub = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = run_code(ours.replace('"dino_vits16"', '"backbone.pth"'))
+    assert (names["features"].shape, names["attention"].shape) == ((1, 384), (1, 6, 197, 197))
+    offline = hub.replace("path/to/dino-pytorch", str(ROOT)).replace('"local")', '"local", pretrained=False)')
     assert "pretrained=False" in offline
-    offline += "\nassert features.shape == (1, 384) and attention.shape == (1, 6, 197, 197)"
-    subprocess.run([sys.executable, "-c", offline], check=True, cwd=tmp_path)
+    assert run_code(f"import torch\n{offline}")["model"].embed_dim == 384
+
+
+def test_the_code_in_the_page_about_evaluation_runs(run_code):
+    ours, plain = re.findall(r"```python\n(.*?)```", PAGES["docs/evaluation.md"], re.S)
+    names = run_code(ours.replace('"runs/vits16"', '"backbone.pth"'))
+    shapes = [tuple(names[name].shape) for name in ("cls_token", "tokens", "patches", "attention", "maps")]
+    assert shapes == [(1, 384), (1, 197, 384), (1, 14, 14, 384), (1, 6, 197, 197), (1, 6, 14, 14)]
+    assert [tokens.shape for tokens in names["last_four"]] == [names["tokens"].shape] * 4
+    assert torch.equal(run_code(plain)["model"].cls_token.cpu(), names["model"].cls_token.cpu())
 
 
 # ---- files, links, tables, lines ----

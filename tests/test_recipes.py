@@ -280,7 +280,7 @@ def test_a_mistake_in_a_recipe_is_one_line(read, text, message):
         ("epochs: 0", "argument --epochs: 0 must be at least 1"),
         ("lr: [1, 2]", "unrecognized arguments: 2"),
         ("global_crops_scale: 1", "argument --global_crops_scale: expected 2 arguments"),
-        ("use_fp16: 7", "argument --use_fp16: '7' is neither"),
+        ("use_fp16: 7", "argument --use_fp16: '7' must be true or false"),
     ],
 )
 def test_a_wrong_value_in_a_recipe_is_one_line(read, capsys, line, message):

@@ -34,7 +34,7 @@ import dino_checkpoints
 import dino_cli
 import dino_features
 import dino_images
-import dino_run
+import dino_signals
 import main_dino
 import utils
 
@@ -97,7 +97,7 @@ def hanging_image(number):
             time.sleep(1000)
         return load(path, exif)
 
-    dino_images.open_image, dino_run.GRACE = load_or_hang, 0.3
+    dino_images.open_image, dino_signals.GRACE = load_or_hang, 0.3
 
 
 def lost_stdout(kind):
@@ -260,14 +260,14 @@ def note_images(file, then="nothing", *args):
 
 
 def leave_slowly(seconds):
-    leave = dino_run.StopRequest.leave
+    leave = dino_signals.StopRequest.leave
 
     def slowly(*args):
         print("leaving", flush=True)
         time.sleep(seconds)
         leave(*args)
 
-    dino_run.StopRequest.leave = slowly
+    dino_signals.StopRequest.leave = slowly
     slow_steps(0)
 
 
@@ -683,7 +683,7 @@ def test_sigterm_does_not_change_the_exit_code_of_a_user_error(error, deaf):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     try:
         signal.signal(signal.SIGTERM, utils.terminate)
-        with pytest.raises(type(error)), dino_run.StopRequest():
+        with pytest.raises(type(error)), dino_signals.StopRequest():
             raise error
         assert signal.getsignal(signal.SIGTERM) is (signal.SIG_IGN if deaf else utils.terminate)
     finally:
@@ -869,7 +869,7 @@ def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(whole, f
     assert (run / "checkpoint.pth.tmp").exists()
     assert (run / "checkpoint.pth").exists() == (number > 1)
     finish(*flags)
-    assert sorted(file.name for file in run.iterdir()) == FILES
+    assert sorted(file.name for file in run.iterdir()) == sorted([*FILES, "backbone.json", "backbone.pth"])
     assert_same(result(run), whole)
 
 

@@ -16,7 +16,7 @@ import submitit
 import torch
 from conftest import ROOT, SMALL_RUN, arguments_of, assert_near, run_script
 
-import dino_run
+import dino_signals
 import eval_knn
 import main_dino
 import run_with_submitit
@@ -376,7 +376,7 @@ def test_slurms_sigterm_does_not_hide_submitits_sigusr2():
     try:
         for number in before:
             signal.signal(number, lambda number, _: came.append(number))
-        with dino_run.StopRequest() as stop:
+        with dino_signals.StopRequest() as stop:
             for number in before:
                 os.kill(os.getpid(), number)
         with pytest.raises(SystemExit) as ended:

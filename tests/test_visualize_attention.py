@@ -104,7 +104,7 @@ def read(path):
 def test_flags_have_the_published_names_and_defaults():
     published = {"arch": "vit_small", "patch_size": 8, "pretrained_weights": "", "checkpoint_key": "teacher"}
     published |= {"image_path": None, "image_size": [480, 480], "output_dir": ".", "threshold": None}
-    assert vars(arguments_of(visualize_attention)) == {**published, "device": "auto"}
+    assert vars(arguments_of(visualize_attention)) == {**published, "device": "auto", "exif": False}
 
 
 @pytest.mark.usefixtures("offline")
