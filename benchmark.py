@@ -1,42 +1,41 @@
 """Measure how fast this code is on this machine, as ratios to a plain DINO implementation and to the machine's limits.
 
-    python benchmark.py                                                  # all tables: ten minutes on two cores
-    python benchmark.py crops step --data_path imagenet/train
+    python benchmark.py                                       # all tables
+    python benchmark.py step inference multicrop              # the networks, on a GPU if there is one
+    python benchmark.py crops step --data_path imagenet/train --device cpu
     python benchmark.py scaling --processes 1 2 4 --threads 4 --arch vit_small --batch_size_per_gpu 16
 
-Prints tables and writes only temporary files. Everything runs on the CPU. The baseline is the algorithm in its simplest
-form: `Plain*` and `plain_*` in this file. The rows of a table are measured in turn, round by round, each in its own
-process, so that other load on the machine affects all of them. A ratio such as `/ plain` is the median over the rounds,
-followed by the lowest and the highest; above 1 is faster than plain.
+Prints tables and writes only temporary files. The baseline is the algorithm in its simplest form: `Plain*` and
+`plain_*` in dino_steps.py. The rows of a table are measured in turn, round by round, each in its own process, so that
+other load on the machine affects all of them. A ratio such as `/ plain` is the median over the rounds, followed by the
+lowest and the highest; above 1 is faster than plain. On GPUs, times are of steps in a row, by the GPU's own clock.
 """
 
 import argparse
 import contextlib
-import functools
-import importlib.util
 import io
 import itertools
 import json
 import multiprocessing
+import operator
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision import datasets, transforms
 
 import dino_backbones
 import dino_cli
@@ -44,15 +43,17 @@ import dino_crops
 import dino_data
 import dino_features
 import dino_images
-import dino_run
+import dino_steps
 import eval_video_segmentation
 import main_dino
 import utils
 from dino_cli import at_least, between
+from dino_steps import flags_of
 from utils import UserError
-from vision_transformer import DINOHead
 
 # ---- flags ----
+
+BATCH_SIZES = {"cpu": [4, 16], "cuda": [32, 64, 128, 256]}
 
 
 def get_args_parser():
@@ -60,13 +61,17 @@ def get_args_parser():
     parser = argparse.ArgumentParser("Benchmark", add_help=False)
     # fmt: off
     parser.add_argument("what", nargs="*", metavar="TABLE", help=f"Any of {', '.join(TABLES)}. Default: all.")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"], help="""auto uses a GPU if there
+        is one. `crops`, `epoch` and `scaling` always measure the CPU. A CPU is measured in bf16 only if it has fast
+        instructions for it.""")
     parser.add_argument("--data_path", default="sample", metavar="DIR", help="""Folder of JPEG files, also in
         subfolders, for `crops`, `epoch` and `scaling`. `sample` uses photographs that are installed already.""")
-    parser.add_argument("--arch", default=None, metavar="NAME",
-        help="Network. Default: vit_small for `step` and `epoch`, vit_tiny for `scaling`.")
+    parser.add_argument("--arch", default=None, metavar="NAME", help="""Network. Default: vit_small for `step`,
+        `multicrop` and `epoch`, vit_tiny for `scaling`, the networks of the paper's table 1 for `inference`.""")
     parser.add_argument("--patch_size", default=16, type=at_least(1), metavar="PIXELS", help="Side of a ViT's patches.")
-    parser.add_argument("--batch_size_per_gpu", default=[4, 16], type=at_least(1), nargs="+", metavar="B",
-        help="Images per step. `step` measures each, `scaling` uses the first, `epoch` the last.")
+    parser.add_argument("--batch_size_per_gpu", default=None, type=at_least(1), nargs="+", metavar="B",
+        help="""Images per step. `step` measures each, `scaling` uses the first, `epoch` the last; `inference` and
+        `multicrop` use the first on CPUs, the last on GPUs. Default: 4 16 on CPUs, 32 64 128 256 on GPUs.""")
     parser.add_argument("--rounds", default=2, type=between(1, 99), metavar="N",
         help="How often to measure each row; half as often for rows that take long.")
     parser.add_argument("--processes", default=[1, 2], type=at_least(1), nargs="+", metavar="N",
@@ -85,128 +90,187 @@ def check_args(args):
         dino_backbones.check_arch(args.arch)
 
 
-# ---- measuring in turn ----
+def kind_of(device):
+    """cuda or cpu, for a --device. Raises UserError if this machine has none."""
+    return "cuda" if utils.pick_device(device).type == "cuda" else "cpu"  # no table measures Apple's GPUs
+
+
+def half(rounds):
+    return max(rounds // 2, 1)
+
+
+def batch_sizes(args, kind):
+    return args.batch_size_per_gpu or BATCH_SIZES[kind]
+
+
+def one_batch_size(args, kind):
+    return batch_sizes(args, kind)[-1 if kind == "cuda" else 0]
+
+
+def network_flags(args, kind):
+    return {"arch": args.arch or "vit_small", "patch_size": args.patch_size, "device": kind}
+
+
+# ---- one measurement ----
+
+
+class Measured(NamedTuple):
+    """Seconds per step, peak memory in MB, and how often the host waits for the GPU in a step that is not logged."""
+
+    seconds: float
+    mb: float
+    waits: float | str = ""
+
+
+class Watch:
+    """Notes what a clock shows when each step begins, and when the last one has ended."""
+
+    def __init__(self, clock=time.perf_counter):
+        self.clock, self.ticks = clock, []
+
+    def tick(self):
+        self.ticks.append(self.clock())
+
+    def median(self, skipped=0):
+        """Median difference between two ticks, without the first `skipped` steps."""
+        steps = list(itertools.pairwise(self.ticks))[skipped:]
+        return statistics.median(utils.seconds_between(*step) for step in steps)
+
+
+def repeat(call):
+    """Work of which a step is one call.
+
+    All work is a function of (number of steps, watch), and ticks before each step and at the end. So a GPU can be
+    measured in the middle of a run, and does not wait for the host after each step.
+    """
+
+    def work(steps, watch):
+        for _ in range(steps):
+            watch.tick()
+            call()
+        watch.tick()
+
+    return work
+
+
+def measure(work, warm_up=1, steps=1, waits=False):
+    """Measured, for the median of `steps` steps that follow `warm_up` others in one run."""
+    cuda = utils.uses_gpu()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    watch = Watch(utils.device_clock if cuda else time.perf_counter)
+    work(warm_up + steps, watch)
+    found = Measured(watch.median(warm_up), utils.peak_memory_mb(), host_waits(work)[0] if cuda and waits else "")
+    if cuda:
+        torch.cuda.empty_cache()  # the other rows of the table need it
+    return found
+
+
+def host_waits(work, steps=6):
+    """(how often the host waits for the GPU per step, by torch's count; {file:line: waits in all steps}).
+
+    The first is a median, since the first and the last step of a run are logged.
+    """
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        seen.clear()  # of a warning about this mode
+        watch = Watch(lambda: sum("synchroniz" in str(warning.message) for warning in seen))
+        try:
+            work(steps, watch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = (f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message))
+    return watch.median(), Counter(places)
+
+
+# ---- tables ----
 
 # A fork server that has only imported this file: new processes would need seconds to import torch.
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+KEPT = {}  # in the process of a row: its work, and its memory before
 
 
 class Row(NamedTuple):
-    """One row of a table: `prepare(*args)` returns a function of no arguments, the work to measure.
+    """One row of a table: `prepare` returns the work to measure (see `repeat`) and must be picklable.
 
-    A call processes `units` (images, frames, ...). `limit` names the row with the upper bound, if there is one.
+    A step processes `units` (images, frames, ...). `limit` names the row with the upper bound, if there is one.
     """
 
     units: float
     limit: str | None
     prepare: Callable
-    args: tuple = ()
 
 
-class Worker:
-    """A process of its own that prepares some work and does it whenever `run` is called."""
-
-    def __init__(self, prepare, *args):
-        context = multiprocessing.get_context(METHOD)
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, prepare, args), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def receive(self):
-        """The next answer of the process. Raises UserError if it has failed."""
-        try:
-            answer = self.pipe.recv()
-        except (EOFError, ConnectionError):
-            raise UserError("a measured process has died. Is there enough memory?") from None
-        if isinstance(answer, str):
-            raise UserError(answer)
-        return answer
-
-    def run(self, warm_up=0):
-        """(seconds, MB of peak memory so far, above what the preparation needed); after `warm_up` untimed calls."""
-        self.pipe.send(warm_up)
-        return self.receive()
-
-    def end(self):
-        self.process.kill()
-        self.process.join()
+def keep(prepare):
+    KEPT["work"] = prepare()
+    KEPT["mb"] = 0 if utils.uses_gpu() else utils.peak_memory_mb()
 
 
-def serve(pipe, prepare, args):
-    """The body of a Worker's process: answer each number of warm-up calls with (seconds, MB), or a text on failure."""
-    try:
-        work = prepare(*args)
-        before = peak_mb()
-        pipe.send(None)
-        while True:
-            for _ in range(pipe.recv()):
-                work()
-            began = time.perf_counter()
-            work()
-            pipe.send((time.perf_counter() - began, peak_mb() - before))
-    except EOFError:
-        pass  # the benchmark has ended
-    except UserError as e:
-        pipe.send(str(e))
-    except Exception as e:
-        pipe.send(f"a measured process has failed: {type(e).__name__}: {' '.join(str(e).split())}")
+def measure_kept(how):
+    """Measured of the work of this process. Memory of the CPU is counted above what the preparation needed."""
+    found = measure(KEPT["work"], **how)
+    return found._replace(mb=found.mb - KEPT["mb"])
 
 
-def peak_mb():
-    """Peak memory of this process. getrusage would start a child at its parent's peak."""
-    with contextlib.suppress(OSError):
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    return utils.peak_memory_mb()
+def take_turns(works, rounds, **how):
+    """{name: [Measured of each round]} for {name: prepare}, in turn; an empty list where the GPU has too little memory.
 
-
-def take_turns(works, rounds, warm_up=1, again=0):
-    """Measure {name: (prepare, *args)} in turn: ({name: seconds of each round}, {name: peak MB}).
-
-    `warm_up` untimed calls precede the first round, `again` untimed calls each later one.
+    `how` are arguments of `measure`. Raises UserError for a process that dies.
     """
-    seconds, peaks, workers = {name: [] for name in works}, {}, {}
-    try:
-        for name, work in works.items():
-            workers[name] = Worker(*work)
-        for worker in workers.values():
-            worker.receive()
-        for number in range(rounds):
-            for name, worker in workers.items():
-                took, peaks[name] = worker.run(again if number else warm_up)
-                seconds[name].append(took)
-    finally:
-        for worker in workers.values():
-            worker.end()
-    return seconds, peaks
+    found, context = {name: [] for name in works}, multiprocessing.get_context(METHOD)
+    with contextlib.ExitStack() as stack:
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in works}
+
+        def result(name, future):
+            try:
+                return future.result()
+            except BrokenProcessPool:
+                raise UserError("a measured process has died. Is there enough memory?") from None
+            except torch.cuda.OutOfMemoryError:
+                pools.pop(name).shutdown()
+                found[name].clear()
+
+        for name, future in [(name, pool.submit(keep, works[name])) for name, pool in pools.items()]:
+            result(name, future)
+        for _ in range(rounds):
+            for name, pool in list(pools.items()):
+                measured = result(name, pool.submit(measure_kept, how))
+                found[name] += [measured] if measured else []
+    return found
 
 
-def compare(title, unit, rows, rounds, warm_up=1, again=0, memory=False):
-    """Measure {name: Row} and print a table, with ratios to each row whose name starts with `plain`."""
+def compare(title, unit, rows, rounds, memory=None, more=None, base="plain", **how):
+    """Measure {name: Row} and print a table, with ratios to each row whose name starts with `base`.
+
+    `memory` is (heading, MB per unit) of a column, `more` has further columns: {heading: function of the speed}.
+    """
     print(f"\n{title}", flush=True)
-    seconds, peaks = take_turns({name: (row.prepare, *row.args) for name, row in rows.items()}, rounds, warm_up, again)
-    speeds = {name: [row.units / s for s in seconds[name]] for name, row in rows.items()}
-    bases = [name for name in rows if name.startswith("plain")]
-    limits = any(row.limit for row in rows.values())
-    table = [["", f"{unit}/s", "seconds", *(f"/ {base}" for base in bases)]]
-    table[0] += ["of the limit"] * limits + (["peak MB", *(f"MB / {base}" for base in bases)] if memory else [])
+    found = take_turns({name: row.prepare for name, row in rows.items()}, rounds, **how)
+    speeds = {name: [rows[name].units / m.seconds for m in found[name]] for name in rows}
+    bases, limited = [n for n in rows if n.startswith(base)], any(row.limit for row in rows.values())
+    table = [["", f"{unit}/s", "seconds", *(more or ()), *(f"/ {base}" for base in bases)]]
+    table[0] += ["of the limit"] * limited + ([memory[0]] if memory else []) + ["host waits"] * how.get("waits", False)
     for name, row in rows.items():
-        cells = [name, statistics.median(speeds[name]), statistics.median(seconds[name])]
-        cells += [ratio(speeds[name], speeds[base]) for base in bases]
-        if limits:
-            share = statistics.median(a / b for a, b in zip(speeds[name], speeds[row.limit], strict=True))
-            cells.append(f"{100 * share:.0f} %")
-        if memory and name != row.limit:
-            cells += [peaks[name], *(peaks[name] / max(peaks[base], 1) for base in bases)]
-        table.append(cells + [""] * (len(table[0]) - len(cells)))
+        cells = [name, "out of memory"]
+        if found[name]:
+            middle, last = statistics.median(speeds[name]), found[name][-1]
+            cells = [name, middle, statistics.median(m.seconds for m in found[name])]
+            cells += [function(middle) for function in (more or {}).values()]
+            cells += [ratio(speeds[name], speeds[base]) for base in bases]
+            cells += [ratio(speeds[name], speeds[row.limit], 100, 1, " %")] if row.limit else []
+            cells += [last.mb / memory[1], last.waits] if memory and name != row.limit else []
+        table.append((cells + [""] * len(table[0]))[: len(table[0])])
     print_rows(table)
 
 
-def ratio(values, others):
+def ratio(values, others, scale=1, digits=2, unit=""):
     """Median of the round-by-round ratios, then the lowest and the highest if they differ, as text."""
-    ratios = [a / b for a, b in zip(values, others, strict=True)]
-    low, middle, high = (f(ratios) for f in (min, statistics.median, max))
-    return f"{middle:.2f}" + (f" ({low:.2f}-{high:.2f})" if f"{low:.2f}" != f"{high:.2f}" else "")
+    ratios = sorted(scale * a / b for a, b in zip(values, others, strict=False))  # the other may have run out of memory
+    if not ratios:
+        return "-"
+    low, middle, high = (f"{x:.{digits}f}" for x in (ratios[0], statistics.median(ratios), ratios[-1]))
+    return middle + f" ({low}-{high})" * (low != high) + unit
 
 
 def print_rows(rows):
@@ -218,549 +282,308 @@ def print_rows(rows):
     sys.stdout.flush()
 
 
-def installed(module, what):
-    """Whether a module is installed. If not, print which row is left out."""
-    found = importlib.util.find_spec(module) is not None
-    if not found:
-        print(f"\n(without {what}: {module} is not installed)")
-    return found
+# ---- images ----
 
 
-def run_python(*words, threads=None):
-    """Run `python <words>` in the folder of this file. Raises UserError if it fails."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=os.path.dirname(os.path.abspath(__file__)),
-        env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        reason = next((line for line in lines if line.startswith("error")), lines[-1])
-        raise UserError(f"a measured run has failed: {reason.removeprefix('error: ')}")
+def image_folder(root, data_path, number, side=500, classes=1):
+    """A new folder in `root` with class folders that have `number` links to the JPEG files in `data_path`.
 
-
-OUTPUT = "<output>"  # stands for a new folder
-
-
-def whole_runs(*words):
-    """The work of running `python <words>` from start to exit; OUTPUT in the words becomes a new folder."""
-
-    def work():
-        with tempfile.TemporaryDirectory() as folder:
-            run_python(*(folder if word == OUTPUT else word for word in words))
-
-    return work
-
-
-def flags_of(**settings):
-    """main_dino.py's flags as a list of words."""
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-
-
-def half(rounds):
-    return max(rounds // 2, 1)
-
-
-# ---- the baseline ----
-
-OUT_DIM = 65536
-CROP_SIZES = [224] * 2 + [96] * 8
-
-
-class PlainAugmentation:
-    """PIL image -> 2 global and 8 local crops, normalized floats, with torchvision's transforms on PIL images."""
-
-    def __init__(self):
-        blur = dino_crops.GaussianBlur
-        first, second = self.view(224, (0.4, 1.0), blur(1.0)), self.view(224, (0.4, 1.0), blur(0.1), True)
-        self.views = [first, second] + [self.view(96, (0.05, 0.4), blur(0.5))] * 8
-
-    @staticmethod
-    def view(size, scale, blur, solarize=False):
-        return transforms.Compose(
-            [
-                transforms.RandomResizedCrop(size, scale, interpolation=transforms.InterpolationMode.BICUBIC),
-                transforms.RandomHorizontalFlip(),
-                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-                transforms.RandomGrayscale(0.2),
-                blur,
-                *[dino_crops.Solarization(0.2)] * solarize,
-                transforms.ToTensor(),
-                transforms.Normalize(utils.IMAGENET_MEAN, utils.IMAGENET_STD),
-            ]
-        )
-
-    def __call__(self, image):
-        image = image.convert("RGB")
-        return [view(image) for view in self.views]
-
-
-def plain_loss(student_logits, teacher_logits, center):
-    """Mean cross-entropy over all pairs of two different views; lists of logits [B, K], one per view."""
-    terms = []
-    for i, teacher in enumerate(teacher_logits):
-        target = F.softmax((teacher - center) / 0.04, dim=-1)
-        for j, student in enumerate(student_logits):
-            if i != j:
-                terms.append((-target * F.log_softmax(student / 0.1, dim=-1)).sum(dim=-1).mean())
-    return sum(terms) / len(terms)
-
-
-class PlainTraining:
-    """Student, teacher and optimizer without fused kernels: explicit attention, loops over parameters."""
-
-    def __init__(self, arch, patch_size, amp_dtype=None, out_dim=OUT_DIM, drop_path_rate=0.1):
-        utils.fix_random_seeds(0)
-        self.student, self.teacher = (self.network(arch, patch_size, out_dim, rate) for rate in (drop_path_rate, 0.0))
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
-        groups = utils.get_params_groups(self.student)
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-5, weight_decay=0.04, foreach=False, fused=False)
-        self.center, self.amp_dtype = torch.zeros(1, out_dim), amp_dtype
-
-    @staticmethod
-    def network(arch, patch_size, out_dim=OUT_DIM, drop_path_rate=0.0):
-        backbone, width = dino_backbones.build_backbone(arch, patch_size, drop_path_rate=drop_path_rate)
-        return utils.MultiCropWrapper(backbone, DINOHead(width, out_dim))
-
-    def step(self, crops):
-        """One step on normalized crops. Returns the loss."""
-        with torch.autocast("cpu", dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            teacher, student = self.teacher(crops[:2]), self.student(crops)
-            loss = plain_loss(student.chunk(len(crops)), teacher.chunk(2), self.center)
-        self.center = 0.9 * self.center + 0.1 * teacher.float().mean(dim=0, keepdim=True)
-        self.optimizer.zero_grad()
-        loss.backward()
-        for parameter in self.student.parameters():
-            if parameter.grad is not None:
-                factor = 3.0 / (parameter.grad.norm(2) + 1e-6)
-                if factor < 1:
-                    parameter.grad.mul_(factor)
-        self.optimizer.step()
-        with torch.no_grad():
-            for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-                old.mul_(0.996).add_(0.004 * new)
-        return loss.item()
-
-
-def plain_epoch(folder, output_dir, arch, patch_size, batch_size):
-    """One epoch of plain steps on plain crops from two loader processes, and a checkpoint."""
-    dataset = datasets.ImageFolder(folder, PlainAugmentation())
-    training = PlainTraining(arch, int(patch_size))
-    for crops, _ in DataLoader(dataset, int(batch_size), shuffle=True, num_workers=2, drop_last=True):
-        print(training.step(crops))
-    parts = {name: getattr(training, name).state_dict() for name in ("student", "teacher", "optimizer")}
-    torch.save(parts, os.path.join(output_dir, "checkpoint.pth"))
-
-
-def plain_knn(train_features, train_labels, test_features, test_labels, ks, T):
-    """{k: top-1 accuracy in percent}, with one search per k, over 100 chunks of the test features."""
-    found, classes = {}, int(train_labels.max()) + 1
-    for k in ks:
-        right = 0
-        for chunk, target in zip(test_features.chunk(100), test_labels.chunk(100), strict=True):
-            similarity, nearest = (chunk @ train_features.T).topk(k)
-            one_hot = torch.zeros(*nearest.shape, classes).scatter_(2, train_labels[nearest][..., None], 1)  # [n, k, C]
-            votes = (one_hot * (similarity / T).exp()[..., None]).sum(dim=1)
-            right += (votes.argmax(dim=1) == target).sum().item()
-        found[k] = 100.0 * right / len(test_labels)
-    return found
-
-
-def plain_propagation(target, sources, labels, mask, topk):
-    """Labels [N, C] for the features [N, D] of a frame, from n frames [n, N, D] and [n, N, C], with whole matrices.
-
-    `mask` [N, N] (source, target) is 1 where labels may come from, else 0.
+    For `sample`, the files are installed photographs of at most `side` pixels, as large as ImageNet's.
     """
-    affinity = (sources @ target.T).div(0.1).exp() * mask  # [n, N, N]
-    affinity = affinity.flatten(0, 1)
-    affinity = affinity * (affinity >= affinity.topk(topk, dim=0).values[-1])
-    return (affinity / affinity.sum(dim=0)).T @ labels.flatten(0, 1)
+    files = [path for path in sorted(Path(data_path).rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
+    folder = Path(tempfile.mkdtemp(dir=root), "train")
+    folders = [folder / f"class{i}" for i in range(classes)]
+    for each in folders:
+        each.mkdir(parents=True)
+    for source in dino_data.find_photographs() if data_path == "sample" else ():
+        files.append(folder.parent / f"{Path(source).stem}.jpg")
+        image = dino_images.load_image(source)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        image.save(files[-1], "JPEG", quality=90)
+    if not files:
+        raise UserError(f"--data_path {data_path} has no JPEG files. Name a folder that has, or `sample`")
+    for i in range(number):
+        os.symlink(os.path.abspath(files[i % len(files)]), folders[i % classes] / f"{i:06}.jpg")
+    return str(folder)
+
+
+def fast_or_pil():
+    """The fastest --augmentation that this machine has."""
+    with contextlib.suppress(UserError):
+        return dino_crops.opencv() and "fast"
+    return "pil"
 
 
 # ---- limits ----
 
-SIDE = 4096  # of the matrices
-PRODUCT = 2 * SIDE**3  # operations
+SIDES = {"cpu": 4096, "cuda": 8192}  # of the matrices
+PRECISION_FLAGS = {"float32": {"use_fp16": False}, "compiled": {"amp_dtype": "bf16", "compile": True}}
+PRECISION_FLAGS |= {name: {"amp_dtype": name} for name in ("tf32", "bf16", "fp16")}
 
 
-def matrix_product(dtype, side=SIDE):
-    dino_backbones.multiply_by_onednn()  # where that is faster
-    a, b, c = (torch.randn(side, side).to(dtype) for _ in range(3))
-    return lambda: torch.mm(a, b, out=c)
+def precisions(kind):
+    """What this device computes in hardware."""
+    if kind == "cuda":
+        return ["float32", "tf32", "bf16", "fp16"]
+    return ["float32"] + ["bf16"] * dino_backbones.cpu_computes_bf16()
 
 
-def memory_copy(gigabytes=0.5):
-    source = torch.ones(int(gigabytes * 1e9 / 4))
-    return functools.partial(torch.empty_like(source).copy_, source)
+def pace(kind, warm_up=1):
+    """Arguments of `measure`: on GPUs a run that gets steady, on CPUs a single step."""
+    return {"warm_up": 5, "steps": 12} if kind == "cuda" else {"warm_up": warm_up}
 
 
-def precisions():
-    """{name: (dtype of mixed precision or None, dtype of matrix products)} that this CPU has in hardware."""
-    fp32, bf16 = (None, torch.float32), (torch.bfloat16, torch.bfloat16)
-    return {"fp32": fp32, "bf16": bf16} if dino_backbones.cpu_computes_bf16() else {"fp32": fp32}
+def matrix_product(kind, precision):
+    """The work of a product of two square matrices."""
+    device, amp_dtype, *_ = dino_steps.start(dino_steps.training_args(device=kind, **PRECISION_FLAGS[precision]))
+    dino_backbones.multiply_by_onednn()  # on CPUs where that is faster
+    shape = (SIDES[kind], SIDES[kind])
+    a, b, c = (torch.randn(shape, device=device).to(amp_dtype or torch.float32) for _ in range(3))
+    return repeat(partial(torch.mm, a, b, out=c))
 
 
-def limits(args, side=SIDE, gigabytes=0.5):
+def memory_copy(kind, gigabytes):
+    source = torch.ones(int(gigabytes * 1e9 / 4), device=utils.pick_device(kind))
+    return repeat(partial(torch.empty_like(source).copy_, source))
+
+
+def limits(args, gigabytes=0.5):
     """Matrix products, which bound the networks, and memory copies, which bound optimizer and teacher update."""
-    print("\nlimits of this machine", flush=True)
-    works = {f"GFLOP/s, {name} matrix products": (matrix_product, d, side) for name, (_, d) in precisions().items()}
-    works["GB/s copied (read and written)"] = memory_copy, gigabytes
-    seconds, _ = take_turns(works, args.rounds)
-    amounts = {name: 2 * side**3 / 1e9 if "FLOP" in name else gigabytes for name in works}
-    print_rows([[name, amounts[name] / statistics.median(times)] for name, times in seconds.items()])
+    kind, rows = kind_of(args.device), {}
+    for name in precisions(kind):
+        rows[f"{name} matrix products"] = Row(2e-9 * SIDES[kind] ** 3, None, partial(matrix_product, kind, name))
+    rows["memory copied (read and written)"] = Row(gigabytes, None, partial(memory_copy, kind, gigabytes))
+    compare("limits of this machine", "GFLOP or GB", rows, args.rounds, **pace(kind))
 
 
 # ---- crops ----
 
 
-def photographs(data_path, folder, side=500):
-    """Paths of the JPEG files in `data_path`; for `sample`, of installed photographs, saved as JPEG in `folder`."""
-    if data_path != "sample":
-        paths = [str(p) for p in sorted(Path(data_path).rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
-        if not paths:
-            raise UserError(f"--data_path {data_path} has no JPEG files. Name a folder that has, or `sample`")
-        return paths
-    paths = []
-    for source in dino_data.find_photographs():
-        paths.append(os.path.join(folder, f"{Path(source).stem}.jpg"))
-        image = dino_images.load_image(source)
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)  # as large as ImageNet's
-        image.save(paths[-1], "JPEG", quality=90)
-    return paths
-
-
-def image_folder(root, paths, number):
-    """A new folder in `root` with one class folder that has `number` links to the files, repeated as needed."""
-    folder = tempfile.mkdtemp(dir=root)
-    os.mkdir(os.path.join(folder, "all"))
-    for i in range(number):
-        os.symlink(os.path.abspath(paths[i % len(paths)]), os.path.join(folder, "all", f"{i:06}.jpg"))
-    return folder
-
-
-def augment_files(kind, paths):
+def augment_files(make, paths):
     """The work of making the crops of each file from its bytes, on one thread."""
     torch.set_num_threads(1)
     utils.fix_random_seeds(0)
-    augment, files = AUGMENTATIONS[kind](), [Path(path).read_bytes() for path in paths]
-
-    def work():
-        for file in files:
-            augment(Image.open(io.BytesIO(file), formats=["JPEG"]))
-
-    return work
-
-
-def our_augmentation(kind):
-    return main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 8, as_uint8=True, augmentation=kind)
-
-
-def torchvision_v2():
-    """torchvision's v2 transforms, on uint8 tensors."""
-    from torchvision.transforms import v2
-
-    def view(size, scale, *effects):
-        crop = v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-        return v2.Compose([crop, v2.RandomHorizontalFlip(), jitter, v2.RandomGrayscale(0.2), *effects])
-
-    def blur(p):
-        return v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], p=p)
-
-    first, second = view(224, (0.4, 1.0), blur(1.0)), view(224, (0.4, 1.0), blur(0.1), v2.RandomSolarize(128, 0.2))
-    views = [first, second, *[view(96, (0.05, 0.4), blur(0.5))] * 8]
-    return lambda image: [view(v2.functional.pil_to_tensor(image.convert("RGB"))) for view in views]
-
-
-def lightly_transform():
-    from lightly.transforms.dino_transform import DINOTransform
-
-    augment = DINOTransform(n_local_views=8)
-    return lambda image: augment(image.convert("RGB"))
-
-
-AUGMENTATIONS = {
-    "plain": PlainAugmentation,
-    "this, --augmentation pil": functools.partial(our_augmentation, "pil"),
-    "this, --augmentation fast": functools.partial(our_augmentation, "fast"),
-    "torchvision v2, uint8": torchvision_v2,
-    "lightly": lightly_transform,
-    "decoding alone": lambda: lambda image: image.convert("RGB"),
-}
+    augment, files = make(), [Path(path).read_bytes() for path in paths]
+    return repeat(lambda: [augment(Image.open(io.BytesIO(file), formats=["JPEG"])) for file in files])
 
 
 def crops(args, number=50):
-    """From the bytes of JPEG files to crops, and the bytes per image that a loader passes to the trainer."""
-    paths = args.photographs[:: max(len(args.photographs) // number, 1)][:number]
-    needed = {"this, --augmentation fast": ("cv2", "--augmentation fast"), "lightly": ("lightly", "lightly")}
-    kinds = [kind for kind in AUGMENTATIONS if kind not in needed or installed(*needed[kind])]
-    rows = {kind: Row(len(paths), "decoding alone", augment_files, (kind, paths)) for kind in kinds}
-    compare("crops: JPEG files to 2 crops of 224 and 8 of 96 pixels, on one core", "images", rows, args.rounds)
-    image = dino_images.load_image(paths[0])
-    sizes = [sum(c.nbytes for c in AUGMENTATIONS[kind]()(image)) for kind in ("plain", "this, --augmentation pil")]
-    print("\nbytes per image from loader to trainer")
-    print_rows([["", "bytes", "/ plain"], ["plain", str(sizes[0]), 1.0], ["this", str(sizes[1]), sizes[1] / sizes[0]]])
+    """From the bytes of JPEG files to crops."""
+    makers = {"plain": dino_steps.PlainAugmentation}
+    for kind in sorted({"pil", fast_or_pil()}, reverse=True):
+        ours = partial(main_dino.DataAugmentationDINO, (0.4, 1.0), (0.05, 0.4), 8)
+        makers[f"this, --augmentation {kind}"] = partial(ours, as_uint8=True, augmentation=kind)
+    limit = "decoding alone"
+    makers[limit] = partial(operator.methodcaller, "convert", "RGB")
+    with tempfile.TemporaryDirectory() as root:
+        paths = sorted(Path(image_folder(root, args.data_path, number)).rglob("*.jpg"))
+        rows = {name: Row(number, limit, partial(augment_files, make, paths)) for name, make in makers.items()}
+        compare("crops: JPEG files to 2 crops of 224 and 8 of 96 pixels, on one core", "images", rows, args.rounds)
 
 
-# ---- a training step ----
+# ---- the networks ----
 
 
-def random_crops(batch_size, local_crops=8):
-    """Crops as a loader returns them: uint8 [B, 3, h, w]."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(batch_size, 3, size, size) for size in CROP_SIZES[: 2 + local_crops]]
-    return [torch.randint(256, shape, generator=generator, dtype=torch.uint8) for shape in shapes]
+def steps_of(training, crops):
+    """The work of an OurTraining's or a PlainTraining's steps. A plain loader normalizes its crops."""
+    plain = isinstance(training, dino_steps.PlainTraining)
+    crops = [utils.normalize(crop) for crop in crops] if plain else crops
+    crops = [crop.pin_memory() for crop in crops] if training.device.type == "cuda" else crops
+    return repeat(partial(training.step, crops)) if plain else partial(training.train, crops)
 
 
-def plain_step(arch, patch_size, batch_size, amp_dtype):
-    """A plain step. Its crops are normalized already: a plain loader does that."""
-    training = PlainTraining(arch, patch_size, amp_dtype)
-    return functools.partial(training.step, [utils.normalize(crop) for crop in random_crops(batch_size)])
+def training_work(training, batch_size, flags):
+    """The work of `training`, one of the two classes, for some of main_dino.py's flags."""
+    args = dino_steps.training_args(batch_size_per_gpu=batch_size, **flags)
+    return steps_of(training(args), dino_steps.random_crops(args, batch_size))
 
 
-class OurTraining:
-    """main_dino.py's parts and steps on random crops, in epochs of one step."""
-
-    def __init__(self, arch, patch_size, batch_size, amp_dtype, out_dim=OUT_DIM, local_crops=8, drop_path_rate=0.1):
-        words = flags_of(arch=arch, patch_size=patch_size, batch_size_per_gpu=batch_size, out_dim=out_dim)
-        words += flags_of(local_crops_number=local_crops, drop_path_rate=drop_path_rate, freeze_last_layer=0)
-        self.args = dino_cli.OneLineParser(parents=[main_dino.get_args_parser()]).parse_args(words)
-        self.args.images_per_step = batch_size
-        device, epochs = torch.device("cpu"), self.args.epochs
-        utils.fix_random_seeds(0)
-        student, teacher = main_dino.build_student_and_teacher(self.args, device, amp_dtype)
-        loss = main_dino.DINOLoss(
-            out_dim,
-            ncrops=2 + local_crops,
-            warmup_teacher_temp=0.04,
-            teacher_temp=0.04,
-            warmup_teacher_temp_epochs=0,
-            nepochs=epochs,
-        )
-        optimizer = utils.build_optimizer("adamw", utils.get_params_groups(student), device)
-        self.parts = main_dino.Parts(student, teacher, loss, optimizer, torch.amp.GradScaler("cpu", enabled=False))
-        constant = {"lr": 1e-5, "weight_decay": 0.04, "momentum": 0.996}
-        self.schedules = {name: [value] * epochs for name, value in constant.items()}
-        self.autocast = torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None)
-        self.loader, self.epochs = (
-            [(random_crops(batch_size, local_crops), torch.arange(batch_size))],
-            itertools.count(),
-        )
-
-    def step(self):
-        """One step. Returns the means that main_dino.py logs."""
-        run = dino_run.Bare(self.args, len(self.loader))
-        with contextlib.redirect_stdout(io.StringIO()):
-            return main_dino.train_one_epoch(
-                self.parts, self.loader, self.schedules, next(self.epochs), self.args, self.autocast, run
-            )
-
-
-def our_step(*args):
-    return OurTraining(*args).step
-
-
-def lightly_step(arch, patch_size, batch_size, amp_dtype):
-    """A step with lightly's loss, head and teacher update and timm's network, as in lightly's example."""
-    import timm
-    from lightly.loss import DINOLoss
-    from lightly.models.modules import DINOProjectionHead
-    from lightly.models.utils import update_momentum
-
-    utils.fix_random_seeds(0)
-    name = f"{arch}_patch{patch_size}_224"
-    networks = []
-    for drop_path_rate in (0.1, 0.0):
-        backbone = timm.create_model(name, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path_rate)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch deprecates the head's weight norm
-            networks.append(nn.Sequential(backbone, DINOProjectionHead(backbone.num_features, 2048, 256, OUT_DIM)))
-    student, teacher = networks
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    criterion, optimizer = DINOLoss(OUT_DIM), torch.optim.AdamW(student.parameters(), lr=1e-5)
-    crops = [utils.normalize(crop) for crop in random_crops(batch_size)]
-
-    def work():
-        with torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None):
-            update_momentum(student, teacher, m=0.996)
-            taught, seen = [teacher(crop) for crop in crops[:2]], [student(crop) for crop in crops]
-        loss = criterion([t.float() for t in taught], [s.float() for s in seen], epoch=0)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 3.0)
-        optimizer.step()
-        loss.item()
-
-    return work
-
-
-def has_lightly(arch, patch_size):
-    """Whether lightly is installed and timm has the network."""
-    if not installed("lightly", "lightly"):
-        return False
-    import timm
-
-    return timm.is_model(f"{arch}_patch{patch_size}_224")
-
-
-def useful_flop(arch, patch_size, batch_size, out_dim=OUT_DIM):
-    """Operations of a step's matrix products and convolutions, counted without computing them.
-
-    In the last block of a ViT only CLS counts, because the loss needs no other token. The plain step computes them all.
-    """
-    with torch.device("meta"):
-        student, teacher = (PlainTraining.network(arch, patch_size, out_dim) for _ in range(2))
-        for network in (student, teacher) if dino_backbones.vit_factory(arch) else ():
-            network.backbone.set_cls_only(True)
-        crops = [torch.empty(batch_size, 3, size, size) for size in CROP_SIZES]
-    with FlopCounterMode(display=False) as counter:
-        with torch.no_grad():
-            teacher(crops[:2])
-        student(crops).sum().backward()
-    return counter.get_total_flops()
+def step_rows(kind, batch_size, sizes):
+    """[(plain or this, precision)]. On GPUs not every precision at every batch size, since that would take long."""
+    if kind == "cpu":
+        return [(who, precision) for precision in precisions(kind) for who in ("plain", "this")]
+    rows = [("plain", "fp16"), ("plain", "bf16"), ("this", "bf16")]
+    if batch_size == (64 if 64 in sizes else min(sizes)):
+        rows += [("this", "fp16"), ("this", "tf32"), ("this", "float32")]
+    return rows + [("this", "compiled")] * (batch_size == max(sizes))
 
 
 def step(args):
-    """Training steps: speed, memory, and speed relative to plain matrix products of the same number of operations."""
-    arch, smallest = args.arch or "vit_small", min(args.batch_size_per_gpu)
-    for batch_size in args.batch_size_per_gpu:
-        shape, rows = (arch, args.patch_size, batch_size), {}
-        flop, lightly = useful_flop(*shape), batch_size == smallest and has_lightly(*shape[:2])
-        for name, (amp_dtype, dtype) in precisions().items():
-            limit = f"{name} matrix products"
-            rows[f"plain {name}"] = Row(batch_size, limit, plain_step, (*shape, amp_dtype))
-            rows[f"this {name}"] = Row(batch_size, limit, our_step, (*shape, amp_dtype))
-            if lightly:
-                rows[f"lightly {name}"] = Row(batch_size, limit, lightly_step, (*shape, amp_dtype))
-            rows[limit] = Row(PRODUCT / flop * batch_size, limit, matrix_product, (dtype,))
-        title = f"step: {arch}/{args.patch_size}, {batch_size} images, K = {OUT_DIM}, {flop / 1e9:.0f} GFLOP"
-        rounds = args.rounds if batch_size == smallest else half(args.rounds)
-        # Memory settles after three steps. A step after a pause is slower than the steps of a run, so one is untimed.
-        compare(title, "images", rows, rounds, warm_up=3, again=1, memory=True)
+    """Training steps: speed, memory, and speed relative to matrix products of the same number of operations."""
+    kind = kind_of(args.device)
+    sizes, flags = batch_sizes(args, kind), network_flags(args, kind)
+    for batch_size in sizes:
+        setting, rows, products = dino_steps.training_args(**flags), {}, {}
+        flop = dino_steps.useful_flop(setting, batch_size)
+        images = 2 * SIDES[kind] ** 3 / flop * batch_size  # with the operations of one product
+        for who, precision in step_rows(kind, batch_size, sizes):
+            product = precision if precision in ("float32", "tf32") else "bf16"
+            limit = f"{product} matrix products"
+            products[limit] = Row(images, limit, partial(matrix_product, kind, product))
+            training = dino_steps.PlainTraining if who == "plain" else dino_steps.OurTraining
+            work = partial(training_work, training, batch_size, {**flags, **PRECISION_FLAGS[precision]})
+            rows[f"{who} {precision}"] = Row(batch_size, limit, work)
+        title = f"step: {setting.arch}/{args.patch_size}, {batch_size} images, {flop / 1e9:.0f} GFLOP"
+        rounds = args.rounds if batch_size == min(sizes) else half(args.rounds)
+        rows |= products
+        # On CPUs memory settles after three steps.
+        compare(title, "images", rows, rounds, ("MB/image", batch_size), waits=kind == "cuda", **pace(kind, 3))
 
 
-def epoch(args, number=100):
-    """One epoch as a whole process, from start to exit: main_dino.py and the baseline."""
-    arch, batch_size = args.arch or "vit_small", args.batch_size_per_gpu[-1]
-    with tempfile.TemporaryDirectory() as root:
-        images = image_folder(root, args.photographs, number)
-        plain = ("-c", "import sys, benchmark; benchmark.plain_epoch(*sys.argv[1:])", images, OUTPUT, arch)
-        kind = "fast" if installed("cv2", "--augmentation fast") else "pil"
-        ours = flags_of(data_path=images, output_dir=OUTPUT, augmentation=kind, epochs=1, warmup_epochs=0)
-        ours += flags_of(arch=arch, patch_size=args.patch_size, batch_size_per_gpu=batch_size)
-        ours += flags_of(num_workers=2, device="cpu")
-        used = number // batch_size * batch_size
-        rows = {
-            "plain": Row(used, None, whole_runs, (*plain, args.patch_size, batch_size)),
-            f"this, --augmentation {kind}": Row(used, None, whole_runs, ("main_dino.py", *ours)),
-        }
-        title = f"epoch: {arch}/{args.patch_size}, {number} images in batches of {batch_size}, from start to exit"
-        compare(title, "images", rows, half(args.rounds), warm_up=0)
+def multicrop(args):
+    """Training with more and more local crops, as in the paper's table 8. Hours are for 100 epochs of ImageNet."""
+    kind, rows = kind_of(args.device), {}
+    batch_size = one_batch_size(args, kind)
+    for number in (0, 2, 6, 10):
+        flags = {**network_flags(args, kind), "local_crops_number": number}
+        work = partial(training_work, dino_steps.OurTraining, batch_size, flags)
+        rows[f"2 x 224 + {number} x 96 pixels"] = Row(batch_size, None, work)
+    title = f"multicrop: {flags['arch']}/{args.patch_size}, {batch_size} images, hours for 100 epochs of ImageNet"
+    compare(title, "images", rows, half(args.rounds), ("peak GB", 1024), {"hours": imagenet_hours}, **pace(kind, 3))
+
+
+def imagenet_hours(images_per_s, epochs=100):
+    return epochs * 1_281_167 / images_per_s / 3600
+
+
+def forward_pass(kind, precision, batch_size, arch, patch_size, size=224):
+    """The work of computing features as evaluations do, from images that are on the device."""
+    device, _, autocast, _ = dino_steps.start(dino_steps.training_args(device=kind, **PRECISION_FLAGS[precision]))
+    model = dino_backbones.prepare_for_evaluation(dino_backbones.build_backbone(arch, patch_size, size)[0], device)
+    images = torch.randn(batch_size, 3, size, size, device=device)
+    return repeat(autocast(partial(model, images)))
+
+
+NETWORKS = [("vit_small", 16), ("vit_small", 8), ("vit_base", 16), ("vit_base", 8), ("resnet50", 16)]
+
+
+def inference(args):
+    """Forward passes of the networks in the paper's table 1, or of --arch."""
+    kind, rows = kind_of(args.device), {}
+    batch_size = one_batch_size(args, kind)
+    for arch, patch_size in [(args.arch, args.patch_size)] if args.arch else NETWORKS:
+        for precision in [name for name in precisions(kind) if name in ("float32", "bf16")]:
+            work = partial(forward_pass, kind, precision, batch_size, arch, patch_size)
+            name = f"{arch}/{patch_size}" if dino_backbones.vit_factory(arch) else arch
+            rows[f"{name} {precision}"] = Row(batch_size, None, work)
+    compare(f"inference: {batch_size} images of 224 pixels", "images", rows, half(args.rounds), **pace(kind))
 
 
 # ---- evaluations ----
 
 
-def solve(function, task, *shape):
-    """The work of calling a function with the arguments that `task(*shape)` returns."""
-    if function.__module__ != __name__:
+def solve(function, task, kind, *shape):
+    """The work of calling a function with what `task(kind, *shape)` returns."""
+    if kind == "cpu" and not function.__name__.startswith("plain"):
         dino_backbones.tune_cpu()  # as in the evaluations
-    return functools.partial(function, *task(*shape))
+    return repeat(partial(function, *task(kind, *shape)))
 
 
-def knn_task(train, test, width, classes, ks):
+def knn_task(device, train, test, width, classes, ks):
     """Arguments of both classifiers: normalized features around one random point per class, and labels."""
-    generator = torch.Generator().manual_seed(0)
-    points = torch.randn(classes, width, generator=generator)
-    task = []
+    generator = torch.Generator(device).manual_seed(0)
+    like = {"generator": generator, "device": device}
+    points, task = torch.randn(classes, width, **like), []
     for number in (train, test):
-        labels = torch.randint(classes, (number,), generator=generator)
-        features = points[labels] + 3 * torch.randn(number, width, generator=generator)
-        task += [F.normalize(features, dim=1), labels]
+        labels = torch.randint(classes, (number,), **like)
+        task += [F.normalize(points[labels] + 3 * torch.randn(number, width, **like), dim=1), labels]
     return *task, ks, 0.07
 
 
 def knn(args, train=50_000, test=10_000, width=384, classes=1000, ks=(10, 20, 100, 200)):
     """k-NN classification, given the features."""
-    shape, limit = (knn_task, train, test, width, classes, list(ks)), "matrix products"
-    rows = {
-        "plain": Row(test, limit, solve, (plain_knn, *shape)),
-        "this": Row(test, limit, solve, (dino_features.knn_accuracies, *shape)),
-        limit: Row(PRODUCT / (2 * train * width), limit, matrix_product, (torch.float32,)),
-    }
+    kind, shape = kind_of(args.device), (train, test, width, classes, list(ks))
+    functions = {"plain": dino_steps.plain_knn, "this": dino_features.knn_accuracies}
+    rows = {who: Row(test, None, partial(solve, f, knn_task, kind, *shape)) for who, f in functions.items()}
     title = f"knn: {test} images among {train}, {width} features, {classes} classes, k = {', '.join(map(str, ks))}"
-    compare(title, "images", rows, half(args.rounds), warm_up=0, memory=True)
+    compare(title, "images", rows, half(args.rounds), ("peak MB", 1), warm_up=int(kind == "cuda"))
 
 
-def propagation_task(h, w, width, frames, window, topk):
-    """Arguments of our propagation: features of a frame and of earlier frames, their labels, window, top k."""
-    generator = torch.Generator().manual_seed(0)
-    features = F.normalize(torch.randn(frames + 1, h, w, width, generator=generator), dim=-1)
-    return features[0], features[1:], torch.rand(frames, h, w, 4, generator=generator), window, topk
+def propagation_task(device, grid, width, frames, window, topk, plain=False):
+    """Arguments of both: features of a frame and of earlier frames, their labels, window or (plain) its mask, top k.
 
-
-def plain_propagation_task(h, w, width, frames, window, topk):
-    """The same for the plain propagation: patches flattened, the window as a mask."""
-    *tensors, window, topk = propagation_task(h, w, width, frames, window, topk)
-    mask = eval_video_segmentation.restrict_neighborhood(h, w, window).float()
-    return *(tensor.flatten(-3, -2) for tensor in tensors), mask, topk
+    `grid` is (h, w) in patches.
+    """
+    like = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    features = F.normalize(torch.randn(frames + 1, *grid, width, **like), dim=-1)
+    if plain:
+        window = eval_video_segmentation.restrict_neighborhood(*grid, window).float().to(device)
+    return features[0], features[1:], torch.rand(frames, *grid, 4, **like), window, topk
 
 
 def propagation(args, h=60, w=107, width=384, frames=8, window=12, topk=5):
-    """Label propagation, given the features. The limit is the product of each patch with those in its window."""
-    near = eval_video_segmentation.restrict_neighborhood(h, w, window).sum().item()
-    shape, limit, ours = (h, w, width, frames, window, topk), "matrix products", eval_video_segmentation.propagate
-    rows = {
-        "plain": Row(1, limit, solve, (plain_propagation, plain_propagation_task, *shape)),
-        "this": Row(1, limit, solve, (ours, propagation_task, *shape)),
-        limit: Row(PRODUCT / (2 * near * frames * width), limit, matrix_product, (torch.float32,)),
-    }
+    """Label propagation, given the features."""
+    kind, shape = kind_of(args.device), ((h, w), width, frames, window, topk)
+    ours, plain = eval_video_segmentation.propagate, dino_steps.plain_propagation
+    works = {"plain": (plain, partial(propagation_task, plain=True)), "this": (ours, propagation_task)}
+    rows = {who: Row(1, None, partial(solve, *both, kind, *shape)) for who, both in works.items()}
     title = f"propagation: {h} x {w} patches, {width} features, {frames} earlier frames, window {window}, top {topk}"
-    compare(title, "frames", rows, half(args.rounds), memory=True)
+    compare(title, "frames", rows, half(args.rounds), ("peak MB", 1))
 
 
-# ---- scaling ----
+# ---- whole runs ----
+
+OUTPUT = "<output>"  # stands for a new folder
 
 
-def images_per_second(processes, images, arch, batch_size, args):
-    """Speed of main_dino.py in its second epoch: the first one warms up. Raises UserError."""
+def run_python(*words, threads=None):
+    """Run `python <words>` in the folder of this file. Returns the last line of its log.txt. Raises UserError."""
     with tempfile.TemporaryDirectory() as output:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        words = flags_of(arch=arch, patch_size=args.patch_size, batch_size_per_gpu=batch_size, out_dim=4096)
-        words += flags_of(data_path=images, output_dir=output, epochs=2, warmup_epochs=0, saveckp_freq=0)
-        words += flags_of(num_workers=0, device="cpu", use_fp16=False)
-        run_python(*launcher[: 5 * (processes > 1)], "main_dino.py", *words, threads=args.threads)
-        *_, last = Path(output, "log.txt").read_text().splitlines()
-        return json.loads(last)["train_images_per_s"]
+        done = subprocess.run(
+            [sys.executable, *(output if word == OUTPUT else str(word) for word in words)],
+            cwd=os.path.dirname(os.path.abspath(__file__)),
+            env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            reason = next((line for line in lines if line.startswith("error")), lines[-1])
+            raise UserError(f"a measured run has failed: {reason.removeprefix('error: ')}")
+        log = Path(output, "log.txt")
+        return json.loads(log.read_text().splitlines()[-1]) if log.exists() else {}
+
+
+def epoch(args, number=100):
+    """One epoch as a whole process, from start to exit: main_dino.py and the baseline."""
+    arch, batch_size, kind = args.arch or "vit_small", batch_sizes(args, "cpu")[-1], fast_or_pil()
+    with tempfile.TemporaryDirectory() as root:
+        images = image_folder(root, args.data_path, number)
+        plain = ("-c", "import sys, dino_steps; dino_steps.plain_epoch(*sys.argv[1:])", images, OUTPUT, arch)
+        ours = flags_of(data_path=images, output_dir=OUTPUT, augmentation=kind, epochs=1, warmup_epochs=0, arch=arch)
+        ours += flags_of(patch_size=args.patch_size, batch_size_per_gpu=batch_size, num_workers=2, device="cpu")
+        runs = {"plain": (*plain, args.patch_size, batch_size), f"this, --augmentation {kind}": ("main_dino.py", *ours)}
+        used = number // batch_size * batch_size
+        rows = {who: Row(used, None, partial(repeat, partial(run_python, *words))) for who, words in runs.items()}
+        title = f"epoch: {arch}/{args.patch_size}, {number} images in batches of {batch_size}, from start to exit"
+        compare(title, "images", rows, half(args.rounds), warm_up=0)
+
+
+def second_epoch(threads, *words):
+    """The work of a run of main_dino.py. Its time is that of one image in the second epoch: the first one warms up."""
+
+    def work(steps, watch):
+        watch.ticks += [0.0, 1 / run_python(*words, threads=threads)["train_images_per_s"]]
+
+    return work
 
 
 def scaling(args, steps=4):
     """Training with more processes. They load their own images, so no loader process hides any work."""
-    batch_size, rates = args.batch_size_per_gpu[0], {number: [] for number in dict.fromkeys(args.processes)}
-    arch = args.arch or "vit_tiny"
-    print(f"\nscaling: {arch}, {batch_size} images and {args.threads} threads per process", flush=True)
+    batch_size, arch, rows = batch_sizes(args, "cpu")[0], args.arch or "vit_tiny", {}
+    fixed = flags_of(arch=arch, patch_size=args.patch_size, out_dim=4096, use_fp16=False, batch_size_per_gpu=batch_size)
+    fixed += flags_of(output_dir=OUTPUT, epochs=2, warmup_epochs=0, saveckp_freq=0, num_workers=0, device="cpu")
     with tempfile.TemporaryDirectory() as root:
-        folders = {n: image_folder(root, args.photographs, steps * n * batch_size) for n in rates}
-        for _ in range(args.rounds):
-            for number in rates:
-                rates[number].append(images_per_second(number, folders[number], arch, batch_size, args))
-    base = args.processes[0]
-    rows = [["processes", "images/s", f"/ {base}", "efficiency"]]
-    for number, found in rates.items():
-        gain = statistics.median(a / b for a, b in zip(found, rates[base], strict=True))
-        row = [statistics.median(found), ratio(found, rates[base]), f"{100 * gain * base / number:.0f} %"]
-        rows.append([str(number), *row])
-    print_rows(rows)
+        for number in args.processes:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", number] * (number > 1)
+            images = image_folder(root, args.data_path, steps * number * batch_size)
+            words = [*launcher, "main_dino.py", *fixed, *flags_of(data_path=images)]
+            rows[f"{number} processes"] = Row(1, None, partial(second_epoch, args.threads, *words))
+        title = f"scaling: {arch}, {batch_size} images and {args.threads} threads per process"
+        compare(title, "images", rows, args.rounds, base=f"{args.processes[0]} processes", warm_up=0)
 
 
-TABLES = {
-    **{"limits": limits, "crops": crops, "step": step, "epoch": epoch, "knn": knn, "propagation": propagation},
-    "scaling": scaling,
-}
+TABLES = {f.__name__: f for f in (limits, crops, step, multicrop, inference, epoch, knn, propagation, scaling)}
 
 
 def main(args):
@@ -768,10 +591,8 @@ def main(args):
     check_args(args)
     here = os.path.dirname(os.path.abspath(__file__))  # the fork server does not know sys.path
     os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryDirectory() as folder:
-        args.photographs = photographs(args.data_path, folder)
-        for name in args.what or TABLES:
-            TABLES[name](args)
+    for name in args.what or TABLES:
+        TABLES[name](args)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ ARROWS = {
         *("dino_run", "dino_backbones", "dino_data", "dino_crops", "dino_cli", "vision_transformer", "utils")
     },
     "run_with_submitit": {"main_dino", "eval_knn", *BELOW_FEATURES},
-    "benchmark": {"main_dino", "dino_run", "eval_video_segmentation", *BELOW_FEATURES},
+    "dino_steps": {"main_dino", "dino_backbones", "dino_crops", "dino_cli", "utils", "vision_transformer"},
+    "benchmark": {"main_dino", "dino_steps", "eval_video_segmentation", *BELOW_FEATURES},
 }
 SCRIPTS = {name for name in MODULES if name.startswith("eval_")}
 SCRIPTS |= {"visualize_attention", "video_generation", "export", "report"}
@@ -79,7 +80,7 @@ def test_no_file_has_a_name_that_users_need():
 
 # ---- budgets ----
 
-LINES = {"main_dino": 420, "vision_transformer": 380, "utils": 850}
+LINES = {"main_dino": 420, "vision_transformer": 380, "utils": 850, "benchmark": 600}
 
 
 def budget(name):

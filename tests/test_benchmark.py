@@ -1,14 +1,14 @@
-"""benchmark.py: the baseline computes the same as the code it is compared with, and tables follow from the timings."""
+"""benchmark.py and dino_steps.py: the baseline computes the same as our code, and tables follow from the timings."""
 
-import functools
 import itertools
 import math
 import multiprocessing
 import os
 import re
 import subprocess
-import threading
-import time
+import warnings
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,46 +20,49 @@ import dino_backbones
 import dino_data
 import dino_features
 import dino_images
+import dino_steps
 import eval_video_segmentation
 import main_dino
 import utils
+from benchmark import Measured, Row
 
-TINY = ("--arch", "vit_nano", "--rounds", "1", "--batch_size_per_gpu", "1")
+TINY = ("--arch", "vit_nano", "--rounds", "1", "--batch_size_per_gpu", "1", "--device", "cpu")
+NANO = {"arch": "vit_nano", "device": "cpu", "use_fp16": False}
 
 
 class Here:
-    """A Worker in this process. It skips the matrix products of the limits, which take seconds."""
+    """Stands for the process of a row, and works in this one."""
 
-    def __init__(self, prepare, *args):
-        self.work = (lambda: None) if prepare is benchmark.matrix_product else prepare(*args)
+    def __init__(self, workers, context):
+        self.kept = {}
 
-    def receive(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         pass
 
-    def run(self, warm_up=0):
-        began = time.perf_counter()
-        self.work()
-        return time.perf_counter() - began, 7.0
-
-    def end(self):
-        pass
+    def submit(self, function, *args):
+        future = Future()
+        benchmark.KEPT.clear()
+        benchmark.KEPT.update(self.kept)
+        future.set_result(function(*args))
+        self.kept = dict(benchmark.KEPT)
+        return future
 
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(benchmark, "Worker", Here)
+    """Rows are measured in this process, and matrix products are small."""
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Here)
+    monkeypatch.setitem(benchmark.SIDES, "cpu", 8)
 
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Workers are forked from a process that has imported everything: new ones would take seconds."""
+    """Processes are forked from one that has imported everything: new ones would take seconds."""
     start_forks()
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORKS)
-
-
-@pytest.fixture
-def photographs(tmp_path):
-    return benchmark.photographs("sample", tmp_path, side=120)
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ def test_the_plain_loss_is_the_loss(center):
     student, teacher = (torch.randn(n * 3, 20, generator=generator) for n in (5, 2))
     loss = main_dino.DINOLoss(20, 5, 0.04, 0.04, 0, 1)
     loss.center.copy_(center * torch.randn(1, 20, generator=generator))
-    plain = benchmark.plain_loss(student.chunk(5), teacher.chunk(2), loss.center)
+    plain = dino_steps.plain_loss(student.chunk(5), teacher.chunk(2), loss.center)
     assert_near(plain, loss(student, teacher, 0), 1e-5)
 
 
@@ -106,13 +109,13 @@ def flat(tensors):
 
 
 def test_plain_steps_reach_the_weights_of_our_steps():
-    shape, out_dim = ("vit_nano", 16), 64
-    plain = benchmark.PlainTraining(*shape, out_dim=out_dim, drop_path_rate=0.0)
-    ours = benchmark.OurTraining(*shape, 2, None, out_dim, 8, 0.0)
+    args = dino_steps.training_args(**NANO, out_dim=64, drop_path_rate=0.0)
+    plain, ours = dino_steps.PlainTraining(args), dino_steps.OurTraining(args)
     start = flat(plain.student.parameters()).clone()
-    crops = [utils.normalize(crop) for crop in benchmark.random_crops(2)]
+    integers = dino_steps.random_crops(args, 2)
+    crops = [utils.normalize(crop) for crop in integers]
     for _ in range(2):
-        assert plain.step(crops) == pytest.approx(ours.step()["loss"], rel=1e-5)
+        assert plain.step(crops) == pytest.approx(ours.train(integers, 1)["loss"], rel=1e-5)
     assert_near(plain.center, ours.parts.dino_loss.center, 1e-4)
     decay = [[group["weight_decay"] for group in net.param_groups] for net in (plain.optimizer, ours.parts.optimizer)]
     assert decay == [[0.04, 0.0]] * 2
@@ -128,36 +131,47 @@ def test_plain_steps_reach_the_weights_of_our_steps():
 
 
 def test_a_plain_step_clips_each_gradient_to_a_norm_of_3(monkeypatch):
-    training = benchmark.PlainTraining("vit_nano", 16, out_dim=64)
-    monkeypatch.setattr(benchmark, "plain_loss", lambda seen, taught, center: 1e4 * sum(s.square().sum() for s in seen))
-    training.step([utils.normalize(crop) for crop in benchmark.random_crops(1)])
+    args = dino_steps.training_args(**NANO, out_dim=64)
+    training = dino_steps.PlainTraining(args)
+    loud = lambda seen, taught, center: 1e4 * sum(s.square().sum() for s in seen)  # noqa: E731
+    monkeypatch.setattr(dino_steps, "plain_loss", loud)
+    training.step([utils.normalize(crop) for crop in dino_steps.random_crops(args, 1)])
     norms = torch.stack([p.grad.norm() for p in training.student.parameters() if p.grad is not None])
     assert norms.max() == pytest.approx(3, rel=1e-4)
     assert (norms > 2.99).sum() > 10
 
 
+def test_a_plain_loss_that_is_not_finite_ends_the_measurement():
+    args = dino_steps.training_args(**NANO, out_dim=64)
+    crops = [utils.normalize(crop) * math.nan for crop in dino_steps.random_crops(args, 1)]
+    with pytest.raises(utils.UserError, match="the plain loss is nan"):
+        dino_steps.PlainTraining(args).step(crops)
+
+
 def test_plain_crops_have_the_pixels_of_augmentation_pil():
     image = dino_images.load_image(dino_data.find_photographs(["coffee.png"])[0])
-    plain, ours = benchmark.PlainAugmentation(), benchmark.our_augmentation("pil")
+    plain = dino_steps.PlainAugmentation()
+    ours = main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 8, as_uint8=True)
     for seed in range(4):
         utils.fix_random_seeds(seed)
         wanted = plain(image)
         utils.fix_random_seeds(seed)
         for a, b in zip(wanted, ours(image), strict=True):
             torch.testing.assert_close(a, utils.normalize(b))
+        assert [tuple(crop.shape) for crop in wanted] == [(3, 224, 224)] * 2 + [(3, 96, 96)] * 8
 
 
 def test_the_plain_classifier_has_the_accuracies_of_ours():
-    task = benchmark.knn_task(600, 200, 48, 20, [2, 10, 40])
-    plain, ours = benchmark.plain_knn(*task), dino_features.knn_accuracies(*task)
+    task = benchmark.knn_task("cpu", 600, 200, 48, 20, [2, 10, 40])
+    plain, ours = dino_steps.plain_knn(*task), dino_features.knn_accuracies(*task)
     assert {k: round(top1, 6) for k, (top1, _) in ours.items()} == {k: round(top1, 6) for k, top1 in plain.items()}
     assert 10 < plain[2] < 90
     assert len(set(plain.values())) == 3
 
 
 def test_the_plain_propagation_has_the_labels_of_ours():
-    shape = (14, 17, 8, 3, 3, 5)
-    plain = benchmark.plain_propagation(*benchmark.plain_propagation_task(*shape))
+    shape = ("cpu", (14, 17), 8, 3, 3, 5)
+    plain = dino_steps.plain_propagation(*benchmark.propagation_task(*shape, plain=True))
     ours = eval_video_segmentation.propagate(*benchmark.propagation_task(*shape))
     assert_near(plain.view(14, 17, 4), ours, 1e-5)
 
@@ -177,89 +191,149 @@ def test_useful_operations_agree_with_a_count_by_hand():
     student = 3 * (2 * blocks(196) + 8 * blocks(36) + 10 * head)
     student += 2 * (2 * embedding[196] + 8 * embedding[36])  # pixels need no gradient
     positions = 2 * 2 * (6 * 14 * 14 * width + 6 * 14 * 6 * width)  # forward and backward, once per step
-    assert benchmark.useful_flop("vit_nano", 16, batch_size, out_dim) == batch_size * (teacher + student) + positions
+    args = dino_steps.training_args(**NANO, out_dim=out_dim)
+    assert dino_steps.useful_flop(args, batch_size) == batch_size * (teacher + student) + positions
 
 
-def test_every_augmentation_makes_two_large_and_eight_small_crops(photographs):
-    for kind, make in benchmark.AUGMENTATIONS.items():
-        needed = {"lightly": "lightly", "this, --augmentation fast": "cv2"}.get(kind)
-        if kind == "decoding alone" or (needed and not benchmark.installed(needed, kind)):
-            continue
-        crops = make()(dino_images.open_image(photographs[0]))
-        assert [tuple(crop.shape) for crop in crops] == [(3, 224, 224)] * 2 + [(3, 96, 96)] * 8, kind
-
-
-def test_a_plain_epoch_trains_on_whole_batches_and_saves_a_checkpoint(photographs, tmp_path, capsys):
-    folder, output = benchmark.image_folder(tmp_path, photographs, 5), tmp_path / "run"
+def test_a_plain_epoch_trains_on_whole_batches_and_saves_a_checkpoint(tmp_path, capsys):
+    folder, output = benchmark.image_folder(tmp_path, "sample", 5, side=120), tmp_path / "run"
     output.mkdir()
-    benchmark.plain_epoch(folder, output, "vit_nano", "16", "2")
+    dino_steps.plain_epoch(folder, output, "vit_nano", "16", "2")
     losses = [float(line) for line in capsys.readouterr().out.split()]
     assert len(losses) == 2
     assert losses[0] == pytest.approx(math.log(65536), rel=0.1)
     assert set(torch.load(output / "checkpoint.pth", weights_only=True)) == {"student", "teacher", "optimizer"}
 
 
+# ---- one measurement ----
+
+
+def test_a_measurement_is_the_median_of_the_steps_after_the_warm_up():
+    times = [0, 100, 101, 103, 106, 116]
+
+    def work(steps, watch):
+        watch.ticks += times[: steps + 1]
+
+    assert benchmark.measure(work, warm_up=1, steps=3).seconds == 2
+    assert benchmark.measure(work, warm_up=2, steps=3).seconds == 3
+    assert benchmark.measure(work, warm_up=0).seconds == 100
+
+
+def test_each_call_and_each_step_of_training_is_between_two_ticks():
+    calls, watch = [], benchmark.Watch(lambda: len(calls))
+    benchmark.repeat(lambda: calls.append(1))(3, watch)
+    assert watch.ticks == [0, 1, 2, 3]
+    args = dino_steps.training_args(**NANO, out_dim=64, local_crops_number=0, global_crops_size=32, patch_size=16)
+    ours = dino_steps.OurTraining(args)
+    watch = benchmark.Watch(
+        lambda: float(ours.parts.optimizer.state[next(iter(ours.parts.student.parameters()))].get("step", 0))
+    )
+    ours.train(dino_steps.random_crops(args, 2), 3, watch)
+    assert watch.ticks == [0, 1, 2, 3]
+
+
+def test_host_waits_are_counted_per_step_and_by_place(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    logged = {0, 5}
+
+    def work(steps, watch):
+        for step in range(steps):
+            watch.tick()
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+            if step in logged:
+                warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        watch.tick()
+
+    median, places = benchmark.host_waits(work)
+    assert median == 1
+    assert sorted(places.values()) == [2, 6]
+    assert all(place.startswith("test_benchmark.py:") for place in places)
+    assert modes == ["warn", "default"]
+
+
 # ---- measuring in turn ----
 
 
-def test_workers_take_turns_and_warm_up_first(monkeypatch):
+def test_rows_take_turns(here):
     order = []
 
-    class Fake(Here):
-        def __init__(self, name, seconds):
-            self.name, self.seconds = name, iter(seconds)
+    def prepare(name):
+        order.append(f"prepare {name}")
 
-        def run(self, warm_up):
-            order.append(warm_up * "-" + self.name)
-            return next(self.seconds), len(order)
+        def work(steps, watch):
+            order.append(name * steps)
+            watch.ticks += range(steps + 1)
 
-        def end(self):
-            order.append(f"end {self.name}")
+        return work
 
-    monkeypatch.setattr(benchmark, "Worker", Fake)
-    works = {"a": ("a", [1, 2]), "b": ("b", [3, 4])}
-    assert benchmark.take_turns(works, 2, warm_up=2, again=1) == ({"a": [1, 2], "b": [3, 4]}, {"a": 3, "b": 4})
-    assert order == ["--a", "--b", "-a", "-b", "end a", "end b"]
+    found = benchmark.take_turns({name: partial(prepare, name) for name in "ab"}, 2, warm_up=2, steps=1)
+    assert order == ["prepare a", "prepare b", "aaa", "bbb", "aaa", "bbb"]
+    assert [len(measured) for measured in found.values()] == [2, 2]
 
 
 def test_a_table_has_medians_of_round_by_round_ratios(monkeypatch, capsys):
     # The machine was slow in the second round: medians of the times would give 10 / 1 = 10.
     seconds = {"plain": [10, 100, 1], "this": [5, 20, 1], "most": [1, 10, 0.1], "batches": [10, 100, 1]}
     peaks = {"plain": 200.0, "this": 50.0, "most": 1.0, "batches": 100.0}
-    monkeypatch.setattr(benchmark, "take_turns", lambda *_: (seconds, peaks))
+    found = {name: [Measured(s, peaks[name], 3) for s in seconds[name]] for name in seconds}
+    monkeypatch.setattr(benchmark, "take_turns", lambda *_, **how: found)
     units = {"plain": 4, "this": 4, "most": 4, "batches": 12}
-    rows = {name: benchmark.Row(number, "most", None) for name, number in units.items()}
-    benchmark.compare("title", "images", rows, 3, memory=True)
+    rows = {name: Row(number, "most", None) for name, number in units.items()}
+    benchmark.compare("title", "images", rows, 3, ("peak", 2), {"twice": lambda speed: 2 * speed}, waits=True)
     cells = table(capsys.readouterr().out)
-    assert cells["plain"] == ["0.4", "10", "1.00", "10 %", "200", "1"]
-    assert cells["this"] == ["0.8", "5", "2.00 (1.00-5.00)", "20 %", "50", "0.25"]
-    assert cells["most"] == ["4", "1", "10.00", "100 %"]
-    assert cells["batches"][2] == "3.00"  # three times the images in the same time
+    assert cells["plain"] == ["0.4", "10", "0.8", "1.00", "10.0 %", "100", "3"]
+    assert cells["this"] == ["0.8", "5", "1.6", "2.00 (1.00-5.00)", "20.0 (10.0-50.0) %", "25", "3"]
+    assert cells["most"] == ["4", "1", "8", "10.00", "100.0 %"]
+    assert cells["batches"][3] == "3.00"  # three times the images in the same time
 
 
-def test_a_worker_is_a_process_that_reports_its_peak_memory():
-    worker = benchmark.Worker(functools.partial, torch.ones, 50_000_000)
-    worker.receive()
-    seconds, peak = worker.run(warm_up=2)
-    worker.end()
-    assert seconds > 0
-    assert 190 < peak < 260  # 200 million bytes are 191 MB
-    assert worker.process.exitcode is not None
+def run_out_of_memory():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def out_of_memory_later():
+    return benchmark.repeat(run_out_of_memory)
+
+
+def nothing():
+    return benchmark.repeat(int)
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_row_that_the_gpu_has_no_memory_for_says_so_and_the_rest_is_measured(capsys):
+    work = {"plain": out_of_memory_later, "this": nothing, "at once": run_out_of_memory}
+    rows = {name: Row(1, None, prepare) for name, prepare in work.items()}
+    benchmark.compare("title", "images", rows, 2)
+    cells = table(capsys.readouterr().out)
+    assert cells["plain"] == cells["at once"] == ["out of memory"]
+    assert float(cells["this"][0]) > 0
+    assert cells["this"][2] == "-"  # / plain
+
+
+def allocate(number):
+    return benchmark.repeat(partial(torch.ones, number))
+
+
+def test_a_process_reports_its_peak_memory():
+    (measured,) = benchmark.take_turns({"one": partial(allocate, 50_000_000)}, 1)["one"]
+    assert measured.seconds > 0
+    assert 190 < measured.mb < 260  # 200 million bytes are 191 MB
 
 
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
-    ("work", "message"),
+    ("work", "error", "message"),
     [
-        ((os._exit, 1), "has died"),
-        ((dino_backbones.check_arch, "vit_smal"), "unknown --arch vit_smal"),
-        ((open, "/no/such\nfile"), "has failed: FileNotFoundError: "),
+        (partial(os._exit, 1), utils.UserError, "has died. Is there enough memory"),
+        (partial(dino_backbones.check_arch, "vit_smal"), utils.UserError, "unknown --arch vit_smal"),
+        (partial(open, "/no/such/file"), FileNotFoundError, "/no/such/file"),
     ],
 )
-def test_a_worker_that_fails_is_one_line(work, message):
-    with pytest.raises(utils.UserError, match=message) as failure:
+def test_a_process_that_fails_ends_the_table(work, error, message):
+    with pytest.raises(error, match=message):
         benchmark.take_turns({"one": work}, 1)
-    assert "\n" not in str(failure.value)
 
 
 # ---- whole processes ----
@@ -278,10 +352,10 @@ def test_a_run_that_fails_is_one_line(code, message):
         benchmark.run_python("-c", code)
 
 
-def test_each_whole_run_has_a_new_folder(runs):
-    work = benchmark.whole_runs("main_dino.py", "--output_dir", benchmark.OUTPUT)
-    work()
-    work()
+def test_each_run_has_a_new_folder(runs):
+    for _ in range(2):
+        log = benchmark.run_python("main_dino.py", "--output_dir", benchmark.OUTPUT)
+        assert log == {"train_images_per_s": 7.5}  # of the last epoch
     folders = [words[-1] for words, _ in runs]
     assert folders[0] != folders[1]
     assert not any(os.path.exists(folder) for folder in folders)
@@ -289,29 +363,42 @@ def test_each_whole_run_has_a_new_folder(runs):
     assert runs[0][1]["cwd"] == str(Path(benchmark.__file__).parent)
 
 
-def test_scaling_measures_the_second_epoch(runs, tmp_path):
-    assert benchmark.images_per_second(3, tmp_path, "vit_nano", 4, tiny("--threads", 2)) == 7.5
-    assert benchmark.images_per_second(1, tmp_path, "vit_nano", 4, tiny()) == 7.5
-    assert runs[0][0][1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
-    assert [options["env"]["OMP_NUM_THREADS"] for _, options in runs] == ["2", "1"]
-    assert runs[1][0][1] == "main_dino.py"
-    for words, _ in runs:
+def test_scaling_measures_the_second_epoch(here, runs, capsys):
+    benchmark.scaling(tiny("--threads", 2, "--batch_size_per_gpu", 4, "--processes", 1, 3))
+    cells = table(capsys.readouterr().out)
+    assert cells["1 processes"] == cells["3 processes"] == ["7.5", "0.133", "1.00"]
+    assert runs[0][0][1] == "main_dino.py"
+    assert runs[1][0][1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    for words, options in runs:
+        assert options["env"]["OMP_NUM_THREADS"] == "2"
         args = arguments_of(main_dino, *words[words.index("main_dino.py") + 1 :])
         main_dino.check_args(args)
-        assert (args.epochs, args.batch_size_per_gpu, args.num_workers) == (2, 4, 0)
+        assert (args.epochs, args.batch_size_per_gpu, args.num_workers, args.device) == (2, 4, 0, "cpu")
+
+
+def test_an_epoch_is_a_whole_run(here, runs):
+    benchmark.epoch(tiny("--batch_size_per_gpu", 3), number=10)
+    words = [list(map(str, words)) for words, _ in runs]
+    assert words[0][1] == "-c"
+    assert words[0][-3:] == ["vit_nano", "16", "3"]
+    assert words[1][1] == "main_dino.py"
+    flags = arguments_of(main_dino, *words[1][2:])
+    main_dino.check_args(flags)
+    assert (flags.num_workers, flags.batch_size_per_gpu, flags.epochs) == (2, 3, 1)
 
 
 # ---- data and flags ----
 
 
-def test_photographs_are_found_in_subfolders_or_made_from_installed_ones(tmp_path):
-    made = benchmark.photographs("sample", tmp_path)
-    assert {Path(path).suffix for path in made} == {".jpg"}
-    assert max(max(dino_images.load_image(path).size) for path in made) == 500
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "x.JPEG").touch()
-    (tmp_path / "sub" / "x.png").touch()
-    assert benchmark.photographs(tmp_path / "sub", None) == [str(tmp_path / "sub" / "x.JPEG")]
+def test_images_are_links_to_installed_photographs_or_to_files_in_subfolders(tmp_path):
+    files = sorted(Path(benchmark.image_folder(tmp_path, "sample", 30)).rglob("*.jpg"))
+    assert len(files) == 30
+    assert max(max(dino_images.load_image(path).size) for path in files) == 500
+    (tmp_path / "given" / "sub").mkdir(parents=True)
+    (tmp_path / "given" / "sub" / "x.JPEG").write_text("x")
+    (tmp_path / "given" / "sub" / "x.png").touch()
+    files = list(Path(benchmark.image_folder(tmp_path, tmp_path / "given", 2)).rglob("*.jpg"))
+    assert [path.read_text() for path in files] == ["x", "x"]
 
 
 @pytest.mark.parametrize(
@@ -328,6 +415,12 @@ def test_a_wrong_flag_is_one_line(monkeypatch, capsys, tmp_path, flags, message)
     assert (code, message in line) == (2, True), line
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_missing_is_one_line(monkeypatch, capsys):
+    code, line = ending(monkeypatch, capsys, benchmark, "limits", "--device", "cuda")
+    assert (code, "--device cuda is not available" in line) == (2, True), line
+
+
 # ---- tables ----
 
 
@@ -339,90 +432,92 @@ def test_main_measures_the_named_tables_or_all(monkeypatch):
     assert called == ["three", "one", "one", "two", "three"]
 
 
-def test_crops_without_opencv_and_lightly_have_two_rows_less(here, monkeypatch, photographs, capsys):
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+def test_crops_without_opencv_have_a_row_less(here, monkeypatch, capsys):
+    def missing():
+        raise utils.UserError("no OpenCV")
+
     args = tiny()
-    args.photographs = photographs
     benchmark.crops(args, number=1)
-    text = capsys.readouterr().out
-    assert "(without --augmentation fast: cv2 is not installed)" in text
-    rows = table(text)
-    assert rows.keys() >= {"torchvision v2, uint8", "decoding alone"}
-    assert not rows.keys() & {"lightly", "this, --augmentation fast"}
-    assert rows["plain"] == [str(4 * 3 * (2 * 224**2 + 8 * 96**2)), "1"]  # of the second table
-    assert rows["this"] == [str(3 * (2 * 224**2 + 8 * 96**2)), "0.25"]
-
-
-def test_limits_are_rates(monkeypatch, capsys):
-    times = {"GFLOP/s, fp32 matrix products": [2.0], "GB/s copied (read and written)": [0.5]}
-    monkeypatch.setattr(benchmark, "take_turns", lambda *_: (times, {}))
-    benchmark.limits(tiny(), side=1000, gigabytes=3)
+    assert "this, --augmentation fast" in table(capsys.readouterr().out)
+    monkeypatch.setattr(benchmark.dino_crops, "opencv", missing)
+    benchmark.crops(args, number=1)
     rows = table(capsys.readouterr().out)
-    assert rows == {"GFLOP/s, fp32 matrix products": ["1"], "GB/s copied (read and written)": ["6"]}
-    assert torch.equal(benchmark.memory_copy(1e-6)(), torch.ones(250))
-    assert benchmark.matrix_product(torch.float32, 8)().shape == (8, 8)
+    assert list(rows)[-3:] == ["plain", "this, --augmentation pil", "decoding alone"]
+
+
+def test_limits_are_rates(here, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "measure", lambda work, **how: Measured(2.0, 0))
+    benchmark.limits(tiny(), gigabytes=0.001)
+    rows = table(capsys.readouterr().out)
+    assert rows["float32 matrix products"][0] == f"{2 * 8**3 / 2e9:.3g}"
+    assert rows["memory copied (read and written)"][0] == "0.0005"
 
 
 def test_evaluations_have_tables(here, capsys):
     benchmark.knn(tiny(), 200, 100, 8, 10, (5, 10))
-    assert table(capsys.readouterr().out).keys() >= {"plain", "this", "matrix products"}
+    assert table(capsys.readouterr().out).keys() >= {"plain", "this"}
     benchmark.propagation(tiny(), h=8, w=9, width=4, frames=2, window=2, topk=3)
     assert table(capsys.readouterr().out)["plain"][2] == "1.00"
 
 
-def test_an_epoch_is_a_whole_run(here, runs, photographs):
-    args = tiny("--batch_size_per_gpu", 3)
-    args.photographs = photographs
-    benchmark.epoch(args, number=10)
-    words = [list(map(str, words)) for words, _ in runs]
-    assert words[0][1] == "-c"
-    assert words[0][-3:] == ["vit_nano", "16", "3"]
-    assert words[1][1] == "main_dino.py"
-    flags = arguments_of(main_dino, *words[1][2:])
-    main_dino.check_args(flags)
-    assert (flags.num_workers, flags.batch_size_per_gpu, flags.epochs) == (2, 3, 1)
+def test_100_epochs_of_imagenet_take_hours():
+    assert benchmark.imagenet_hours(1_281_167) == pytest.approx(100 / 3600)
+    assert benchmark.imagenet_hours(1998) == pytest.approx(17.8, abs=0.05)  # docs/benchmarks.md
 
 
-@pytest.mark.slow
-def test_steps_have_a_table(here, capsys):
+def test_a_gpu_measures_every_precision_once_and_compiles_the_largest_batch():
+    rows = {size: benchmark.step_rows("cuda", size, [32, 64, 128, 256]) for size in (32, 64, 128, 256)}
+    plain = [("plain", "fp16"), ("plain", "bf16"), ("this", "bf16")]
+    assert rows[32] == rows[128] == plain
+    assert rows[64] == [*plain, ("this", "fp16"), ("this", "tf32"), ("this", "float32")]
+    assert rows[256] == [*plain, ("this", "compiled")]
+    assert len(benchmark.step_rows("cuda", 8, [8])) == 7
+    assert benchmark.step_rows("cpu", 4, [4, 16])[:2] == [("plain", "float32"), ("this", "float32")]
+
+
+@pytest.mark.parametrize("precision", benchmark.PRECISION_FLAGS)
+def test_each_precision_is_one_of_main_dino(precision):
+    args = dino_steps.training_args(**benchmark.PRECISION_FLAGS[precision])
+    assert args.use_fp16 == (precision != "float32")
+    assert args.compile == (precision == "compiled")
+    assert precision in ("float32", "compiled") or args.amp_dtype == precision
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "sizes", "one"),
+    [("cpu", [], [4, 16], 4), ("cuda", [], [32, 64, 128, 256], 256), ("cuda", [8, 2], [8, 2], 2)],
+)
+def test_batch_sizes_follow_from_the_device(device, given, sizes, one):
+    args = arguments_of(benchmark, *(["--batch_size_per_gpu", *given] if given else []))
+    assert benchmark.batch_sizes(args, device) == sizes
+    assert benchmark.one_batch_size(args, device) == one
+
+
+def test_networks_have_tables(here, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "pace", lambda *_: {"warm_up": 0})
     benchmark.step(tiny())
     rows = table(capsys.readouterr().out)
-    assert rows["plain fp32"][2] == "1.00"
-    assert 0.2 < float(rows["this fp32"][2].split()[0]) < 20
+    assert rows["plain float32"][2] == "1.00"
+    assert 0.02 < float(rows["this float32"][2].split()[0]) < 50
+    benchmark.multicrop(tiny())
+    rows = table(capsys.readouterr().out)
+    assert len(rows) == 5
+    speed, _, hours, _ = map(float, rows["2 x 224 + 10 x 96 pixels"])
+    assert hours == pytest.approx(100 * 1_281_167 / speed / 3600, rel=0.01)
+    benchmark.inference(tiny())
+    assert "vit_nano/16 float32" in table(capsys.readouterr().out)
+
+
+def test_inference_measures_the_networks_of_table_1(monkeypatch):
+    tables = []
+    monkeypatch.setattr(benchmark, "compare", lambda title, unit, rows, *_, **how: tables.append(list(rows)))
+    monkeypatch.setattr(dino_backbones, "cpu_computes_bf16", lambda: True)
+    benchmark.inference(arguments_of(benchmark, "--device", "cpu"))
+    names = ["vit_small/16", "vit_small/8", "vit_base/16", "vit_base/8", "resnet50"]
+    assert tables == [[f"{name} {precision}" for name in names for precision in ("float32", "bf16")]]
 
 
 @pytest.mark.slow
 def test_a_real_process_has_a_table(sample_root, capsys):
     benchmark.main(arguments_of(benchmark, *TINY, "--processes", 1, "--", "scaling"))
-    assert table(capsys.readouterr().out)["1"][1:] == ["1.00", "100 %"]
-
-
-@pytest.mark.parametrize(
-    ("error", "answer"),
-    [
-        (None, None),
-        (benchmark.UserError("no such network"), "no such network"),
-        (ValueError("a bug"), "a measured process has failed: ValueError: a bug"),
-    ],
-)
-def test_a_measured_process_answers_until_the_benchmark_ends(error, answer):
-    calls = []
-
-    def prepare():
-        if error:
-            raise error
-        return lambda: calls.append(1)
-
-    ours, theirs = multiprocessing.Pipe()
-    process = threading.Thread(target=benchmark.serve, args=(theirs, prepare, ()))
-    process.start()
-    assert ours.recv() == answer
-    if not error:
-        ours.send(2)
-        seconds, megabytes = ours.recv()
-        assert seconds >= 0
-        assert megabytes >= 0
-        assert len(calls) == 3  # two warm-up calls, one that is measured
-    ours.close()
-    process.join(10)
-    assert not process.is_alive()
+    assert table(capsys.readouterr().out)["1 processes"][2] == "1.00"

@@ -1,6 +1,7 @@
 """What only a GPU has. tests/gpu/gpu_check.py checks more, and measures."""
 
 import json
+import re
 import time
 import warnings
 
@@ -38,6 +39,20 @@ def test_loss_and_gradients_of_all_precisions_agree_with_float64(tmp_path, devic
 @on_gpu
 def test_runs_ranks_and_compiled_code_pass_all_checks(tmp_path, device):
     checks(tmp_path, device, "runs", "ranks", "compile")
+
+
+@pytest.mark.slow
+@on_gpu
+def test_the_benchmark_measures_networks_on_a_gpu(device):
+    words = ("--arch", "vit_nano", "--batch_size_per_gpu", 4, "--rounds", 1, "--device", device)
+    lines = run_script("benchmark.py", *words, "--", "step", "inference", "multicrop", fresh=True).stdout.splitlines()
+    rows = {re.split(r" {2,}", line)[0]: re.split(r" {2,}", line)[1:] for line in lines if "  " in line}
+    precisions = ("float32", "tf32", "bf16", "fp16", "compiled")
+    steps = [*(f"this {name}" for name in precisions), "plain fp16", "plain bf16"]
+    assert rows.keys() >= {*steps, "2 x 224 + 10 x 96 pixels", "vit_nano/16 float32", "vit_nano/16 bf16"}
+    assert all(float(rows[name][0]) > 0 for name in steps)
+    assert rows["this bf16"][-1] == "0"  # host waits
+    assert float(rows["plain bf16"][-1]) > 0
 
 
 @on_gpu

@@ -2,6 +2,7 @@
 
     python tests/gpu/gpu_check.py --out results                              # everything
     python tests/gpu/gpu_check.py --out results --only numerics step         # some sections
+    python tests/gpu/gpu_check.py --out results --only compile               # has time for each way to compile
     python tests/gpu/gpu_check.py --out results --device cpu --tiny          # small networks on a CPU, to try it
 
 Each section runs in its own process with a time limit and writes each result at once: a section that fails or is
@@ -9,17 +10,14 @@ stopped costs no other. Sections that time something run alone; `compile` runs b
 measurement apart. Writes gpu_check.json (all numbers) and gpu_check.log (the output of the sections) into --out, and
 prints tables at the end. Photographs and checkpoints go to a temporary folder.
 
-The baseline `plain` is DINO in its simplest form, as in the paper's pseudo code: explicit attention, a log-softmax per
-pair of views, loops over parameters, a host that reads the loss in each step, floats from the loader.
+The training steps, the baseline `plain` among them, and the way to measure them are in benchmark.py and
+dino_steps.py of the checkout.
 """
 
 import argparse
 import contextlib
 import fcntl
-import functools
 import gc
-import io
-import itertools
 import json
 import math
 import os
@@ -32,6 +30,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 BEGAN = time.monotonic()
@@ -48,7 +47,7 @@ SECTIONS = {
     "numerics": (60, 15),
 }
 BACKGROUND = "compile"
-COMPILE_LIMIT = 260
+COMPILE_LIMIT = 340
 
 
 def parse():
@@ -65,6 +64,7 @@ def parse():
     parser.add_argument("--photos", default="", help="Folder of JPEG files; without one, some are made.")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--until", default=math.inf, type=float, help=argparse.SUPPRESS)  # by time.monotonic()
     return parser.parse_args()
 
 
@@ -135,19 +135,6 @@ class Sizes:
         of_size |= {"global_crops_size": self.large, "local_crops_size": self.small, "local_crops_number": self.locals}
         return {**of_size, "freeze_last_layer": 0, "tensorboard": "off", **others}
 
-    @property
-    def crops(self):
-        return [self.large] * 2 + [self.small] * self.locals
-
-
-def words(flags):
-    """Flags of main_dino.py as words of a command line."""
-    found = []
-    for name, value in flags.items():
-        values = value if isinstance(value, list | tuple) else [value]
-        found += [f"--{name}", *("true" if v is True else "false" if v is False else str(v) for v in values)]
-    return found
-
 
 # ---- the child's tools ----
 
@@ -159,13 +146,14 @@ class Tools:
         sys.path.insert(0, os.path.abspath(given.checkout))
         import torch
 
+        import benchmark
         import dino_backbones
-        import dino_cli
+        import dino_steps
         import main_dino
         import utils
 
-        self.torch, self.main_dino, self.utils = torch, main_dino, utils
-        self.backbones, self.cli = dino_backbones, dino_cli
+        self.torch, self.main_dino, self.utils, self.backbones = torch, main_dino, utils, dino_backbones
+        self.benchmark, self.steps = benchmark, dino_steps
         self.given, self.sizes, self.cuda = given, Sizes(given.tiny), given.device == "cuda"
         self.device = utils.pick_device(given.device)
         self.out = Path(given.scratch)
@@ -192,43 +180,42 @@ class Tools:
         if self.cuda:
             self.torch.cuda.empty_cache()
 
-    def milliseconds(self, work, repeats=20, warm=3):
-        """Median time of a piece of work on the device, each by events of its own."""
-        for _ in range(warm):
-            work()
-        self.sync()
-        if not self.cuda:
-            return statistics.median(seconds_of(work) for _ in range(3)) * 1e3
-        pairs = []
-        for _ in range(repeats):
-            begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            pairs.append((begin, end))
-        self.sync()
-        return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+    def milliseconds(self, call, repeats=20, warm=3):
+        """Median time of a call on the device."""
+        return self.milliseconds_of(self.benchmark.repeat(call), repeats, warm)
 
-    def args(self, **flags):
-        parser = self.cli.OneLineParser(parents=[self.main_dino.get_args_parser()])
-        args = parser.parse_args(words(self.sizes.flags(**{"output_dir": self.out, **flags})))
-        args.rank, args.world_size, args.gpu, args.images = 0, 1, 0, 10**6
-        args.images_per_step = args.batch_size_per_gpu * args.grad_accum_steps
-        return args
+    def milliseconds_of(self, work, repeats=20, warm=3):
+        """Median time of a step of some work (see benchmark.repeat) on the device."""
+        return 1e3 * self.benchmark.measure(work, warm, repeats if self.cuda else 3).seconds
 
-    def crops_of(self, batch, sizes=None, pinned=True):
-        """Crops as a loader gives them: uint8 [B, 3, h, w], pinned."""
-        generator = self.torch.Generator().manual_seed(batch)
-        shapes = [(batch, 3, side, side) for side in sizes or self.sizes.crops]
-        crops = [self.torch.randint(256, shape, generator=generator, dtype=self.torch.uint8) for shape in shapes]
-        return [crop.pin_memory() for crop in crops] if self.cuda and pinned else crops
+    def args(self, precision="bf16", **flags):
+        """main_dino.py's arguments for a precision that has a name in benchmark.py, the sizes, and more flags."""
+        about = {"output_dir": self.out, "device": self.device.type, **self.benchmark.PRECISION_FLAGS[precision]}
+        return self.steps.training_args(**self.sizes.flags(**{**about, **flags}))
 
-    def peak_mb(self):
-        return self.torch.cuda.max_memory_allocated() / 2**20 if self.cuda else float("nan")
+    def ours(self, precision="bf16", wrap=None, **flags):
+        return self.steps.OurTraining(self.args(precision, **flags), wrap or (lambda *networks: networks))
 
-    def reset_peak(self):
-        if self.cuda:
-            self.torch.cuda.reset_peak_memory_stats()
+    def crops_of(self, batch):
+        """Crops as a loader returns them: uint8 [B, 3, h, w], pinned."""
+        crops = self.steps.random_crops(self.args(), batch)
+        return [crop.pin_memory() for crop in crops] if self.cuda else crops
+
+    def speed(self, training, batch, steps=None, warm=None):
+        """{images/s, ms per step, peak MB} at a batch size. At 2 the ms are what the host takes to launch it all."""
+        work = self.benchmark.steps_of(training, self.steps.random_crops(self.args(), batch))
+        self.free()
+        with self.alone():
+            warm = self.sizes.warm if warm is None else warm
+            seconds, peak_mb, _ = self.benchmark.measure(work, warm, steps or self.sizes.steps)
+        return {"images_s": batch / seconds, "ms": seconds * 1e3, "peak_mb": peak_mb}
+
+    def has_time(self, what, seconds):
+        """Whether this section may run for that long. If not, print what is left out."""
+        if self.given.until - time.monotonic() > seconds:
+            return True
+        print(f"  left out, no time: {what}", flush=True)
+        return False
 
 
 def seconds_of(work):
@@ -237,202 +224,23 @@ def seconds_of(work):
     return time.perf_counter() - began
 
 
-class Watch:
-    """Notes, on the device's clock and on the host's, when a batch is asked for."""
+def gradients_of(ours, crops):
+    """(loss, {name: gradient}) of one step of an OurTraining, which is then left out."""
+    import dino_run
 
-    def __init__(self, tools):
-        self.tools, self.events, self.host = tools, [], []
+    class Looking(dino_run.Bare):
+        def vote(self, loss):
+            self.loss = loss
 
-    def tick(self):
-        self.host.append(time.perf_counter())
-        if self.tools.cuda:
-            event = self.tools.torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.events.append(event)
+        def skips(self, step):
+            return True
 
-    def seconds(self, warm):
-        """Median seconds between two ticks, the first ones apart."""
-        self.tools.sync()
-        if self.events:
-            gaps = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self.events)]
-        else:
-            gaps = [b - a for a, b in itertools.pairwise(self.host)]
-        return statistics.median(gaps[warm:])
-
-
-class Batches:
-    """A loader of N batches that are on the host already."""
-
-    def __init__(self, tools, crops, steps, watch):
-        self.crops, self.steps, self.watch = crops, steps, watch
-        self.indices = tools.torch.arange(len(crops[0]))
-
-    def __len__(self):
-        return self.steps
-
-    def __iter__(self):
-        for _ in range(self.steps):
-            self.watch.tick()
-            yield self.crops, self.indices, []
-        self.watch.tick()
-
-
-class Ours:
-    """What train_dino sets up, and train_one_epoch on crops that are on the host already."""
-
-    def __init__(self, tools, args, amp_dtype, wrap=None):
-        self.tools, self.args, torch = tools, args, tools.torch
-        main_dino, utils, device = tools.main_dino, tools.utils, tools.device
-        utils.fix_random_seeds(0)
-        self.student, self.teacher = main_dino.build_student_and_teacher(args, device, amp_dtype)
-        if wrap:
-            self.student, self.teacher = wrap(self.student, self.teacher)
-        self.loss = main_dino.DINOLoss(args.out_dim, 2 + args.local_crops_number, 0.04, 0.04, 0, args.epochs).to(device)
-        self.optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(self.student), device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
-        self.autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
-
-    def parts(self):
-        return self.tools.main_dino.Parts(self.student, self.teacher, self.loss, self.optimizer, self.scaler)
-
-    def gradients(self, crops):
-        """(loss, {name: gradient}) of one step, which is then left out."""
-        import dino_run
-
-        class Looking(dino_run.Bare):
-            def vote(self, loss):
-                self.loss = loss
-
-            def skips(self, step):
-                return True
-
-        run = Looking(self.args, 1)
-        self.train(crops, 1, run=run)
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
-        named = self.student.named_parameters()
-        grads = {n.removeprefix("module."): p.grad.double().cpu() / scale for n, p in named if p.grad is not None}
-        return run.loss, grads
-
-    def train(self, crops, steps, watch=None, lr=1e-5, run=None):
-        """A run of steps; returns what train_one_epoch does."""
-        schedules = {"lr": [lr] * steps, "weight_decay": [0.04] * steps, "momentum": [0.996] * steps}
-        schedules = {name: values * self.args.epochs for name, values in schedules.items()}
-        loader = Batches(self.tools, crops, steps, watch or Watch(self.tools))
-        with contextlib.redirect_stdout(io.StringIO()):
-            return self.tools.main_dino.train_one_epoch(
-                self.parts(), loader, schedules, 0, self.args, self.autocast, run
-            )
-
-    def speed(self, batch, steps=None, warm=None):
-        """{images/s, ms per step, peak MB} at a batch size. At 2 the ms are what the host takes to launch it all."""
-        tools, sizes = self.tools, self.tools.sizes
-        steps, warm = steps or sizes.steps, sizes.warm if warm is None else warm
-        crops, watch = tools.crops_of(batch), Watch(tools)
-        tools.free()
-        with tools.alone():
-            tools.reset_peak()
-            self.train(crops, warm + steps, watch)
-            seconds = watch.seconds(warm)
-        return {"images_s": batch / seconds, "ms": seconds * 1e3, "peak_mb": tools.peak_mb()}
-
-
-# ---- the baseline ----
-
-
-class Plain:
-    """DINO in its plainest form."""
-
-    def __init__(self, tools, arch, amp_dtype, drop_path_rate=0.1):
-        self.tools, self.amp_dtype, torch, sizes = tools, amp_dtype, tools.torch, tools.sizes
-        tools.utils.fix_random_seeds(0)
-        self.student, self.teacher = (self.network(arch, rate).to(tools.device) for rate in (drop_path_rate, 0.0))
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
-        groups = tools.utils.get_params_groups(self.student)
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-5, weight_decay=0.04)  # as torch itself does it
-        self.center = torch.zeros(1, sizes.out_dim, device=tools.device)
-        self.scaler = torch.amp.GradScaler(tools.device.type, enabled=amp_dtype is torch.float16)
-
-    def network(self, arch, drop_path_rate):
-        from vision_transformer import DINOHead
-
-        sizes, utils = self.tools.sizes, self.tools.utils
-        backbone, width = self.tools.backbones.build_backbone(arch, sizes.patch, sizes.large, drop_path_rate)
-        return utils.MultiCropWrapper(backbone, DINOHead(width, sizes.out_dim))
-
-    def loss(self, seen, taught):
-        F, terms = self.tools.torch.nn.functional, []
-        for i, teacher in enumerate(taught.chunk(2)):
-            target = F.softmax((teacher - self.center) / 0.04, dim=-1).detach()
-            for j, student in enumerate(seen.chunk(2 + self.tools.sizes.locals)):
-                if i != j:
-                    terms.append((-target * F.log_softmax(student / 0.1, dim=-1)).sum(dim=-1).mean())
-        return sum(terms) / len(terms)
-
-    def step(self, crops):
-        torch, device = self.tools.torch, self.tools.device
-        crops = [crop.to(device, non_blocking=True) for crop in crops]
-        with torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            taught, seen = self.teacher(crops[:2]), self.student(crops)
-            loss = self.loss(seen, taught)
-        self.center = 0.9 * self.center + 0.1 * taught.detach().float().mean(dim=0, keepdim=True)
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"the plain loss is {loss.item()}")
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        for parameter in self.student.parameters():
-            if parameter.grad is not None:
-                factor = 3.0 / (parameter.grad.norm(2) + 1e-6)
-                if factor < 1:  # waits for the device, as the release does
-                    parameter.grad.mul_(factor)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        with torch.no_grad():
-            for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-                old.mul_(0.996).add_(0.004 * new)
-        self.tools.sync()
-        return loss.item()
-
-    def speed(self, batch, steps=None, warm=None):
-        tools, sizes = self.tools, self.tools.sizes
-        steps, warm = steps or sizes.steps, sizes.warm if warm is None else warm
-        crops = [tools.utils.normalize(crop) for crop in tools.crops_of(batch, pinned=False)]
-        crops = [crop.pin_memory() for crop in crops] if tools.cuda else crops
-        tools.free()
-        watch = Watch(tools)
-        with tools.alone():
-            tools.reset_peak()
-            for _ in range(warm + steps):
-                watch.tick()
-                self.step(crops)
-            watch.tick()
-            seconds = watch.seconds(warm)
-        return {"images_s": batch / seconds, "ms": seconds * 1e3, "peak_mb": tools.peak_mb()}
-
-
-def useful_gflop(tools, arch, patch, sides, out_dim):
-    """10⁹ operations per image of products and convolutions in a step, the last block's for CLS alone."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from vision_transformer import DINOHead
-
-    torch, utils = tools.torch, tools.utils
-
-    def network():
-        backbone, width = tools.backbones.build_backbone(arch, patch, sides[0])
-        if tools.backbones.vit_factory(arch):
-            backbone.set_cls_only(True)
-        return utils.MultiCropWrapper(backbone, DINOHead(width, out_dim))
-
-    with torch.device("meta"):
-        student, teacher = network(), network()
-        crops = [torch.empty(2, 3, side, side) for side in sides]
-    with FlopCounterMode(display=False) as counter:
-        with torch.no_grad():
-            teacher(crops[:2])
-        student(crops).sum().backward()
-    return counter.get_total_flops() / 2e9
+    run, scaler = Looking(ours.args, 1), ours.parts.fp16_scaler
+    ours.train(crops, 1, run=run)
+    scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+    named = ours.parts.student.named_parameters()
+    grads = {n.removeprefix("module."): p.grad.double().cpu() / scale for n, p in named if p.grad is not None}
+    return run.loss, grads
 
 
 # ---- section: the machine and its ceilings ----
@@ -455,17 +263,14 @@ def machine(tools):
             query = "clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu,driver_version"
             asked = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
             found.put("nvidia_smi", subprocess.run(asked, capture_output=True, text=True).stdout.strip())
-    side = 256 if tiny else 8192
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    for name in dtypes if tools.cuda else ("fp32",):
+    kind, names = tools.device.type, {"bf16": "bf16", "fp16": "fp16", "fp32": "float32", "tf32": "tf32"}
+    if tiny:
+        tools.benchmark.SIDES[kind] = 256
+    side = tools.benchmark.SIDES[kind]
+    for name in names if tools.cuda else ("fp32",):
         with found.trying(f"products of {side}³ in {name}"), tools.alone():
-            a, b = (torch.randn(side, side, device=tools.device).to(dtypes[name]) for _ in range(2))
-            product, flop = functools.partial(torch.mm, a, b), 2 * side**3
-            found.put(f"tflops_{name}", flop / tools.milliseconds(product, 3 if name == "fp32" else 20) / 1e9)
-            if name == "fp32" and tools.cuda:
-                torch.backends.cuda.matmul.allow_tf32 = True
-                found.put("tflops_tf32", flop / tools.milliseconds(product, 10) / 1e9)
-                torch.backends.cuda.matmul.allow_tf32 = False
+            ms = tools.milliseconds_of(tools.benchmark.matrix_product(kind, names[name]))
+            found.put(f"tflops_{name}", 2 * side**3 / ms / 1e9)
     with found.trying("products as a ViT-S has them, bf16"), tools.alone():
         dtype, rows = (torch.bfloat16, 64 * 394) if tools.cuda else (torch.float32, 64)
         for wide, narrow in ((1152, 384), (384, 384), (1536, 384), (384, 1536)):
@@ -474,27 +279,19 @@ def machine(tools):
             ms = tools.milliseconds(lambda x=x, w=w, bias=bias: torch.nn.functional.linear(x, w, bias))
             found.put(f"tflops_linear_{narrow}_{wide}", 2 * rows * wide * narrow / ms / 1e9)
     with found.trying("memory"), tools.alone():
-        source = torch.ones((2**20 if tiny else 2**29), device=tools.device)
-        target = torch.empty_like(source)
-        found.put("copy_tb_s", 2 * source.nbytes / tools.milliseconds(lambda: target.copy_(source)) / 1e9)
+        gigabytes = 0.004 if tiny else 2
+        ms = tools.milliseconds_of(tools.benchmark.memory_copy(kind, gigabytes))
+        found.put("copy_tb_s", 2 * gigabytes / ms)
         if tools.cuda:
             host = torch.empty(2**26, dtype=torch.uint8).pin_memory()
             there = torch.empty_like(host, device=tools.device)
             ms = tools.milliseconds(lambda: there.copy_(host, non_blocking=True))
             found.put("to_device_gb_s", host.nbytes / ms / 1e6)
-            small = torch.zeros(8, device=tools.device)
-            tools.sync()
-            began = time.perf_counter()
-            for _ in range(1000):
-                small.add_(1)
-            found.put("launch_us", (time.perf_counter() - began) * 1e3)
-            tools.sync()
     with found.trying("operations of a step"):
-        sizes = tools.sizes
-        found.put("gflop_image", useful_gflop(tools, sizes.arch, sizes.patch, sizes.crops, sizes.out_dim))
-        if not tiny:
-            found.put("gflop_image_vit_base", useful_gflop(tools, "vit_base", 16, sizes.crops, sizes.out_dim))
-            found.put("gflop_image_resnet50", 102.3)  # counted by hand, once: its build runs the network
+        for name, arch in {"": tools.sizes.arch, "_vit_base": "vit_base", "_resnet50": "resnet50"}.items():
+            if not (tiny and name):
+                args = tools.args(arch=arch)
+                found.put(f"gflop_image{name}", tools.steps.useful_flop(args, 2) / 2e9)
 
 
 # ---- section: the numbers ----
@@ -502,21 +299,19 @@ def machine(tools):
 
 def reference(tools, ours, crops):
     """(loss, {name: gradient}) of a step in float64 on the CPU, attention written out, all pairs one by one."""
-    plain = Plain.__new__(Plain)
-    plain.tools = tools
     networks = []
-    for source in (ours.student, ours.teacher):
-        network = plain.network(tools.sizes.arch, 0.0)
+    for source in (ours.parts.student, ours.parts.teacher):
+        network = tools.steps.plain_network(ours.args)
         network.load_state_dict({k.removeprefix("module."): v.cpu() for k, v in source.state_dict().items()})
         networks.append(network.double())
     student, teacher = networks
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not name.endswith("weight_g"))
-    plain.center = ours.loss.center.double().cpu()
     views = [tools.utils.normalize(crop).double() for crop in crops]
     with tools.torch.no_grad():
         taught = teacher(views[:2])
-    loss = plain.loss(student(views), taught)
+    center = ours.parts.dino_loss.center.double().cpu()
+    loss = tools.steps.plain_loss(student(views).chunk(len(views)), taught.chunk(2), center)
     loss.backward()
     return loss.item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
@@ -547,10 +342,11 @@ def apart(tools, ours):
     torch = tools.torch
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in ours.student.parameters():
+        for parameter in ours.parts.student.parameters():
             if parameter.requires_grad:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
-        ours.loss.center += 0.1 * torch.randn(ours.loss.center.shape, generator=generator).to(tools.device)
+        center = ours.parts.dino_loss.center
+        center += 0.1 * torch.randn(center.shape, generator=generator).to(tools.device)
 
 
 def numerics(tools):
@@ -563,39 +359,37 @@ def numerics(tools):
 
 def against_float64(tools):
     torch, found = tools.torch, tools.found
-    dtypes = {"fp32": (None, 5e-5), "bf16": (torch.bfloat16, 6e-2), "fp16": (torch.float16, 1e-2)}
-    for name, (amp_dtype, tolerance) in dtypes.items():
+    precisions = {"fp32": ("float32", 5e-5), "bf16": ("bf16", 6e-2), "fp16": ("fp16", 1e-2)}
+    for name, (precision, tolerance) in precisions.items():
         with found.trying(f"a step's loss and gradients in {name} against float64"):
-            args = tools.args(drop_path_rate=0.0, batch_size_per_gpu=8, norm_last_layer=True)
-            ours = Ours(tools, args, amp_dtype)
+            ours = tools.ours(precision, drop_path_rate=0.0, batch_size_per_gpu=8, norm_last_layer=True)
             apart(tools, ours)
             crops = tools.crops_of(8)
             wanted_loss, wanted = reference(tools, ours, crops)
-            for tf32 in (True, False) if tools.cuda and amp_dtype is None else (True,):
+            for tf32 in (True, False) if tools.cuda and name == "fp32" else (True,):
                 torch.backends.cudnn.allow_tf32 = tf32
-                loss, gradients = ours.gradients(crops)
+                loss, gradients = gradients_of(ours, crops)
                 error, worst, where = relative(gradients, wanted)
                 loss_error = abs(loss.item() - wanted_loss) / wanted_loss
                 suffix = "" if tf32 else "_without_tf32_convolutions"
                 found.put(f"error_{name}{suffix}", {"loss": loss_error, "gradient": error, "worst": worst, "of": where})
-                strict = not tf32 or not tools.cuda or amp_dtype is not None
+                strict = not tf32 or not tools.cuda or name != "fp32"
                 right = error < (tolerance if strict else 2e-3) and loss_error < (tolerance if strict else 2e-3)
                 found.check(f"gradients_{name}{suffix}", right, f"{error:.1e} (loss {loss_error:.1e})")
             torch.backends.cudnn.allow_tf32 = True
-            norms = tools.utils.clip_gradients(ours.student, 0.01)
+            norms = tools.utils.clip_gradients(ours.parts.student, 0.01)
             found.check(f"clip_{name}", torch.isfinite(norms).all().item() and norms.device.type == tools.device.type)
-        if amp_dtype is not None:
+        if name != "fp32":
             with found.trying(f"the plain step's gradients in {name} against float64, to compare"):
-                plain = Plain.__new__(Plain)
-                plain.tools, plain.center = tools, ours.loss.center
-                student, teacher = (plain.network(tools.sizes.arch, 0.0).to(tools.device) for _ in range(2))
-                student.load_state_dict(ours.student.state_dict())
-                teacher.load_state_dict(ours.teacher.state_dict())
+                student, teacher = (tools.steps.plain_network(ours.args).to(tools.device) for _ in range(2))
+                student.load_state_dict(ours.parts.student.state_dict())
+                teacher.load_state_dict(ours.parts.teacher.state_dict())
                 views = [tools.utils.normalize(crop.to(tools.device)) for crop in crops]
-                with torch.autocast(tools.device.type, dtype=amp_dtype):
+                with ours.autocast:
                     with torch.no_grad():
-                        taught = teacher(views[:2])
-                    loss = plain.loss(student(views), taught)
+                        taught = teacher(views[:2]).chunk(2)
+                    seen = student(views).chunk(len(views))
+                    loss = tools.steps.plain_loss(seen, taught, ours.parts.dino_loss.center)
                 (loss * 1024).backward()
                 named = student.named_parameters()
                 gradients = {n: p.grad.double().cpu() / 1024 for n, p in named if n in wanted}
@@ -612,8 +406,7 @@ def on_both_devices(tools):
             before, tools.device, cuda = tools.device, device, tools.cuda
             tools.cuda = device.type == "cuda"
             try:
-                args = tools.args(drop_path_rate=0.0, batch_size_per_gpu=8, grad_accum_steps=2)
-                ours = Ours(tools, args, None)
+                ours = tools.ours("float32", drop_path_rate=0.0, batch_size_per_gpu=8, grad_accum_steps=2)
                 losses.append([ours.train(tools.crops_of(16), 1, lr=1e-3)["loss"] for _ in range(5)])
             finally:
                 tools.device, tools.cuda = before, cuda
@@ -625,19 +418,23 @@ def on_both_devices(tools):
 def with_a_scaler(tools):
     torch, found = tools.torch, tools.found
     with found.trying("fp16 with its scaler"):
-        ours = Ours(tools, tools.args(batch_size_per_gpu=8), torch.float16)
+        ours = tools.ours("fp16", batch_size_per_gpu=8)
+
+        def start_scale_at(scale):
+            ours.parts = ours.parts._replace(fp16_scaler=torch.amp.GradScaler(tools.device.type, init_scale=scale))
+
         means = ours.train(tools.crops_of(8), 8, lr=1e-3)
-        scale = ours.scaler.get_scale()
+        scale = ours.parts.fp16_scaler.get_scale()
         found.check("fp16_trains", math.isfinite(means["loss"]), f"loss {means['loss']:.3f}, scale {scale:g}")
-        ours.scaler = torch.amp.GradScaler(tools.device.type, init_scale=2.0**60)
-        before = [p.clone() for p in ours.student.parameters()]
+        start_scale_at(2.0**60)
+        before = [p.clone() for p in ours.parts.student.parameters()]
         ours.train(tools.crops_of(8), 3, lr=1e-3)
-        still = all(torch.equal(a, b) for a, b in zip(before, ours.student.parameters(), strict=True))
-        scale = ours.scaler.get_scale()
+        still = all(torch.equal(a, b) for a, b in zip(before, ours.parts.student.parameters(), strict=True))
+        scale = ours.parts.fp16_scaler.get_scale()
         found.check("fp16_overflow_is_skipped", still and scale == 2.0**57, f"2^{math.log2(scale):g}")
-        ours.scaler = torch.amp.GradScaler(tools.device.type, init_scale=1024.0)
+        start_scale_at(1024.0)
         ours.train(tools.crops_of(8), 1, lr=1e-3)
-        moved = not all(torch.equal(a, b) for a, b in zip(before, ours.student.parameters(), strict=True))
+        moved = not all(torch.equal(a, b) for a, b in zip(before, ours.parts.student.parameters(), strict=True))
         found.check("fp16_goes_on", moved)
 
 
@@ -682,64 +479,49 @@ def other_functions(tools):
 
 
 def step(tools):
-    torch, found, sizes = tools.torch, tools.found, tools.sizes
-    bf16, fp16, ours = torch.bfloat16, torch.float16, None
+    found, sizes, ours, steps = tools.found, tools.sizes, None, tools.steps
     with found.trying("ours, bf16"):
-        ours = Ours(tools, tools.args(), bf16)
+        ours = tools.ours()
         for batch in sizes.batches:
-            found.put(f"ours_bf16_{batch}", ours.speed(batch))
+            found.put(f"ours_bf16_{batch}", tools.speed(ours, batch))
     if ours:
         with found.trying("waits for the device, by torch's own count"):
             count_syncs(tools, ours)
         with found.trying("ours, bf16, again, for the spread"):
-            found.put(f"ours_bf16_again_{sizes.batch}", ours.speed(sizes.batch))
-    with found.trying("plain, fp16"):
-        plain = Plain(tools, sizes.arch, fp16)
-        for batch in (sizes.batch, sizes.batches[-1]):
-            found.put(f"plain_fp16_{batch}", plain.speed(batch))
-        del plain
-    with found.trying("plain, bf16"):
-        found.put(f"plain_bf16_{sizes.batch}", Plain(tools, sizes.arch, bf16).speed(sizes.batch))
+            found.put(f"ours_bf16_again_{sizes.batch}", tools.speed(ours, sizes.batch))
+    for precision, batches in {"fp16": (sizes.batch, sizes.batches[-1]), "bf16": (sizes.batch,)}.items():
+        with found.trying(f"plain, {precision}"):
+            plain = steps.PlainTraining(tools.args(precision))
+            for batch in batches:
+                found.put(f"plain_{precision}_{batch}", tools.speed(plain, batch))
+            del plain
     if not sizes.tiny:
         with found.trying("ViT-B/16"):
-            found.put("ours_base_bf16_64", Ours(tools, tools.args(arch="vit_base"), bf16).speed(64, 8, 3))
+            found.put("ours_base_bf16_64", tools.speed(tools.ours(arch="vit_base"), 64, 8, 3))
     with found.trying("ours, fp16"):
-        found.put(f"ours_fp16_{sizes.batch}", Ours(tools, tools.args(), fp16).speed(sizes.batch))
-    for name, use_fp16 in (("fp32", False), ("tf32", True)):
-        with found.trying(f"ours, {name}"):
-            if tools.cuda:
-                tools.backbones.pick_amp_dtype(tools.device, use_fp16, "tf32")  # sets what float32 is
-            found.put(f"ours_{name}_{sizes.batch}", Ours(tools, tools.args(), None).speed(sizes.batch, 4, 2))
+        found.put(f"ours_fp16_{sizes.batch}", tools.speed(tools.ours("fp16"), sizes.batch))
+    for name, precision in {"fp32": "float32", "tf32": "tf32"}.items():
+        if tools.cuda or name == "fp32":
+            with found.trying(f"ours, {name}"):
+                found.put(f"ours_{name}_{sizes.batch}", tools.speed(tools.ours(precision), sizes.batch, 4, 2))
     if ours:
         with found.trying("ours, bf16, checkpointed"):
-            ours.student.backbone.set_grad_checkpointing()
+            ours.parts.student.backbone.set_grad_checkpointing()
             for batch in (sizes.batch, sizes.batches[-1]):
-                found.put(f"ours_bf16_checkpointed_{batch}", ours.speed(batch))
-            ours.student.backbone.set_grad_checkpointing(False)
+                found.put(f"ours_bf16_checkpointed_{batch}", tools.speed(ours, batch))
+            ours.parts.student.backbone.set_grad_checkpointing(False)
         with found.trying("where the time goes"):
             profile(tools, ours, "eager")
 
 
 def count_syncs(tools, ours):
     """How often the host waits in 20 steps, and from which lines; a wait for an event is none by torch's count."""
-    if not tools.cuda:
-        return
-    torch = tools.torch
-    crops, steps = tools.crops_of(tools.sizes.batch), 20
-    ours.train(crops, 2)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            ours.train(crops, steps)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    places = {}
-    for warning in seen:
-        if "synchroniz" in str(warning.message):
-            place = f"{Path(warning.filename).name}:{warning.lineno}"
-            places[place] = places.get(place, 0) + 1
-    tools.found.put("syncs_in_20_steps", {"all": sum(places.values()), **places})
+    if tools.cuda:
+        crops = tools.crops_of(tools.sizes.batch)
+        ours.train(crops, 2)
+        median, places = tools.benchmark.host_waits(partial(ours.train, crops), 20)
+        tools.found.put("syncs_in_20_steps", {"all": sum(places.values()), **places})
+        tools.found.check("no_sync_in_a_step_that_is_not_logged", median == 0, f"median {median}")
 
 
 KINDS = {
@@ -783,8 +565,6 @@ def profile(tools, ours, name):
     tools.found.put(f"profile_{name}_launches_a_step", launches / steps)
     tools.found.put(f"profile_{name}_ms_a_step", dict(sorted(totals.items(), key=lambda kv: -kv[1])))
     top = sorted(kernels.items(), key=lambda kv: -kv[1])[:14]
-    for kernel, ms in top:
-        print(f"      {ms:7.3f} ms  {kernel}")
     tools.found.put(f"profile_{name}_top", {kernel: round(ms, 4) for kernel, ms in top})
 
 
@@ -843,20 +623,20 @@ def micro(tools):
     with found.trying("attention by kernel, forward and backward"), tools.alone():
         attention(tools)
     with found.trying("what comes after the gradients"), tools.alone():
-        ours = Ours(tools, tools.args(), tools.torch.bfloat16)
-        ours.gradients(tools.crops_of(sizes.batches[1]))
+        ours = tools.ours()
+        gradients_of(ours, tools.crops_of(sizes.batches[1]))
         utils, main_dino = tools.utils, tools.main_dino
         pieces = {
-            "clip": lambda: utils.clip_gradients(ours.student, 3.0),
-            "optimizer": ours.optimizer.step,
-            "teacher": lambda: main_dino.update_teacher(ours.teacher, ours.student, 0.996),
+            "clip": lambda: utils.clip_gradients(ours.parts.student, 3.0),
+            "optimizer": ours.parts.optimizer.step,
+            "teacher": lambda: main_dino.update_teacher(ours.parts.teacher, ours.parts.student, 0.996),
         }
         for name, work in pieces.items():
             device_ms = tools.milliseconds(work)
             host = statistics.median(seconds_of(work) for _ in range(10)) * 1e3
             tools.sync()
             found.put(f"after_{name}", {"ms": device_ms, "host_ms": host})
-        seeding = functools.partial(utils.fix_random_seeds, 7)
+        seeding = partial(utils.fix_random_seeds, 7)
         found.put("seed_host_ms", statistics.median(seconds_of(seeding) for _ in range(20)) * 1e3)
         crops = [crop.to(device) for crop in tools.crops_of(sizes.batch)]
         found.put("normalize_ms", tools.milliseconds(lambda: [utils.normalize(c) for c in crops]))
@@ -892,51 +672,13 @@ def attention(tools):
 
 
 def photos(tools):
-    """A folder of class folders with JPEG files as large as ImageNet's; made once, by whoever comes first."""
+    """A folder of class folders with JPEG files as large as ImageNet's; made once, by the section that is first."""
     folder = tools.out / "photos"
-    if folder.exists():
-        return str(folder)
-    from PIL import Image
-
-    import dino_data
-    import dino_images
-
-    given = sorted(Path(tools.given.photos).rglob("*.[jJ]*")) if tools.given.photos else []
-    sources = given or dino_data.find_photographs()
-    number, build = (48, 96) if tools.sizes.tiny else (256, 10_240), tools.out / "photos.tmp"
-    generator = tools.torch.Generator().manual_seed(0)
-    files = []
-    (build / "files").mkdir(parents=True, exist_ok=True)
-    images = [dino_images.load_image(path) for path in sources]
-    for i in range(number[0]):
-        image = images[i % len(images)]
-        share = 0.5 + 0.5 * tools.torch.rand(3, generator=generator)
-        w, h = int(image.width * share[0]), int(image.height * share[1])
-        left, top = int((image.width - w) * share[2]), int((image.height - h) * share[2])
-        path = build / "files" / f"{i}.jpg"
-        crop = image.crop((left, top, left + w, top + h)).resize((500, 375), Image.Resampling.BICUBIC)
-        crop.save(path, "JPEG", quality=90)
-        files.append(path)
-    for i in range(number[1]):
-        label = build / f"class{i % 4}"
-        label.mkdir(exist_ok=True)
-        os.link(files[i % len(files)], label / f"{i:05}.jpg")
-    for path in files:
-        path.unlink()
-    (build / "files").rmdir()
-    build.rename(folder)
+    if not folder.exists():
+        number = 96 if tools.sizes.tiny else 10_240
+        made = tools.benchmark.image_folder(tools.out, tools.given.photos or "sample", number, classes=4)
+        Path(made).rename(folder)
     return str(folder)
-
-
-def quickest(tools):
-    """fast, or pil where there is no OpenCV that is new enough."""
-    import dino_crops
-
-    try:
-        dino_crops.opencv()
-    except tools.utils.UserError:
-        return "pil"
-    return "fast"
 
 
 class Run:
@@ -945,9 +687,10 @@ class Run:
     def __init__(self, tools, name, **flags):
         self.tools, self.name, self.began = tools, name, time.monotonic()
         self.folder, self.log = tools.out / f"run_{name}", tools.out / f"run_{name}.log"
-        defaults = {"epochs": 1, "warmup_epochs": 0, "saveckp_freq": 0, "augmentation": quickest(tools)}
+        defaults = {"epochs": 1, "warmup_epochs": 0, "saveckp_freq": 0, "augmentation": tools.benchmark.fast_or_pil()}
         defaults |= {"device": tools.given.device, "output_dir": self.folder}
-        self.words = [sys.executable, "-u", "main_dino.py", *words(tools.sizes.flags(**{**defaults, **flags}))]
+        settings = tools.sizes.flags(**{**defaults, **flags})
+        self.words = [sys.executable, "-u", "main_dino.py", *tools.steps.flags_of(**settings)]
         self.start()
 
     def start(self):
@@ -1023,11 +766,7 @@ def runs(tools):
     batch, steps, limit = (4, 12, 430) if sizes.tiny else (32, 24, 95)
     until = time.monotonic() + limit
     with found.trying("photographs"):
-        source = Path(photos(tools))
-        folder = tools.out / "some"
-        for i, path in enumerate(sorted(source.rglob("*.jpg"))[: batch * steps]):
-            (folder / f"class{i % 4}").mkdir(parents=True, exist_ok=True)
-            os.link(path, folder / f"class{i % 4}" / f"{i:05}.jpg")
+        folder = tools.benchmark.image_folder(tools.out, photos(tools), batch * steps, classes=4)
     workers = 1 if sizes.tiny else 3
     flags = {"data_path": folder, "batch_size_per_gpu": batch, "num_workers": workers}
     accumulated = {"batch_size_per_gpu": batch // 2, "grad_accum_steps": 2}
@@ -1103,7 +842,7 @@ def two_ranks(tools):
     for arch, more in (("vit_nano", {"use_bn_in_head": False}), ("resnet18", {"optimizer": "sgd"})):
         with found.trying(f"{arch} on two processes"), small(tools):
             tools.sizes.arch, tools.sizes.large, tools.sizes.small = arch, 64, 32
-            args = tools.args(drop_path_rate=0.0, batch_size_per_gpu=8, **more)
+            flags = {"drop_path_rate": 0.0, "batch_size_per_gpu": 8, **more}
             whole = tools.crops_of(16)
             mine = [crop[rank::2].contiguous() for crop in whole]
             mine = [crop.pin_memory() for crop in mine] if tools.cuda else mine
@@ -1111,21 +850,21 @@ def two_ranks(tools):
             def wrap(student, teacher):
                 return tools.backbones.distribute(student, teacher, tools.device)
 
-            together = Ours(tools, args, None, wrap)
-            _, gradients = together.gradients(mine)
-            kinds = {type(m).__name__ for m in together.student.modules() if "Norm" in type(m).__name__}
+            together = tools.ours("float32", wrap, **flags)
+            _, gradients = gradients_of(together, mine)
+            kinds = {type(m).__name__ for m in together.parts.student.modules() if "Norm" in type(m).__name__}
             found.put(f"ranks_norms_{arch}", sorted(kinds))
             if tools.cuda or arch == "vit_nano":  # on a CPU each process normalizes its own batch
                 before = utils.get_world_size
                 utils.get_world_size = lambda: 1
                 try:
-                    _, wanted = Ours(tools, args, None).gradients(whole)
+                    _, wanted = gradients_of(tools.ours("float32", **flags), whole)
                 finally:
                     utils.get_world_size = before
                 error, worst, where = relative(gradients, wanted)
                 found.check(f"ranks_gradients_{arch}", error < 1e-3, f"{error:.1e}, worst {worst:.1e} of {where}")
             together.train(mine, 3)
-            totals = torch.stack([p.detach().double().sum() for p in together.student.parameters()]).sum().cpu()
+            totals = torch.stack([p.detach().double().sum() for p in together.parts.student.parameters()]).sum().cpu()
             everyone = [torch.zeros_like(totals) for _ in range(2)]
             dist.all_gather(everyone, totals)
             found.check(f"ranks_stay_alike_{arch}", everyone[0].equal(everyone[1]), [t.item() for t in everyone])
@@ -1159,10 +898,7 @@ def nccl(tools):
             return device
 
         utils.init_distributed_mode = with_plain_number
-        folder = tools.out / "nccl_photos"
-        for i, path in enumerate(sorted(Path(photos(tools)).rglob("*.jpg"))[:40]):
-            (folder / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
-            os.link(path, folder / f"class{i % 2}" / path.name)
+        folder = tools.benchmark.image_folder(tools.out, photos(tools), 40, classes=2)
         flags = {"data_path": folder, "arch": "vit_nano", "patch_size": 8, "global_crops_size": 48}
         flags |= {"local_crops_size": 24, "local_crops_number": 2, "out_dim": 512, "batch_size_per_gpu": 8}
         flags |= {"epochs": 2, "warmup_epochs": 0, "num_workers": 1, "knn_every": 1, "device": tools.given.device}
@@ -1190,7 +926,7 @@ def end_to_end(tools):
     workers = 2 if sizes.tiny else tools.given.workers
     with found.trying("photographs"):
         folder = photos(tools)
-    for kind in {quickest(tools): 0, "pil": 0}:
+    for kind in {tools.benchmark.fast_or_pil(): 0, "pil": 0}:
         with found.trying(f"main_dino.py, {workers} loaders, {kind}"), tools.alone():
             flags = {"data_path": folder, "augmentation": kind, "num_workers": workers}
             run = Run(tools, f"end_{kind}", **flags, batch_size_per_gpu=sizes.batch)
@@ -1215,7 +951,7 @@ def loader(tools):
     found, sizes = tools.found, tools.sizes
     workers = 2 if sizes.tiny else tools.given.workers
     folder = photos(tools)
-    for kind in {quickest(tools): 0, "pil": 0}:
+    for kind in {tools.benchmark.fast_or_pil(): 0, "pil": 0}:
         with found.trying(f"{workers} loaders alone, {kind}"), tools.alone():
             args = tools.args(data_path=folder, augmentation=kind, batch_size_per_gpu=sizes.batch, num_workers=workers)
             images = dino_data.find_images(folder)
@@ -1249,31 +985,21 @@ def loader(tools):
 def knn(tools):
     import dino_features
 
-    torch, found, device = tools.torch, tools.found, tools.device
+    found, device = tools.found, tools.device
     shapes = {"50k_10k": (50_000, 10_000), "imagenet_10k": (1_281_167, 10_000)}
     shapes = {"small": (5_000, 500)} if tools.sizes.tiny else shapes
     for name, (train, test) in shapes.items():
         with found.trying(f"{test} among {train}"), tools.alone():
-            generator = torch.Generator(device=device).manual_seed(0)
-            points = torch.randn(1000, 384, generator=generator, device=device)
-            task = []
-            for number in (train, test):
-                labels = torch.randint(1000, (number,), generator=generator, device=device)
-                noise = torch.randn(number, 384, generator=generator, device=device)
-                task += [torch.nn.functional.normalize(points[labels] + 3 * noise, dim=1), labels]
-            tools.reset_peak()
-            dino_features.knn_accuracies(*task[:2], *(t[:64] for t in task[2:]), [20], 0.07)
-            tools.sync()
-            began = time.perf_counter()
-            accuracies = dino_features.knn_accuracies(*task, [10, 20, 100, 200], 0.07)
-            tools.sync()
-            found.put(f"knn_{name}", {"seconds": time.perf_counter() - began, "peak_mb": tools.peak_mb()})
+            *task, _, _ = tools.benchmark.knn_task(device, train, test, 384, 1000, [])
+            search = partial(dino_features.knn_accuracies, *task, [10, 20, 100, 200], 0.07)
+            seconds, peak_mb, _ = tools.benchmark.measure(tools.benchmark.repeat(search))
+            found.put(f"knn_{name}", {"seconds": seconds, "peak_mb": peak_mb})
             if train <= 50_000:
                 some = [t.cpu() for t in task]
                 on_cpu = dino_features.knn_accuracies(*some[:2], *(t[:500] for t in some[2:]), [20], 0.07)[20]
                 here = dino_features.knn_accuracies(*task[:2], *(t[:500] for t in task[2:]), [20], 0.07)[20]
                 near = abs(on_cpu[0] - here[0]) <= 0.4
-                found.check("knn_as_on_the_cpu", near, f"{here} and {on_cpu}; of all {accuracies[20]}")
+                found.check("knn_as_on_the_cpu", near, f"{here} and {on_cpu}")
         tools.free()
 
 
@@ -1281,16 +1007,15 @@ def knn(tools):
 
 
 def resnet(tools):
-    torch, found, sizes = tools.torch, tools.found, tools.sizes
+    found, sizes = tools.found, tools.sizes
     arch, batch = ("resnet18", 4) if sizes.tiny else ("resnet50", 64)
     sizes.arch = arch
     if sizes.tiny:  # 16 pixels end as one, where oneDNN's bf16 leaves weights' gradients unwritten
         sizes.large, sizes.small = 64, 32
     with found.trying(f"{arch}, bf16"):
-        ours = Ours(tools, tools.args(optimizer="sgd", lr=0.03), torch.bfloat16)
-        found.put(f"{arch}_bf16_{batch}", ours.speed(batch, 8, 4))
+        found.put(f"{arch}_bf16_{batch}", tools.speed(tools.ours(optimizer="sgd", lr=0.03), batch, 8, 4))
     with found.trying(f"{arch}, fp16 and SGD with a scaler"):
-        ours = Ours(tools, tools.args(optimizer="lars"), torch.float16)
+        ours = tools.ours("fp16", optimizer="lars")
         found.check(f"{arch}_fp16_lars", math.isfinite(ours.train(tools.crops_of(8), 3)["loss"]))
 
 
@@ -1300,17 +1025,18 @@ def resnet(tools):
 def deterministic(tools):
     torch, found, sizes = tools.torch, tools.found, tools.sizes
     batch, steps = (4, 3) if sizes.tiny else (16, 4)
-    ours = Ours(tools, tools.args(), torch.bfloat16)
-    start = [{k: v.clone() for k, v in network.state_dict().items()} for network in (ours.student, ours.teacher)]
+    ours = tools.ours()
+    student, teacher, loss, optimizer, _ = ours.parts
+    start = [{k: v.clone() for k, v in network.state_dict().items()} for network in (student, teacher)]
     states = []
     with found.trying(f"{steps} steps twice"):
         for _ in range(2):
-            ours.student.load_state_dict(start[0])
-            ours.teacher.load_state_dict(start[1])
-            ours.loss.center.zero_()
-            ours.optimizer.state.clear()
+            student.load_state_dict(start[0])
+            teacher.load_state_dict(start[1])
+            loss.center.zero_()
+            optimizer.state.clear()
             ours.train(tools.crops_of(batch), steps, lr=1e-3)
-            states.append({k: v.cpu() for k, v in ours.student.state_dict().items()})
+            states.append({k: v.cpu() for k, v in student.state_dict().items()})
         same, gap = distance(*states)
         found.put("twice", {"same_bits": same, "distance": gap})
     with found.trying("operations that torch calls nondeterministic"):
@@ -1329,73 +1055,109 @@ def deterministic(tools):
 
 
 def tables(tools):
-    torch, found, sizes = tools.torch, tools.found, tools.sizes
+    found, sizes, benchmark, batch = tools.found, tools.sizes, tools.benchmark, tools.sizes.batches[-1]
     for number in (0, 2, 6, 10):  # table 8
         with found.trying(f"2 global + {number} local crops"):
             sizes.locals = number
-            ours = Ours(tools, tools.args(), torch.bfloat16)
-            found.put(f"table8_{number}_local_{sizes.batches[-1]}", ours.speed(sizes.batches[-1], 8, 3))
-            del ours
-    networks = {"vit_small": (16, 8), "vit_base": (16, 8), "resnet50": (None,)}  # table 1
-    for arch, patches in ({"vit_nano": (8,)} if sizes.tiny else networks).items():
-        for patch in patches:
-            with found.trying(f"inference, {arch}, patches of {patch}"), tools.alone():
-                model, _ = tools.backbones.build_backbone(arch, patch or 16, sizes.large)
-                model = tools.backbones.prepare_for_evaluation(model, tools.device)
-                images = torch.randn(4 if sizes.tiny else 128, 3, sizes.large, sizes.large, device=tools.device)
-                for name, amp_dtype in (("fp32", None), ("bf16", torch.bfloat16)):
-
-                    def forward(model=model, images=images, amp_dtype=amp_dtype):
-                        with torch.autocast(tools.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                            model(images)
-
-                    ms = tools.milliseconds(forward, 5)
-                    found.put(f"table1_{arch}_{patch}_{name}_images_s", 1e3 * len(images) / ms)
+            speed = tools.speed(tools.ours(), batch, 8, 3)
+            found.put(f"table8_{number}_local_{batch}", speed)
+            found.put(f"table8_{number}_local_hours", benchmark.imagenet_hours(speed["images_s"]))
+    images = 4 if sizes.tiny else 128
+    for arch, patch in [("vit_nano", 8)] if sizes.tiny else benchmark.NETWORKS:  # table 1
+        with found.trying(f"inference, {arch}, patches of {patch}"), tools.alone():
+            for name, precision in {"fp32": "float32", "bf16": "bf16"}.items():
+                work = benchmark.forward_pass(tools.device.type, precision, images, arch, patch, sizes.large)
+                found.put(f"table1_{arch}_{patch}_{name}_images_s", 1e3 * images / tools.milliseconds_of(work, 5))
 
 
 # ---- in the background: torch.compile ----
 
 
 def compiled(tools):
-    found, sizes, bf16 = tools.found, tools.sizes, tools.torch.bfloat16
-    crops = tools.crops_of(sizes.batches[-1])
+    """Cold starts and speeds. Parts that begin late are left out."""
+    found, sizes, largest = tools.found, tools.sizes, tools.sizes.batches[-1]
     with found.trying("eager"):
-        eager = Ours(tools, tools.args(), bf16)
-        losses = [eager.train(crops, 1)["loss"] for _ in range(3)]
+        eager = tools.ours()
+        losses = [eager.train(tools.crops_of(largest), 1)["loss"] for _ in range(3)]
         del eager
         tools.free()
     with found.trying("--compile true"):
-        args = tools.args(compile=True)
-        ours = Ours(tools, args, bf16)
-        ours.loss.terms = tools.torch.compile(ours.loss.terms, dynamic=False)  # as train_dino does
-        began = time.perf_counter()
-        mine = [ours.train(crops, 1)["loss"] for _ in range(3)]
-        tools.sync()
-        found.put("compile_seconds", time.perf_counter() - began)
-        gap = max(abs(a - b) / b for a, b in zip(mine, losses, strict=True))
-        found.check("compile_gives_the_losses", gap < 5e-3, f"{gap:.1e}: {mine}, eager {losses}")
-        found.put(f"ours_compiled_{sizes.batches[-1]}", ours.speed(sizes.batches[-1]))
-        ours.train(tools.crops_of(sizes.batch), 2)  # compiles again
-        tools.sync()
-        found.put(f"ours_compiled_{sizes.batch}", ours.speed(sizes.batch))
-    with found.trying("where the time goes, compiled"):
+        ours = tools.ours("compiled")
+        first_steps(tools, "compile", ours, losses)
         profile(tools, ours, "compiled")
+        del ours
+    # Each block has its own drop path rate, a constant of its graph. Without drop path, blocks share graphs.
+    variants = {"compile_blocks": 0.1} if sizes.tiny else {"compile_blocks": 0.1, "compile_blocks_no_drop_path": 0.0}
+    for name, rate in variants.items():
+        if tools.has_time(name, 60):
+            with found.trying(f"one graph per block, drop path {rate}"):
+                ours = tools.ours(wrap=per_block, drop_path_rate=rate)
+                ours.parts.dino_loss.terms = tools.torch.compile(ours.parts.dino_loss.terms, dynamic=False)
+                first_steps(tools, name, ours, losses if rate else None)
+                del ours
+    networks = {"ours_compiled": sizes.arch, **({} if sizes.tiny else {"ours_base_compiled": "vit_base"})}
+    for name, arch in networks.items():
+        if tools.has_time(name, 60):
+            with found.trying(f"--compile true, {arch}, {sizes.batch} images"):
+                found.put(f"{name}_{sizes.batch}", tools.speed(tools.ours("compiled", arch=arch), sizes.batch))
+
+
+def per_block(*networks):
+    """Compile each transformer block and each head, in place of whole networks."""
+    import torch._dynamo
+    import torch._inductor.config
+
+    config = torch._dynamo.config
+    setattr(config, "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit", 64)
+    torch._inductor.config.fallback_random = True  # drop path drops the same
+    for network in networks:
+        for part in (*network.backbone.blocks, network.head):
+            part.compile(dynamic=False)
+    return networks
+
+
+def first_steps(tools, name, ours, losses):
+    """Time of the first three steps, which compile, and number of graphs; are the losses eager's?; then the speed."""
+    from torch._dynamo.utils import counters
+
+    found, largest = tools.found, tools.sizes.batches[-1]
+    tools.torch.compiler.reset()
+    counters.clear()
+    crops, began = tools.crops_of(largest), time.perf_counter()
+    mine = [ours.train(crops, 1)["loss"] for _ in range(3)]
+    tools.sync()
+    found.put(f"{name}_seconds", time.perf_counter() - began)
+    found.put(f"{name}_graphs", counters["stats"]["unique_graphs"])
+    if losses:
+        gap = max(abs(a - b) / b for a, b in zip(mine, losses, strict=True))
+        found.check(f"{name}_gives_the_losses", gap < 5e-3, f"{gap:.1e}: {mine}, eager {losses}")
+    found.put(f"ours_{name.replace('compile', 'compiled')}_{largest}", tools.speed(ours, largest))
 
 
 # ---- the parent ----
 
 
-def start_child(given, section):
+def start_child(given, section, until=math.inf):
     asked = ["--checkout", given.checkout, "--scratch", given.scratch, "--device", given.device, "--child", section]
     asked += ["--workers", str(given.workers), "--photos", given.photos, *["--tiny"] * given.tiny]
+    asked += ["--until", str(until)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if section == BACKGROUND:
         environment |= {"TORCHINDUCTOR_COMPILE_THREADS": str(max(given.workers // 2, 1))}
+        if not given.tiny:  # starts are cold
+            environment |= {"TORCHINDUCTOR_CACHE_DIR": os.path.join(given.scratch, "inductor")}
     with open(Path(given.scratch) / f"{section}.log", "w") as log:
         return subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), *asked],
             stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
         )  # fmt: skip
+
+
+def start_background(given, end, patience):
+    """(process, when it began, when it has to end)."""
+    began = time.monotonic()
+    until = min(end, began + COMPILE_LIMIT * patience)
+    return start_child(given, BACKGROUND, until), began, until
 
 
 def stop(process):
@@ -1433,15 +1195,14 @@ def parent(given):
                     continue
                 print(f"{section} (at {began - BEGAN:.0f} s)", flush=True)
                 if section in ("runs", "ranks", "numerics") and background is None and BACKGROUND in given.only:
-                    background, background_began = start_child(given, BACKGROUND), time.monotonic()
+                    background, background_began, until = start_background(given, end, patience)
                 states[section] = wait(start_child(given, section), began, min(limit * patience, left))
                 took[section] = round(time.monotonic() - began, 1)
                 gather(given, states, took)
             if BACKGROUND in given.only:
                 if background is None:
-                    background, background_began = start_child(given, BACKGROUND), time.monotonic()
-                left = min(end, background_began + COMPILE_LIMIT * patience) - time.monotonic()
-                states[BACKGROUND] = wait(background, background_began, left)
+                    background, background_began, until = start_background(given, end, patience)
+                states[BACKGROUND] = wait(background, background_began, until - time.monotonic())
                 took[BACKGROUND] = round(time.monotonic() - background_began, 1)
         finally:
             if background:
