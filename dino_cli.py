@@ -1,6 +1,9 @@
 """Command lines: types of flags, recipes, shared flags, and errors as one line."""
 
 import argparse
+import contextlib
+import hashlib
+import json
 import math
 import os
 import re
@@ -8,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -67,8 +71,6 @@ class OneLineParser(argparse.ArgumentParser):
             for word in [word for word in message.split()[2:] if word.startswith("-")][:1]:
                 flag = "--" + word.partition("=")[0].lstrip("-").replace("-", "_")  # as in -arch and --patch-size
                 message += utils.did_you_mean(flag, self._option_string_actions)
-        # bool_flag also knows on, off, 1 and 0, for the authors' commands.
-        message = re.sub(r" is neither on/true/1 .*", f" must be {bool_flag.range}", message)
         self.exit(2, f"error: {self.source}{message} (--help lists the flags)\n")
 
 
@@ -217,7 +219,7 @@ def labeled_flags():
         folders, or lists of paths and labels (train.csv), or tar shards. Or torchvision:NAME, such as
         torchvision:CIFAR10. Or `sample`, a small set made from photographs that are installed with the
         requirements.""")
-    parser.add_argument("--list_columns", default=(), nargs="+", metavar="NAME", help="""Of lists with a header: the
+    parser.add_argument("--list_columns", default=None, nargs="+", metavar="NAME", help="""Of lists with a header: the
         columns with paths and labels. Default: recognized by their names.""")
     return parser
 
@@ -240,10 +242,15 @@ def process_flags():
 # ---- running a script ----
 
 
+created = []  # folders, which are removed if they are still empty when a script ends with an error
+
+
 def check_output_dir(path, flag="--output_dir", files=()):
     """Create the folder `path`, and make sure that `files` can be written there, or raise UserError naming the flag."""
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.path.isdir(path):
+            Path(path).mkdir(parents=True, exist_ok=True)
+            created.append(path)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as e:
@@ -281,9 +288,10 @@ def run(main, flags, description):
         message = str(e)
         if re.match(r"Caught \w+ in DataLoader worker", message):  # its traceback, with the message as the last line
             message = re.sub(r"^[\w.]+: ", "", message.strip().splitlines()[-1])
-        rank = f" (rank {utils.get_rank()})" if utils.get_world_size() > 1 else ""
-        message = " ".join(message.splitlines())  # file names can have several lines
-        print(f"error{rank}: {message}", file=sys.stderr, flush=True)
+        for folder in created:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        say_error(" ".join(message.splitlines()))  # file names can have several lines
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         close_bars()
@@ -298,6 +306,37 @@ def run(main, flags, description):
         sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def say_error(message):
+    """Print an error that several processes may have: once, by the first of them. torchrun repeats it at the end."""
+    if dist.is_initialized():
+        rank = f" (rank {utils.get_rank()})"
+        first = is_first_to_say(message)
+    else:  # what fails before the processes meet fails in all of a machine
+        rank, first = "", int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        return
+    print(f"error{rank}: {message}", file=sys.stderr, flush=True)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        with contextlib.suppress(OSError):
+            Path(report).write_text(json.dumps({"message": f"error{rank}: {message}", "timestamp": int(time.time())}))
+
+
+def is_first_to_say(message, patience=2.0):
+    """Whether no other process has this error. Rank 0, which keeps the count, waits a moment for the others."""
+    digest = hashlib.blake2b(message.encode(errors="replace"), digest_size=8).hexdigest()
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        first = store.add(f"error {digest}", 1) == 1
+        ended, until = store.add("ended", 1), time.monotonic() + patience
+        while utils.is_main_process() and ended < utils.get_world_size() and time.monotonic() < until:
+            time.sleep(0.01)
+            ended = store.add("ended", 0)
+    except RuntimeError:  # rank 0 has ended
+        return True
+    return first
 
 
 def setup_for_distributed(is_master):

@@ -46,7 +46,7 @@ def training_flags():
         small set made from photographs that are installed with the requirements.""")
     data.add_argument("--data_format", default="auto", choices=FORMATS, help="""What --data_path is. auto: a folder with
         images directly in it is flat, any other has class folders.""")
-    data.add_argument("--list_columns", default=(), nargs="+", metavar="NAME", help="""Of a list with a header: the
+    data.add_argument("--list_columns", default=None, nargs="+", metavar="NAME", help="""Of a list with a header: the
         columns with the paths and, if there are any, with the labels. Default: recognized by their names.""")
     data.add_argument("--exif", default=False, type=bool_flag, metavar="BOOL",
         help="Rotate photographs by their EXIF orientation. The authors' code does not.")

@@ -83,7 +83,7 @@ def bool_flag(text):
     """argparse type of an on/off flag: on, true, 1 or off, false, 0, in any case."""
     value = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}.get(text.lower())
     if value is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither on/true/1 nor off/false/0")
+        raise argparse.ArgumentTypeError(f"{text!r} must be {bool_flag.range}")
     return value
 
 

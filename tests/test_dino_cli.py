@@ -1,10 +1,11 @@
 """dino_cli.py: flags, recipes, and how a script ends."""
 
 import argparse
+import re
 import sys
 
 import pytest
-from conftest import run_script
+from conftest import SMALL_RUN, run_script
 from torch.utils.data import DataLoader, Dataset
 
 import dino_cli
@@ -23,7 +24,7 @@ def test_bool_flag_reads_the_public_words_in_any_case(words, value):
 
 @pytest.mark.parametrize("word", ["yes", "2", "", "tru"])
 def test_bool_flag_refuses_other_words_by_name(word):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"'{word}' is neither"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{word}' must be true or false"):
         utils.bool_flag(word)
 
 
@@ -279,3 +280,22 @@ def test_an_output_folder_below_a_file_is_named(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"can't write to --output_dir {path}: a file is in its way"):
             dino_cli.check_output_dir(path)
+
+
+def test_a_refused_start_leaves_no_empty_folder(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for folder in (tmp_path / "new" / "run", kept):
+        flags = ["--data_path", tmp_path / "none", "--output_dir", folder]
+        assert run_script("main_dino.py", *SMALL_RUN, *flags, check=False).returncode == 2
+    assert not (tmp_path / "new" / "run").exists()
+    assert kept.is_dir()
+
+
+def test_torchrun_repeats_an_error_at_the_end(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run_script(*torchrun, "main_dino.py", *SMALL_RUN, "--data_path", tmp_path / "none", check=False)
+    assert done.returncode == 1
+    first, last = re.findall(r"error \(rank [01]\): --data_path \S+ does not exist", done.stderr)
+    assert first == last
+    assert "Traceback" not in done.stderr.partition(first)[0]

@@ -78,7 +78,7 @@ def test_flags_have_the_published_names_and_defaults():
     published |= {"batch_size_per_gpu": 128, "output_dir": ".", "evaluate": False}
     published |= {"dist_url": "env://", "local_rank": 3}
     ours = {"data_path": "sample", "num_labels": None, "linear_weights": "", "image_size": 224, "exif": False}
-    ours |= {"amp_dtype": "float32", "list_columns": ()}
+    ours |= {"amp_dtype": "float32", "list_columns": None}
     assert 1 <= args.pop("num_workers") <= 10  # the number of cores, at most 10
     assert args == {**published, **ours, "seed": 0, "device": "auto"}
 

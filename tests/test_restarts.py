@@ -653,7 +653,7 @@ def test_processes_that_disagree_do_not_train(flags, tiny_root, run, name, value
     value = str(tiny_root / value) if name == "data_path" else value
     codes, screens = Run(*flags, *HALVES, world=2, spoil=("another_flag", name, value)).end()
     assert codes == [2, 2], screens
-    assert all(says in said for said in screens), screens
+    assert "".join(screens).count(says) == 1, screens  # by the first
     assert not (run / "checkpoint.pth").exists()
 
 
