@@ -296,9 +296,8 @@ def ignore_signals(_):
 
 
 # What asks a run to save and end. Windows has the first two.
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-]
+STOP_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
 
 
 class HostCopy:
@@ -393,7 +392,7 @@ class SmoothedValue:
         if get_world_size() > 1:
             both = torch.tensor([self.count, self.total], dtype=torch.float64, device=collective_device())
             dist.all_reduce(both)
-            self.count, self.total = int(both[0]), float(both[1])
+            self.count, self.total = both.tolist()
 
     @property
     def median(self):
@@ -405,7 +404,7 @@ class SmoothedValue:
 
     @property
     def global_avg(self):
-        return self.read().total / max(self.count, 1)
+        return self.read().total / (self.count or 1)
 
     @property
     def max(self):
@@ -466,15 +465,16 @@ class MetricLogger:
         return gather_objects({name: meter.totals() for name, meter in self.meters.items()})
 
     def restore(self, everyones):
-        """Continue from what `totals` returned. If the number of processes has changed, rank 0 gets all of it."""
-        as_before = len(everyones) == get_world_size()
+        """Continue from what `totals` returned. If the number of processes has changed, rank 0 gets all of it, scaled
+        so that all steps count alike."""
+        as_before, share = len(everyones) == get_world_size(), get_world_size() / len(everyones)
         for rank, totals in enumerate(everyones):
             mine = rank == get_rank() if as_before else is_main_process()
             for name, (total, count) in totals.items():
                 meter = self.meters[name]  # on every rank, since meters are summed over ranks
                 if mine:
-                    meter.total += total
-                    meter.count += count
+                    meter.total += share * total
+                    meter.count += share * count
 
     def __str__(self):
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())

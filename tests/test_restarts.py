@@ -544,6 +544,14 @@ def test_the_log_of_an_epoch_counts_the_steps_of_other_processes(whole, flags, r
     assert second["train_loss"] == pytest.approx(whole[1][1]["train_loss"], rel=0.05)
 
 
+def test_steps_of_two_processes_and_of_one_have_the_same_weight_in_the_log(whole, flags, run):
+    Run(*flags, *HALVES, world=2, spoil=("signal_in_step", 6, signal.SIGTERM)).end()
+    finish(*flags)
+    rates = [[line["train_lr"] for line in log] for log in (log_without_times(run), whole[1])]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+    assert rates[0][0] != rates[0][1]
+
+
 def test_a_resumed_epoch_may_have_no_good_step(flags, run):
     """Nothing but what the checkpoint has added up is there to be printed at the end of the epoch."""
     Run(*flags, spoil=("signal_in_step", 3, signal.SIGTERM)).end()
