@@ -234,6 +234,9 @@ def changed_settings(args, parser):
     return {k: v for k, v in utils.plain_args(args).items() if k in defaults and v != defaults[k]}
 
 
+WAITING = "OMP_WAIT_POLICY"
+
+
 def describe_start(args, parser, device, amp_dtype, steps_per_epoch):
     """What runs where, and with which settings."""
     float32 = "tf32" if args.use_fp16 and args.amp_dtype == "tf32" else "fp32"
@@ -253,6 +256,12 @@ def describe_start(args, parser, device, amp_dtype, steps_per_epoch):
     unused = args.images - steps_per_epoch * args.images_per_step
     if unused > 0.05 * args.images:
         lines.append(f"note: {unused:,} images per epoch do not fill a step of {args.images_per_step} and are not used")
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if device.type == "cpu" and torch.get_num_threads() > 1 and load > 0.75 * cores and not os.environ.get(WAITING):
+        lines.append(
+            f"note: this machine is busy (load average {load:.1f} on {cores} cores). If other programs use it, torch's "
+            f"threads keep waiting for each other: start with {WAITING}=PASSIVE in the environment"
+        )
     return "\n".join(lines)
 
 

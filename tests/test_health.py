@@ -387,6 +387,21 @@ def test_a_restart_drops_the_lines_that_it_will_write_again(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.parametrize(
+    ("load", "policy", "threads", "says"),
+    [(1.6, "", 2, True), (1.4, "", 2, False), (9, "PASSIVE", 2, False), (9, "", 1, False)],
+)
+def test_a_busy_machine_is_noted_with_what_helps(monkeypatch, load, policy, threads, says):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    args = arguments_of(main_dino)
+    args.world_size, args.images, args.images_per_step = 1, 64, 64
+    said = dino_health.describe_start(args, main_dino.get_args_parser(), torch.device("cpu"), None, 1)
+    assert ("is busy (load average 1.6 on 2 cores)" in said and "OMP_WAIT_POLICY=PASSIVE" in said) == says
+
+
 @pytest.mark.parametrize(("flags", "name"), [((), "fp32"), (("--amp_dtype", "tf32"), "tf32")])
 def test_the_first_line_names_the_precision(flags, name):
     args = arguments_of(main_dino, *flags)
