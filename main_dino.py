@@ -63,7 +63,9 @@ def get_args_parser():
 
     teacher = parser.add_argument_group("teacher")
     teacher.add_argument("--momentum_teacher", default=0.996, type=share, metavar="M", help="""EMA momentum of the
-        teacher, rising to 1 over the run along a cosine. Use a higher value for small batches: 0.9995 for 256.""")
+        teacher, rising to the final one along a cosine. Use a higher value for small batches: 0.9995 for 256.""")
+    teacher.add_argument("--momentum_teacher_end", default=1.0, type=share, metavar="M",
+        help="Final momentum. The same as --momentum_teacher keeps it constant, which suits short runs.")
     teacher.add_argument("--warmup_teacher_temp", default=0.04, type=at_least(1e-6, float), metavar="T",
         help="Teacher temperature at the start. Lower it if the loss does not come down.")
     teacher.add_argument("--teacher_temp", default=0.04, type=at_least(1e-6, float), metavar="T", help="""Teacher
@@ -351,10 +353,11 @@ def build_student_and_teacher(args, device, amp_dtype):
 def build_schedules(args, steps_per_epoch):
     """lr, weight decay and teacher momentum per step. (The teacher temperature, per epoch, is in DINOLoss.)"""
     peak_lr = args.lr * args.images_per_step / 256  # linear scaling rule
+    momentum = args.momentum_teacher, args.momentum_teacher_end
     return {
         "lr": utils.cosine_scheduler(peak_lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs),
         "weight_decay": utils.cosine_scheduler(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
-        "momentum": utils.cosine_scheduler(args.momentum_teacher, 1, args.epochs, steps_per_epoch),
+        "momentum": utils.cosine_scheduler(*momentum, args.epochs, steps_per_epoch),
     }
 
 

@@ -94,6 +94,16 @@ def test_flags_have_the_public_names_and_defaults():
     assert (args["global_crops_size"], args["local_crops_size"], args["device"]) == (224, 96, "auto")
 
 
+def test_the_momentum_rises_to_its_final_value_along_a_cosine():
+    for end in (1.0, 0.9, 0.996):
+        args = arguments("--epochs", 10, "--momentum_teacher_end", end)
+        args.images_per_step = 64
+        found = main_dino.build_schedules(args, 5)["momentum"]
+        want = [end + 0.5 * (0.996 - end) * (1 + math.cos(math.pi * step / 50)) for step in range(50)]
+        assert np.abs(found - want).max() < 1e-12
+    assert arguments().momentum_teacher_end == 1
+
+
 def test_parser_can_be_a_parent_of_another():
     args = argparse.ArgumentParser(parents=[main_dino.get_args_parser()]).parse_args(["--local-rank=3"])
     assert args.local_rank == 3
