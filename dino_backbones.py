@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import dino_checkpoints
+import dino_layouts
 import utils
 import vision_transformer as vits
 from utils import UserError
@@ -412,6 +412,7 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
             return 0, len(model.state_dict())
     state, source = dino_checkpoints.pick_state_dict(file, checkpoint_key, source)
     state = dino_checkpoints.backbone_state(state)
+    state = dino_layouts.our_names(state, model.state_dict(), source, checkpoint_key)
     resize_model_grid(model, state)
     training = dino_checkpoints.network_settings(dino_checkpoints.trained_args(pretrained_weights))
     return load_backbone_state(model, state, source, arch, training.get("image_size"))
@@ -459,13 +460,11 @@ def load_backbone_state(model, state, source, arch=None, trained_size=None):
         import hubconf
 
         state = hubconf._xcit_for_timm(state)
-    matched = dino_checkpoints.matching_keys(state, wanted, source, arch)
+    dino_layouts.check_layers(state, wanted, source, arch)
+    matched = dino_layouts.matching_keys(state, wanted, source, arch)
     model.load_state_dict({key: state[key] for key in matched}, strict=False)
     trained_at = f", trained at {trained_size} pixels" if trained_size else ""
     utils.log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}{trained_at}")
-    unused = [key for key in state if key not in wanted and not key.startswith(("head.", "fc."))]
-    if unused:
-        utils.log(f"warning: {source} has tensors that the model does not have: {utils.summarize(unused)}")
     return len(matched), len(wanted)
 
 
@@ -523,7 +522,8 @@ def start_from_weights(student, args):
     """Load the weights that --init_from names: the backbone's, and the projection head's if they fit."""
     state, source = initial_weights(args.init_from, args.arch, args.patch_size)
     backbone = dino_checkpoints.backbone_state(state)
-    resize_state_grid(student.backbone, backbone)
+    backbone = dino_layouts.our_names(backbone, student.backbone.state_dict(), source)
+    dino_layouts.resize_state_grid(student.backbone, backbone)
     fit_first_layer(student.backbone, backbone, source)
     load_backbone_state(student.backbone, backbone, source, args.arch)
     wanted = student.head.state_dict()
@@ -549,6 +549,7 @@ def initial_weights(init_from, arch, patch_size):
             raise UserError(f"no weights were published for --arch {arch} --patch_size {patch_size}. Give a file")
     else:
         source = dino_checkpoints.find_weights(init_from, "--init_from")
+        dino_checkpoints.trained_args(source)  # raises for a network that is not as its tensors look
         file = dino_checkpoints.load_checkpoint(source)
     networks = dino_checkpoints.networks_in(file)
     return dino_checkpoints.pick_state_dict(file, networks[0] if len(networks) == 1 else "teacher", source)
@@ -585,16 +586,3 @@ def fit_first_layer(model, state, source):
         for part, tensor in layer.state_dict().items():
             state[f"{name}.{part}"] = tensor
         utils.log(f"{name} starts at random: {channels}")
-
-
-def resize_state_grid(model, state):
-    """Interpolate the positions in a ViT's state dict to the grid of `model`. What does not fit stays."""
-    learned = state.get("pos_embed")
-    if not is_vit(model) or learned is None or learned.ndim != 3 or learned.shape[2] != model.embed_dim:
-        return
-    side, wanted = (math.isqrt(max(grid.shape[1] - 1, 0)) for grid in (learned, model.pos_embed))
-    if side != wanted and side * side == learned.shape[1] - 1:
-        grid = learned[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", antialias=True)
-        state["pos_embed"] = torch.cat((learned[:, :1].float(), grid.flatten(2).transpose(1, 2)), dim=1)
-        utils.log(f"positions are interpolated from {side} x {side} to {wanted} x {wanted} patches")

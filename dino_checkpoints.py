@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+import dino_layouts
 import utils
 from utils import UserError
 
@@ -202,16 +203,21 @@ def networks_in(file):
 
 
 def pick_state_dict(state, checkpoint_key, source):
-    """(tensors of one network in what a file contained, without DDP's `module.` prefix; where they came from)."""
+    """(tensors of one network in what a file contained, without prefixes of wrappers; where they came from).
+
+    A file with one network under another key, as Lightning and mmpretrain write it, has no teacher to choose.
+    """
     if not isinstance(state, dict):
         raise UserError(f"{source} contains a {type(state).__name__}, not a state dict")
     networks = networks_in(state)
+    if checkpoint_key == "teacher" and networks in (["state_dict"], ["model"]):
+        checkpoint_key = networks[0]
     if checkpoint_key in networks:
         state, source = state[checkpoint_key], f"{source} [{checkpoint_key}]"
     elif networks or any(isinstance(value, dict) for value in state.values()):
         there = f"it has {', '.join(networks)} (--checkpoint_key)" if networks else "it has none"
         raise UserError(f"{source} has no network {checkpoint_key!r}; {there}")
-    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}, source
+    return {dino_layouts.unwrapped(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}, source
 
 
 def backbone_state(state):
@@ -220,46 +226,19 @@ def backbone_state(state):
     return inner or dict(state)
 
 
-def matching_keys(state, wanted, source, arch=None):
-    """Keys of the state dict `wanted` that `state` has, too. Raises UserError if tensors lack or have other shapes.
-
-    `source` and `arch` are where `state` came from and the network that it is for.
-    """
-    matched = [key for key in wanted if key in state]
-    if not matched:
-        raise UserError(
-            f"none of the {len(wanted)} tensors of {arch or 'the model'} is in {source} (it has "
-            f"{utils.summarize(list(state)) or 'none'}). Check --arch, --patch_size and --checkpoint_key"
-        )
-    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-    if missing:
-        raise UserError(
-            f"{source} has only {len(matched)} of the {len(wanted)} tensors of {arch or 'the model'}; it lacks "
-            f"{utils.summarize(missing)}. Check --arch and --checkpoint_key"
-        )
-    for key in matched:
-        if state[key].shape != wanted[key].shape:
-            theirs, ours = list(state[key].shape), list(wanted[key].shape)
-            alike = len(theirs) == len(ours) == 4 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
-            hint = (
-                "Use the training checkpoint, which says how many channels" if alike else "Check --arch, --patch_size"
-            )
-            raise UserError(f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. {hint}")
-    return matched
-
-
 # ---- what a run says about its network ----
 
 
 def find_weights(path, flag="--pretrained_weights"):
     """The file that a flag names: of a run's folder its checkpoint.pth, else the previous one, else backbone.pth.
 
-    Anything but a folder is returned as it is. Raises UserError for a folder without any of them.
+    Of a folder that transformers' save_pretrained wrote, the weights. Anything but a folder is returned as it is.
+    Raises UserError for a folder without any of them.
     """
     if not path or not os.path.isdir(path):
         return path
-    newest = os.path.join(path, "checkpoint.pth")
-    files = (newest, previous_checkpoint(newest), os.path.join(path, BACKBONE))
+    names = ("checkpoint.pth", previous_checkpoint("checkpoint.pth"), BACKBONE, *dino_layouts.HF_FILES)
+    files = [os.path.join(path, name) for name in names]
     found = [file for file in files if os.path.isfile(file)]
     if not found:
         raise UserError(
@@ -291,20 +270,31 @@ def trained_args(path):
     """The arguments (a dict) with which the network in a file was trained; {} if there is nothing that says.
 
     A training checkpoint contains them. For plain weights, they are in a JSON file of the same name (see
-    `write_backbone`). Raises UserError if a file can't be read.
+    `write_backbone`), for transformers' in its config.json. Raises UserError if a file can't be read.
     """
     if not path or path == "random":
         return {}
     args = {} if str(path).endswith(".safetensors") else load_args(path)
-    beside = Path(path).with_suffix(".json")
-    if args or not beside.is_file():
+    if args:
         return args
+    args = read_settings(Path(path).with_suffix(".json"), path)
+    if "arch" in args:  # else the file is something else
+        return args
+    folder = Path(path).parent if os.path.basename(path) in dino_layouts.HF_FILES else None
+    parts = [read_settings(folder / f"{name}.json", path) for name in ("config", "preprocessor_config") if folder]
+    return dino_layouts.hf_settings(*parts, path) if folder else {}
+
+
+def read_settings(path, weights):
+    """The dict in a JSON file beside `weights`; {} if there is no such file. Raises UserError if it can't be read."""
+    if not path.is_file():
+        return {}
     try:
-        args = json.loads(beside.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise UserError(f"{beside}, the settings of {path}, can't be read: {reason}. Restore or delete it") from e
-    return args if isinstance(args, dict) and "arch" in args else {}  # else the file is something else
+        raise UserError(f"{path}, the settings of {weights}, can't be read: {reason}. Restore or delete it") from e
+    return found if isinstance(found, dict) else {}
 
 
 def trained_settings(path):

@@ -10,6 +10,7 @@ import torch.nn as nn
 from conftest import arguments_of, same_state, tensor, tiny_vit
 
 import dino_backbones
+import dino_layouts
 import hubconf
 import main_dino
 import utils
@@ -257,7 +258,7 @@ def test_positions_are_resampled_to_the_grid_of_the_network():
     larger = 2 * side
     ramp = torch.arange(larger).float()[None, :, None].expand(larger, larger, 16).reshape(1, -1, 16)
     state = {"pos_embed": torch.cat((torch.full((1, 1, 16), 7.0), ramp), dim=1)}
-    dino_backbones.resize_state_grid(model, state)
+    dino_layouts.resize_state_grid(model, state)
     assert state["pos_embed"].shape == model.pos_embed.shape
     assert (state["pos_embed"][:, 0] == 7).all()
     rows = state["pos_embed"][0, 1:].view(side, side, 16)

@@ -1,0 +1,224 @@
+"""Weights as other software names them: prefixes of wrappers, Hugging Face's and mmpretrain's ViTs, foreign layers."""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+
+import utils
+import vision_transformer as vits
+from utils import UserError
+
+# ---- names of tensors ----
+
+# Our names of a ViT's layers, and theirs. Names in transformers' files are stable; those in its classes are not.
+HUGGING_FACE = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    "blocks": "encoder.layer",
+    "norm1": "layernorm_before",
+    "attn.query": "attention.attention.query",  # we have one matrix for all three
+    "attn.key": "attention.attention.key",
+    "attn.value": "attention.attention.value",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+MMPRETRAIN = {
+    "cls_token": "cls_token",
+    "pos_embed": "pos_embed",
+    "patch_embed.proj": "patch_embed.projection",
+    "norm": "ln1",
+    "blocks": "layers",
+    "norm1": "ln1",
+    "attn.qkv": "attn.qkv",
+    "attn.proj": "attn.proj",
+    "norm2": "ln2",
+    "mlp.fc1": "ffn.layers.0.0",
+    "mlp.fc2": "ffn.layers.1",
+}
+QKV = ("attn.query", "attn.key", "attn.value")
+
+
+def their_names(key, layout):
+    """The names [1 or 3] under which a layout has a ViT's tensor `key`; none if that is not a ViT's."""
+    block, layer, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", key).groups(default="")
+    parts = QKV if layer == "attn.qkv" and layer not in layout else (layer,)
+    front = f"{layout['blocks']}.{block}." if block else ""
+    return [f"{front}{layout[part]}{kind}" for part in parts if part in layout]
+
+
+def hf_state(state):
+    """A ViT's state dict with transformers' names. The qkv matrix is split into query, key and value."""
+    names = {key: their_names(key, HUGGING_FACE) for key in state}
+    parts = {key: state[key].chunk(len(names[key])) for key in state}
+    return {name: rows.clone() for key in state for name, rows in zip(names[key], parts[key], strict=True)}
+
+
+# torch.compile, FSDP and activation checkpointing add these anywhere in a name, DDP puts `module.` in front.
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrapped(key):
+    """A tensor's name without what wrappers of modules add to it."""
+    return WRAPPERS.sub("", key).removeprefix("module.")
+
+
+def our_names(state, wanted, source, checkpoint_key="teacher"):
+    """A state dict with the names of a network, whose own state dict is `wanted`; other tensors keep their names.
+
+    A prefix such as Lightning's `model.` is removed if it precedes a complete network; tensors without it are then left
+    out. Of several such networks, the one with `checkpoint_key` in its prefix is used. The ViTs of Hugging Face and
+    mmpretrain are renamed. Raises UserError if several networks are left.
+    """
+    needed = [key for key in wanted if not key.endswith("num_batches_tracked")]
+    for layout in (None, *(layout for layout in (HUGGING_FACE, MMPRETRAIN) if "blocks.0.attn.qkv.weight" in wanted)):
+        names = {key: their_names(key, layout) if layout else [key] for key in needed}
+        prefixes = complete_prefixes(state, [name for parts in names.values() for name in parts])
+        if len(prefixes) > 1:
+            prefixes = [prefix for prefix in prefixes if checkpoint_key in prefix] or prefixes
+        if len(prefixes) > 1:
+            found = ", ".join(prefix.removesuffix(".") or "the file itself" for prefix in prefixes)
+            raise UserError(f"{source} has several such networks: {found}. Name one with --checkpoint_key")
+        if prefixes:
+            state = {
+                key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])
+            }
+            return renamed(state, names) if layout else state
+    return state
+
+
+def complete_prefixes(state, names):
+    """Prefixes, "" or ending in a dot, in front of all `names` in a state dict; only "" if that is one."""
+    last = names[0] if names else ""
+    prefixes = [key.removesuffix(last) for key in state if key == last or key.endswith(f".{last}")]
+    found = [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
+    return [""] if "" in found else found
+
+
+def renamed(state, names):
+    """A state dict with our names of the tensors `names` {ours: [theirs]}, of which some are in several parts."""
+    taken = {name for parts in names.values() for name in parts}
+    ours = {key: torch.cat([state[name] for name in parts]) for key, parts in names.items()}
+    return {**ours, **{key: value for key, value in state.items() if key not in taken}}
+
+
+# ---- layers and positions that a network does not have ----
+
+KINDS = {
+    "LayerScale": r"\.ls[12]\.gamma$|\.gamma_?[12](\.weight)?$|\.layer_scale\d?\.",
+    "register tokens": r"(^|\.)(reg|register|storage)_tokens?$",
+    "SwiGLU": r"\.mlp\.(w12|w[1-3]|weights_in|fc1_[gx]|gate_proj)\.",
+}
+# Heads, what is used in training alone, and buffers that are computed again: no feature depends on them.
+HARMLESS = re.compile(
+    r"(\w*head\w*|fc|\w*classifier\w*|pooler|aux\w*|AuxLogits|prototypes|\w*(decoder|projector|predictor|loss))(\..*)?"
+    r"|(.*\.)?(mask_token|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask)"
+)
+
+
+def check_layers(state, wanted, source, arch=None):
+    """Raise UserError if tensors in `state` belong to layers that the network with the tensors `wanted` lacks.
+
+    Its features would be wrong without them. Heads and what is used only in training are a warning.
+    """
+    unused = [key for key in state if key not in wanted]
+    foreign = [key for key in unused if not HARMLESS.fullmatch(key)]
+    kinds = [kind for kind, pattern in KINDS.items() if any(re.search(pattern, key) for key in foreign)]
+    if foreign and (kinds or any(key in state for key in wanted)):
+        what = f" ({', '.join(kinds)})" if kinds else ""
+        raise UserError(
+            f"{source} has layers{what} that {arch or 'the model'} does not have, so its features would be wrong: "
+            f"{utils.summarize(foreign)}. Check --arch. timm may have the network: use --arch timm:<name> with a file "
+            "of timm's weights, or export the features from there"
+        )
+    unused = [key for key in unused if not key.startswith(("head.", "fc."))]
+    if unused and any(key in state for key in wanted):
+        utils.log(f"warning: {source} has tensors that the model does not have: {utils.summarize(unused)}")
+
+
+def matching_keys(state, wanted, source, arch=None):
+    """Keys of the state dict `wanted` that `state` has, too. Raises UserError if tensors lack or have other shapes.
+
+    `source` and `arch` are where `state` came from and the network that it is for.
+    """
+    matched = [key for key in wanted if key in state]
+    if not matched:
+        raise UserError(
+            f"none of the {len(wanted)} tensors of {arch or 'the model'} is in {source} (it has "
+            f"{utils.summarize(list(state)) or 'none'}). Check --arch, --patch_size and --checkpoint_key"
+        )
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(
+            f"{source} has only {len(matched)} of the {len(wanted)} tensors of {arch or 'the model'}; it lacks "
+            f"{utils.summarize(missing)}. Check --arch and --checkpoint_key"
+        )
+    for key in matched:
+        if state[key].shape != wanted[key].shape:
+            theirs, ours = list(state[key].shape), list(wanted[key].shape)
+            alike = len(theirs) == len(ours) == 4 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
+            hint = (
+                "Use the training checkpoint, which says how many channels" if alike else "Check --arch, --patch_size"
+            )
+            raise UserError(f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. {hint}")
+    return matched
+
+
+def resize_state_grid(model, state):
+    """Interpolate the positions in a ViT's state dict to the grid of `model`. What does not fit stays."""
+    learned = state.get("pos_embed")
+    if learned is None or not isinstance(model, vits.VisionTransformer):
+        return
+    if learned.ndim != 3 or learned.shape[2] != model.embed_dim:
+        return
+    side, wanted = (math.isqrt(max(grid.shape[1] - 1, 0)) for grid in (learned, model.pos_embed))
+    if side != wanted and side * side == learned.shape[1] - 1:
+        grid = learned[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", antialias=True)
+        state["pos_embed"] = torch.cat((learned[:, :1].float(), grid.flatten(2).transpose(1, 2)), dim=1)
+        utils.log(f"positions are interpolated from {side} x {side} to {wanted} x {wanted} patches")
+
+
+# ---- the folders of transformers' save_pretrained ----
+
+HF_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def hf_settings(config, processor, source):
+    """The arguments of a run (a dict) that a ViT's config.json and preprocessor_config.json (dicts) correspond to.
+
+    {} if it is not a ViT's. Raises UserError if it computes something else than our ViTs, under the same names.
+    """
+    if config.get("model_type") != "vit":
+        return {}
+    size, sizes = config.get("image_size", 224), ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    if isinstance(size, list | tuple):
+        if len(set(size)) != 1:
+            raise UserError(f"{source} is for images of {' x '.join(map(str, size))} pixels. Only squares can be read")
+        size = size[0]
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{source} has the activation {config['hidden_act']}, our ViTs have gelu. It can't be read")
+    settings = {"patch_size": config.get("patch_size", 16), "image_size": size}
+    shape = tuple(config.get(name, default) for name, default in zip(sizes, (768, 12, 12), strict=True))
+    for name in (name for name in vars(vits) if name.startswith("vit_")):
+        ours = arch_shape(name)
+        if shape == ours:
+            settings["arch"] = name
+        elif shape[:2] == ours[:2]:
+            raise UserError(f"{source} has {shape[2]} attention heads, {name} has {ours[2]}. It can't be read")
+    statistics = {name: processor.get(f"image_{name}") for name in ("mean", "std")}
+    if all(isinstance(values, list) for values in statistics.values()):
+        settings |= {"in_chans": config.get("num_channels", 3), **statistics}
+    return settings
+
+
+def arch_shape(name):
+    """(width, number of blocks, heads) of one of our ViTs."""
+    with torch.device("meta"):
+        model = vars(vits)[name]()
+    return model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads
