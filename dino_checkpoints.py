@@ -258,7 +258,7 @@ def network_settings(args):
     """
     args = {**args, "image_size": args.get("global_crops_size", args.get("image_size"))}
     found = {name: args[name] for name, kind in FOLLOWED.items() if type(args.get(name)) is kind}
-    return {name: value for name, value in found.items() if isinstance(value, str | bool) or value > 0}
+    return {name: value for name, value in found.items() if isinstance(value, str | bool) or 0 < value < 2**20}
 
 
 def settings_of(args):
@@ -277,24 +277,8 @@ def trained_args(path):
     args = {} if str(path).endswith(".safetensors") else load_args(path)
     if args:
         return args
-    args = read_settings(Path(path).with_suffix(".json"), path)
-    if "arch" in args:  # else the file is something else
-        return args
-    folder = Path(path).parent if os.path.basename(path) in dino_layouts.HF_FILES else None
-    parts = [read_settings(folder / f"{name}.json", path) for name in ("config", "preprocessor_config") if folder]
-    return dino_layouts.hf_settings(*parts, path) if folder else {}
-
-
-def read_settings(path, weights):
-    """The dict in a JSON file beside `weights`; {} if there is no such file. Raises UserError if it can't be read."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"{path}, the settings of {weights}, can't be read: {reason}. Restore or delete it") from e
-    return found if isinstance(found, dict) else {}
+    args = dino_layouts.read_settings(Path(path).with_suffix(".json"), path)
+    return args if "arch" in args else dino_layouts.hf_settings(Path(path))  # else the file is something else
 
 
 def trained_settings(path):
@@ -369,53 +353,23 @@ def write_backbone(folder, backbone, args):
 # The authors' other names of two networks.
 ARCH_ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}
 
+# fmt: off
 # These decide which tensors a run has. A checkpoint with other values can't be resumed from.
-SHAPING_ARGS = (
-    "arch",
-    "patch_size",
-    "in_chans",
-    "out_dim",
-    "norm_last_layer",
-    "use_bn_in_head",
-    "optimizer",
-    "global_crops_size",
-)
-# These do not change the result.
-FREE_ARGS = (
+SHAPING_ARGS = ("arch", "patch_size", "in_chans", "out_dim", "norm_last_layer", "use_bn_in_head", "optimizer",
+                "global_crops_size")
+FREE_ARGS = (  # these do not change the result
     # where things are
-    "config",
-    "init_from",
-    "data_path",
-    "data_format",
-    "output_dir",
-    "dist_url",
+    "config", "init_from", "data_path", "data_format", "output_dir", "dist_url",
     # how the run is watched, saved and stopped
-    "max_bad_images",
-    "strict_images",
-    "max_bad_steps",
-    "stop_on_collapse",
-    "tensorboard",
-    "wandb",
-    "knn_every",
-    "knn_data",
-    "saveckp_freq",
-    "saveckp_iters",
-    "save_every_minutes",
-    "allow_changed_args",
+    "max_bad_images", "strict_images", "max_bad_steps", "stop_on_collapse", "tensorboard", "wandb", "knn_every",
+    "knn_data", "saveckp_freq", "saveckp_iters", "save_every_minutes", "allow_changed_args",
     # which hardware does it; images_per_step, which follows from these, is compared
-    "device",
-    "num_workers",
-    "local_rank",
-    "rank",
-    "gpu",
-    "world_size",
-    "batch_size_per_gpu",
-    "grad_accum_steps",
-    "grad_checkpointing",
-    "compile",
+    "device", "num_workers", "local_rank", "rank", "gpu", "world_size", "batch_size_per_gpu", "grad_accum_steps",
+    "grad_checkpointing", "compile",
     # mean and std, which it measures, are compared
     "compute_stats",
 )
+# fmt: on
 IN_WORDS = {
     "images_per_step": "images per step",
     "images": "training images",
@@ -440,6 +394,11 @@ def comparable(args):
     return args
 
 
+def differ(one, other):
+    """Whether two settings differ. A damaged file can have tensors there, which can't be compared."""
+    return isinstance(one, torch.Tensor) or one != other
+
+
 def check_resumable(path, checkpoint, args):
     """Raise UserError if a file is not a checkpoint that a run with `args` can resume from.
 
@@ -448,16 +407,18 @@ def check_resumable(path, checkpoint, args):
     """
     epoch = checkpoint.get("epoch") if isinstance(checkpoint, dict) else None
     networks = isinstance(epoch, int) and all(is_network_state(checkpoint.get(key)) for key in ("student", "teacher"))
+    networks = networks and isinstance(checkpoint.get("args"), dict | argparse.Namespace | None)
     if not networks or epoch < 0:
         raise UserError(f"{path} is not a training checkpoint and would be overwritten. Move it, or use another folder")
     before, now = comparable(checkpoint.get("args")), comparable(args)
-    changed = [name for name in now if before.get(name, now[name]) != now[name] and name not in FREE_ARGS]
+    changed = [name for name in now if name not in FREE_ARGS and differ(before.get(name, now[name]), now[name])]
     changed = [name for name in changed if before[name] is not None or name != "images_per_step"]
     if "images" in changed:  # then their names differ, too
         changed = [name for name in changed if name != "image_names"]
     shaping = [name for name in changed if name in SHAPING_ARGS]
     then, wanted = (
-        [f"{IN_WORDS.get(name, '--' + name)} {values[name]}" for name in shaping or changed] for values in (before, now)
+        [f"{IN_WORDS.get(name, '--' + name)} {str(values[name])[:200]}" for name in shaping or changed]
+        for values in (before, now)
     )
     if shaping:
         raise UserError(
@@ -470,7 +431,7 @@ def check_resumable(path, checkpoint, args):
             "Use the same settings, or add --allow_changed_args true"
         )
     if changed:
-        pairs = (f"{new} (was {before[name]})" for new, name in zip(wanted, changed, strict=True))
+        pairs = (f"{new} (was {str(before[name])[:200]})" for new, name in zip(wanted, changed, strict=True))
         utils.log(f"note: resuming with {', '.join(pairs)}")
 
 
@@ -498,7 +459,7 @@ def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
             continue
         try:
             load_state(target, checkpoint[name])
-        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
+        except (RuntimeError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as e:
             problem = " ".join(str(e).split())[:300]
             raise UserError(
                 f"{path} does not fit this run: {name}: {problem}. Use the settings of that run, or another "
@@ -514,12 +475,18 @@ def load_state(target, state):
     if isinstance(target, nn.Module):
         prefix = "module." if any(key.startswith("module.") for key in target.state_dict()) else ""
         state = {prefix + key.removeprefix("module."): value for key, value in state.items()}
+    if isinstance(target, torch.amp.GradScaler):
+        check_numbers(target.state_dict(), state, "")
     if isinstance(target, torch.optim.Optimizer):
         # The authors' files lack options that torch has added since; which kernels to use is this run's own choice.
         groups = []
         for ours, theirs in zip(target.param_groups, state["param_groups"], strict=True):
-            kernels = {key: ours[key] for key in ("fused", "foreach") if key in ours}
+            kernels = {key: ours[key] for key in ("fused", "foreach", "capturable", "differentiable") if key in ours}
+            check_numbers(
+                {key: ours[key] for key in ours if key in theirs and key not in kernels}, theirs, "a group's "
+            )
             groups.append({**ours, **theirs, **kernels})
+        check_moments(target, state["state"], groups)
         state = {**state, "param_groups": groups}
     target.load_state_dict(state)
     if isinstance(target, torch.optim.Optimizer):  # fused kernels read memory in the order of the parameter
@@ -527,6 +494,41 @@ def load_state(target, state):
             for name, value in kept.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     kept[name] = torch.empty_like(parameter).copy_(value)
+
+
+def check_numbers(ours, theirs, whose):
+    """Raise ValueError if a setting in `ours` has another kind in `theirs`. Switches must be the same."""
+    for name, value in ours.items():
+        pairs = [(value, theirs[name])]
+        if isinstance(value, tuple) and isinstance(theirs[name], tuple | list):  # betas
+            pairs = zip(value, theirs[name], strict=True)
+        for mine, other in pairs if name != "params" else ():
+            number = type(mine) in (int, float) and isinstance(other, int | float) and not isinstance(other, bool)
+            if not (math.isfinite(other) if number else type(mine) is type(other) and mine == other):
+                raise ValueError(f"{whose}{name} is {str(theirs[name])[:100]}, here it is {value}")
+
+
+# What each parameter has in the state of an optimizer, besides what is optional.
+MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, utils.LARS: {"mu"}}
+
+
+def check_moments(optimizer, state, groups):
+    """Raise ValueError if moments have other shapes than their parameters: fused kernels would read other memory."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in groups for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        kept, shape = state.get(number, {}), list(parameter.shape)
+        missing = MOMENTS.get(type(optimizer), set()) - set(kept)
+        if kept and missing:
+            raise ValueError(f"parameter {number} of shape {shape} has no {', '.join(sorted(missing))}")
+        for name, value in kept.items():
+            if name == "step":
+                fits = math.isfinite(value) and value >= 0  # of a tensor, one number
+            else:
+                fits = value is None or (value.is_floating_point() and value.shape == parameter.shape)
+            if not fits:
+                found = list(value.shape) if isinstance(value, torch.Tensor) else value
+                raise ValueError(f"{name} of parameter {number} is {found}, the parameter is {shape}")
 
 
 def position(progress, args, path):
@@ -559,7 +561,11 @@ def are_totals(totals):
             return False
         return type(pair[0]) is float or (type(pair[0]) is int and abs(pair[0]) < 2**53)
 
-    return isinstance(totals, dict) and all(map(is_total, totals.values()))
+    return (
+        isinstance(totals, dict)
+        and all(isinstance(name, str) for name in totals)
+        and all(map(is_total, totals.values()))
+    )
 
 
 # ---- log.txt ----

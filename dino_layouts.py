@@ -1,5 +1,6 @@
 """Weights as other software names them: prefixes of wrappers, Hugging Face's and mmpretrain's ViTs, foreign layers."""
 
+import json
 import math
 import re
 
@@ -189,11 +190,25 @@ def resize_state_grid(model, state):
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def hf_settings(config, processor, source):
-    """The arguments of a run (a dict) that a ViT's config.json and preprocessor_config.json (dicts) correspond to.
+def read_settings(path, weights):
+    """The dict in a JSON file beside `weights`; {} if there is no such file. Raises UserError if it can't be read."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path}, the settings of {weights}, can't be read: {reason}. Restore or delete it") from e
+    return found if isinstance(found, dict) else {}
 
-    {} if it is not a ViT's. Raises UserError if it computes something else than our ViTs, under the same names.
+
+def hf_settings(source):
+    """The arguments of a run (a dict) that correspond to the config.json beside a ViT's weights at the path `source`.
+
+    {} if there is none. Raises UserError if it computes something else than our ViTs, under the same names.
     """
+    names = ("config.json", "preprocessor_config.json") if source.name in HF_FILES else ()
+    config, processor = (read_settings(source.with_name(name), source) for name in names) if names else ({}, {})
     if config.get("model_type") != "vit":
         return {}
     size, sizes = config.get("image_size", 224), ("hidden_size", "num_hidden_layers", "num_attention_heads")

@@ -696,7 +696,10 @@ RUN = argparse.Namespace(batch_size_per_gpu=8)
     [
         ("epoch", -1),
         *(("images_done", value) for value in (1.5, True, 2**70)),
-        *(("meters", value) for value in (None, [{"loss": 3}], [{"loss": (1.0, 1.0)}], [{"loss": (10**400, 1)}])),
+        *(
+            ("meters", value)
+            for value in (None, [{"loss": 3}], [{"loss": (1.0, 1.0)}], [{"loss": (10**400, 1)}], [{3: (1.0, 1)}])
+        ),
     ],
 )
 def test_an_impossible_position_is_refused(name, value):
