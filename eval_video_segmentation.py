@@ -27,6 +27,7 @@ from PIL import Image
 import dino_backbones
 import dino_checkpoints
 import dino_cli
+import dino_data
 import dino_images
 import utils
 from dino_cli import at_least
@@ -88,8 +89,9 @@ def find_videos(data_path, output_dir):
 
 
 def read_frame_list(video_dir):
-    """Paths of a video's frames, sorted by name. Raises UserError if there are none."""
-    frames = sorted(str(path) for path in Path(video_dir).glob("*.jpg"))
+    """Paths of a video's frames, frame 2 before frame 10. Raises UserError if there are none."""
+    frames = dino_data.image_files(video_dir, "--data_path") if any(Path(video_dir).glob("*.jpg")) else []
+    frames = [str(path) for path in frames if path.suffix == ".jpg"]
     if not frames:
         problem = "has no *.jpg files" if os.path.isdir(video_dir) else "is missing"
         raise UserError(f"the frame folder {video_dir} {problem}. Add the frames, or remove the video from val.txt")
@@ -419,8 +421,9 @@ def main(args):
     for number, (name, frames, annotations) in enumerate(videos, start=1):
         start = time.time()
         masks = eval_video_tracking_davis(args, model, frames, name, *read_seg(annotations[0], args.patch_size))
-        speed = len(frames) / (time.time() - start)
-        line = f"[{number}/{len(videos)}] {name}: {len(frames)} frames, {speed:.2f} frames/s"
+        line = (
+            f"[{number}/{len(videos)}] {name}: {len(frames)} frames, {len(frames) / (time.time() - start):.2f} frames/s"
+        )
         if all(map(os.path.exists, annotations)) and (found := score_video(masks, annotations)):
             line += f", J&F {mean_scores(found.values())['J&F']:.3f}"
             scores |= {f"{name}_{label}": mean_scores([score]) for label, score in found.items()}
