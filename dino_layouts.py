@@ -5,6 +5,7 @@ import math
 import re
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import utils
@@ -183,6 +184,34 @@ def resize_state_grid(model, state):
         grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", antialias=True)
         state["pos_embed"] = torch.cat((learned[:, :1].float(), grid.flatten(2).transpose(1, 2)), dim=1)
         utils.log(f"positions are interpolated from {side} x {side} to {wanted} x {wanted} patches")
+
+
+# ---- the first layer ----
+
+
+def first_convolution(model):
+    """(name, module) of the convolution that takes the image; (None, None) if there is none."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return next(found, (None, None))
+
+
+def fit_first_layer(model, state, source):
+    """Make the first convolution in a state dict fit a model with another number of channels.
+
+    From 3 to 1, its weights are summed, as if the three channels were equal. For any other number it starts at random.
+    """
+    name, layer = first_convolution(model)
+    learned = state.get(f"{name}.weight")
+    if learned is None or learned.ndim != 4 or learned.shape[1] == layer.weight.shape[1]:
+        return
+    if (learned.shape[1], layer.weight.shape[1]) == (3, 1):
+        state[f"{name}.weight"] = learned.sum(dim=1, keepdim=True)
+        utils.log(f"{name} has one channel: its weights for three channels in {source} are summed")
+    else:
+        channels = f"it has {learned.shape[1]} channels in {source}, {layer.weight.shape[1]} here"
+        for part, tensor in layer.state_dict().items():
+            state[f"{name}.{part}"] = tensor
+        utils.log(f"{name} starts at random: {channels}")
 
 
 # ---- the folders of transformers' save_pretrained ----

@@ -364,7 +364,7 @@ def train_dino(args):
     dino_run.prepare(args)
     device = utils.init_distributed_mode(args)  # sets args.rank, world_size and gpu
     args.images_per_step = args.batch_size_per_gpu * args.grad_accum_steps * args.world_size
-    amp_dtype = dino_backbones.pick_amp_dtype(device, args.use_fp16, args.amp_dtype)
+    amp_dtype = dino_backbones.training_dtype(args, device)
     autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     utils.fix_random_seeds(args.seed)
 
