@@ -205,12 +205,12 @@ def networks_in(file):
 def pick_state_dict(state, checkpoint_key, source):
     """(tensors of one network in what a file contained, without prefixes of wrappers; where they came from).
 
-    A file with one network under another key, as Lightning and mmpretrain write it, has no teacher to choose.
+    Where Lightning and mmpretrain write a single network, `checkpoint_key` may be a part of its tensors' names.
     """
     if not isinstance(state, dict):
         raise UserError(f"{source} contains a {type(state).__name__}, not a state dict")
     networks = networks_in(state)
-    if checkpoint_key == "teacher" and networks in (["state_dict"], ["model"]):
+    if checkpoint_key not in networks and networks in (["state_dict"], ["model"]):
         checkpoint_key = networks[0]
     if checkpoint_key in networks:
         state, source = state[checkpoint_key], f"{source} [{checkpoint_key}]"
@@ -258,7 +258,7 @@ def network_settings(args):
     """
     args = {**args, "image_size": args.get("global_crops_size", args.get("image_size"))}
     found = {name: args[name] for name, kind in FOLLOWED.items() if type(args.get(name)) is kind}
-    return {name: value for name, value in found.items() if isinstance(value, str | bool) or 0 < value < 2**20}
+    return {name: value for name, value in found.items() if isinstance(value, str | bool) or 0 < value < 2**13}
 
 
 def settings_of(args):

@@ -85,7 +85,10 @@ def our_names(state, wanted, source, checkpoint_key="teacher"):
             prefixes = [prefix for prefix in prefixes if checkpoint_key in prefix] or prefixes
         if len(prefixes) > 1:
             found = ", ".join(prefix.removesuffix(".") or "the file itself" for prefix in prefixes)
-            raise UserError(f"{source} has several such networks: {found}. Name one with --checkpoint_key")
+            raise UserError(
+                f"{source} has several such networks: {found}. Save the one to use in its own file, or name it with "
+                "--checkpoint_key in an evaluation"
+            )
         if prefixes:
             state = {
                 key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])
@@ -118,8 +121,8 @@ KINDS = {
 }
 # Heads, what is used in training alone, and buffers that are computed again: no feature depends on them.
 HARMLESS = re.compile(
-    r"(\w*head\w*|fc|\w*classifier\w*|pooler|aux\w*|AuxLogits|prototypes|\w*(decoder|projector|predictor|loss))(\..*)?"
-    r"|(.*\.)?(mask_token|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask)"
+    r"(\w*head\w*|fc|\w*classifier\w*|pooler|aux\w*|AuxLogits|prototypes|(decoder|projector|predictor|loss)\w*)(\..*)?"
+    r"|(.*\.)?(mask_token|masked_embed|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask)"
 )
 
 
@@ -241,8 +244,8 @@ def hf_settings(source):
     if config.get("model_type") != "vit":
         return {}
     size, sizes = config.get("image_size", 224), ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    if isinstance(size, list | tuple):
-        if len(set(size)) != 1:
+    if isinstance(size, list):
+        if len(size) != 2 or size[0] != size[1]:
             raise UserError(f"{source} is for images of {' x '.join(map(str, size))} pixels. Only squares can be read")
         size = size[0]
     if config.get("hidden_act", "gelu") != "gelu":

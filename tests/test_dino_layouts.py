@@ -64,9 +64,10 @@ def test_a_lightning_checkpoint_has_the_network_that_the_key_names(save, capsys)
     path = save({"state_dict": state, "epoch": 3, "optimizer_states": []})
     assert_read(path, teacher)
     assert "[state_dict]" in capsys.readouterr().out
+    assert_read(path, student, "student")
     torch.save(state, path)
     assert_read(path, student, "student")
-    with pytest.raises(UserError, match=r"several such networks: one, two\. Name one with --checkpoint_key"):
+    with pytest.raises(UserError, match=r"several such networks: one, two\. Save the one.* --checkpoint_key"):
         assert_read(save(prefixed(student.state_dict(), "one.") | prefixed(student.state_dict(), "two.")), student)
 
 
@@ -221,7 +222,16 @@ def test_a_deeper_network_of_the_same_width_is_refused(save):
 
 def test_heads_and_what_only_training_uses_are_left_out(save):
     source = tiny_vit(0)
-    names = ["head.weight", "head_dist.bias", "classifier.1.weight", "mask_token", "pooler.dense.bias", "fc.weight"]
+    names = [
+        "head.weight",
+        "head_dist.bias",
+        "classifier.1.weight",
+        "mask_token",
+        "masked_embed",
+        "decoder_pos_embed",
+        "pooler.dense.bias",
+        "fc.weight",
+    ]
     names += ["bn.num_batches_tracked", "decoder.0.weight", "projection_head.mlp.0.weight", "aux_head.weight"]
     assert_read(save(source.state_dict() | {name: torch.ones(2) for name in names}), source)
 
