@@ -133,12 +133,14 @@ def check_layers(state, wanted, source, arch=None):
     """
     unused = [key for key in state if key not in wanted]
     foreign = [key for key in unused if not HARMLESS.fullmatch(key)]
-    kinds = [kind for kind, pattern in KINDS.items() if any(re.search(pattern, key) for key in foreign)]
+    kinds = {kind: [key for key in foreign if re.search(pattern, key)] for kind, pattern in KINDS.items()}
+    kinds = {kind: keys for kind, keys in kinds.items() if keys}
     if foreign and (kinds or any(key in state for key in wanted)):
         what = f" ({', '.join(kinds)})" if kinds else ""
+        named = [key for keys in kinds.values() for key in keys] or foreign
         raise UserError(
             f"{source} has layers{what} that {arch or 'the model'} does not have, so its features would be wrong: "
-            f"{utils.summarize(foreign)}. Check --arch. timm may have the network: use --arch timm:<name> with a file "
+            f"{utils.summarize(named)}. Check --arch. timm may have the network: use --arch timm:<name> with a file "
             "of timm's weights, or export the features from there"
         )
     unused = [key for key in unused if not key.startswith(("head.", "fc."))]
