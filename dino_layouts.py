@@ -99,8 +99,8 @@ def our_names(state, wanted, source, checkpoint_key="teacher"):
 
 def complete_prefixes(state, names):
     """Prefixes, "" or ending in a dot, in front of all `names` in a state dict; only "" if that is one."""
-    last = names[0] if names else ""
-    prefixes = [key.removesuffix(last) for key in state if key == last or key.endswith(f".{last}")]
+    first = names[0] if names else ""
+    prefixes = [key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")]
     found = [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
     return [""] if "" in found else found
 
@@ -108,7 +108,11 @@ def complete_prefixes(state, names):
 def renamed(state, names):
     """A state dict with our names of the tensors `names` {ours: [theirs]}, of which some are in several parts."""
     taken = {name for parts in names.values() for name in parts}
-    ours = {key: torch.cat([state[name] for name in parts]) for key, parts in names.items()}
+    ours = {}
+    for key, parts in names.items():
+        rows = [state[name] for name in parts]
+        fit = len(rows) > 1 and all(part.ndim and part.shape == rows[0].shape for part in rows)
+        ours[key] = torch.cat(rows) if fit else rows[0]  # what does not fit is an error of its shape
     return {**ours, **{key: value for key, value in state.items() if key not in taken}}
 
 
