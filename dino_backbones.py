@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import dino_checkpoints
+import dino_layouts
 import utils
 import vision_transformer as vits
 from utils import UserError
@@ -135,7 +135,7 @@ def build_convnet(arch, drop_path_rate=0.0, in_chans=3):
 
 def replace_first_conv(model, in_chans):
     """Replace the first convolution of a network by one for `in_chans` channels: random weights, same std."""
-    name, old = first_convolution(model)
+    name, old = dino_layouts.first_convolution(model)
     shape = (old.kernel_size, old.stride, old.padding, old.dilation)
     new = nn.Conv2d(in_chans, old.out_channels, *shape, bias=old.bias is not None)
     nn.init.normal_(new.weight, std=old.weight.std().item())
@@ -143,12 +143,6 @@ def replace_first_conv(model, in_chans):
         nn.init.zeros_(new.bias)
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, new)
-
-
-def first_convolution(model):
-    """(name, module) of the convolution that takes the image; (None, None) if there is none."""
-    found = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    return next(found, (None, None))
 
 
 def build_timm(arch, drop_path_rate=0.0, pretrained=False, in_chans=3):
@@ -234,6 +228,41 @@ def pick_amp_dtype(device, use_fp16, amp_dtype):
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return torch.bfloat16 if device.type == "cpu" and cpu_computes_bf16() else None
+
+
+def training_dtype(args, device):
+    """`pick_amp_dtype` for a run with these arguments; float32 where torch would not compute all gradients.
+
+    In bf16 on CPUs, torch's convolutions leave the gradient of a weight unwritten if it never sees a pixel: a 3 x 3
+    kernel with padding on a map of one pixel, as in convnets for small crops.
+    """
+    amp_dtype = pick_amp_dtype(device, args.use_fp16, args.amp_dtype)
+    if amp_dtype is not torch.bfloat16 or device.type != "cpu" or vit_factory(args.arch):
+        return amp_dtype
+    size = min([args.global_crops_size] + [args.local_crops_size] * (args.local_crops_number > 0))
+    model, blind = build_backbone(args.arch, args.patch_size, args.global_crops_size, in_chans=args.in_chans)[0], []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda conv, images, out: blind.append(sees_only_padding(conv, *images, out)))
+    features_width(model, size, args.arch, args.in_chans)
+    if not any(blind):
+        return amp_dtype
+    utils.log(
+        f"note: --arch {args.arch} is trained in float32: for crops of {size} pixels, {sum(blind)} of its convolutions "
+        "have weights that see only padding, whose gradients torch leaves unwritten in bf16 on CPUs"
+    )
+    return None
+
+
+def sees_only_padding(conv, images, out):
+    """Whether some weights of a convolution see no pixel of its input `images` [B, C, H, W] for `out` [B, D, h, w]."""
+    padding = conv.padding
+    if isinstance(padding, str):
+        padding = [
+            0 if padding == "valid" else d * (k - 1) // 2 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)
+        ]
+    sides = zip(conv.kernel_size, conv.stride, padding, conv.dilation, images.shape[2:], out.shape[2:], strict=True)
+    return any((h - 1) * stride < pad or (k - 1) * step - pad >= height for k, stride, pad, step, height, h in sides)
 
 
 def cpu_computes_bf16():
@@ -412,6 +441,7 @@ def load_weights(model, pretrained_weights, checkpoint_key="teacher", arch=None,
             return 0, len(model.state_dict())
     state, source = dino_checkpoints.pick_state_dict(file, checkpoint_key, source)
     state = dino_checkpoints.backbone_state(state)
+    state = dino_layouts.our_names(state, model.state_dict(), source, checkpoint_key)
     resize_model_grid(model, state)
     training = dino_checkpoints.network_settings(dino_checkpoints.trained_args(pretrained_weights))
     return load_backbone_state(model, state, source, arch, training.get("image_size"))
@@ -459,13 +489,11 @@ def load_backbone_state(model, state, source, arch=None, trained_size=None):
         import hubconf
 
         state = hubconf._xcit_for_timm(state)
-    matched = dino_checkpoints.matching_keys(state, wanted, source, arch)
+    dino_layouts.check_layers(state, wanted, source, arch)
+    matched = dino_layouts.matching_keys(state, wanted, source, arch)
     model.load_state_dict({key: state[key] for key in matched}, strict=False)
     trained_at = f", trained at {trained_size} pixels" if trained_size else ""
     utils.log(f"loaded {len(matched)} of {len(wanted)} tensors from {source}{trained_at}")
-    unused = [key for key in state if key not in wanted and not key.startswith(("head.", "fc."))]
-    if unused:
-        utils.log(f"warning: {source} has tensors that the model does not have: {utils.summarize(unused)}")
     return len(matched), len(wanted)
 
 
@@ -523,8 +551,9 @@ def start_from_weights(student, args):
     """Load the weights that --init_from names: the backbone's, and the projection head's if they fit."""
     state, source = initial_weights(args.init_from, args.arch, args.patch_size)
     backbone = dino_checkpoints.backbone_state(state)
-    resize_state_grid(student.backbone, backbone)
-    fit_first_layer(student.backbone, backbone, source)
+    backbone = dino_layouts.our_names(backbone, student.backbone.state_dict(), source)
+    dino_layouts.resize_state_grid(student.backbone, backbone)
+    dino_layouts.fit_first_layer(student.backbone, backbone, source)
     load_backbone_state(student.backbone, backbone, source, args.arch)
     wanted = student.head.state_dict()
     head = {name: state.get(f"head.{name}") for name in wanted}
@@ -549,6 +578,7 @@ def initial_weights(init_from, arch, patch_size):
             raise UserError(f"no weights were published for --arch {arch} --patch_size {patch_size}. Give a file")
     else:
         source = dino_checkpoints.find_weights(init_from, "--init_from")
+        dino_checkpoints.trained_args(source)  # raises for a network that is not as its tensors look
         file = dino_checkpoints.load_checkpoint(source)
     networks = dino_checkpoints.networks_in(file)
     return dino_checkpoints.pick_state_dict(file, networks[0] if len(networks) == 1 else "teacher", source)
@@ -566,35 +596,3 @@ def timm_weights(arch, patch_size):
     except Exception as e:  # hub clients raise different types without a network
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"can't download timm's weights of {name}: {reason}. Give a file with --init_from") from e
-
-
-def fit_first_layer(model, state, source):
-    """Make the first convolution in a state dict fit a model with another number of channels.
-
-    From 3 to 1, its weights are summed, as if the three channels were equal. For any other number it starts at random.
-    """
-    name, layer = first_convolution(model)
-    learned = state.get(f"{name}.weight")
-    if learned is None or learned.ndim != 4 or learned.shape[1] == layer.weight.shape[1]:
-        return
-    if (learned.shape[1], layer.weight.shape[1]) == (3, 1):
-        state[f"{name}.weight"] = learned.sum(dim=1, keepdim=True)
-        utils.log(f"{name} has one channel: its weights for three channels in {source} are summed")
-    else:
-        channels = f"it has {learned.shape[1]} channels in {source}, {layer.weight.shape[1]} here"
-        for part, tensor in layer.state_dict().items():
-            state[f"{name}.{part}"] = tensor
-        utils.log(f"{name} starts at random: {channels}")
-
-
-def resize_state_grid(model, state):
-    """Interpolate the positions in a ViT's state dict to the grid of `model`. What does not fit stays."""
-    learned = state.get("pos_embed")
-    if not is_vit(model) or learned is None or learned.ndim != 3 or learned.shape[2] != model.embed_dim:
-        return
-    side, wanted = (math.isqrt(max(grid.shape[1] - 1, 0)) for grid in (learned, model.pos_embed))
-    if side != wanted and side * side == learned.shape[1] - 1:
-        grid = learned[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", antialias=True)
-        state["pos_embed"] = torch.cat((learned[:, :1].float(), grid.flatten(2).transpose(1, 2)), dim=1)
-        utils.log(f"positions are interpolated from {side} x {side} to {wanted} x {wanted} patches")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+import dino_layouts
 import utils
 from utils import UserError
 
@@ -202,16 +203,21 @@ def networks_in(file):
 
 
 def pick_state_dict(state, checkpoint_key, source):
-    """(tensors of one network in what a file contained, without DDP's `module.` prefix; where they came from)."""
+    """(tensors of one network in what a file contained, without prefixes of wrappers; where they came from).
+
+    Where Lightning and mmpretrain write a single network, `checkpoint_key` may be a part of its tensors' names.
+    """
     if not isinstance(state, dict):
         raise UserError(f"{source} contains a {type(state).__name__}, not a state dict")
     networks = networks_in(state)
+    if checkpoint_key not in networks and networks in (["state_dict"], ["model"]):
+        checkpoint_key = networks[0]
     if checkpoint_key in networks:
         state, source = state[checkpoint_key], f"{source} [{checkpoint_key}]"
     elif networks or any(isinstance(value, dict) for value in state.values()):
         there = f"it has {', '.join(networks)} (--checkpoint_key)" if networks else "it has none"
         raise UserError(f"{source} has no network {checkpoint_key!r}; {there}")
-    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}, source
+    return {dino_layouts.unwrapped(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}, source
 
 
 def backbone_state(state):
@@ -220,46 +226,19 @@ def backbone_state(state):
     return inner or dict(state)
 
 
-def matching_keys(state, wanted, source, arch=None):
-    """Keys of the state dict `wanted` that `state` has, too. Raises UserError if tensors lack or have other shapes.
-
-    `source` and `arch` are where `state` came from and the network that it is for.
-    """
-    matched = [key for key in wanted if key in state]
-    if not matched:
-        raise UserError(
-            f"none of the {len(wanted)} tensors of {arch or 'the model'} is in {source} (it has "
-            f"{utils.summarize(list(state)) or 'none'}). Check --arch, --patch_size and --checkpoint_key"
-        )
-    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-    if missing:
-        raise UserError(
-            f"{source} has only {len(matched)} of the {len(wanted)} tensors of {arch or 'the model'}; it lacks "
-            f"{utils.summarize(missing)}. Check --arch and --checkpoint_key"
-        )
-    for key in matched:
-        if state[key].shape != wanted[key].shape:
-            theirs, ours = list(state[key].shape), list(wanted[key].shape)
-            alike = len(theirs) == len(ours) == 4 and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
-            hint = (
-                "Use the training checkpoint, which says how many channels" if alike else "Check --arch, --patch_size"
-            )
-            raise UserError(f"{key} is {theirs} in {source} but {ours} in {arch or 'the model'}. {hint}")
-    return matched
-
-
 # ---- what a run says about its network ----
 
 
 def find_weights(path, flag="--pretrained_weights"):
     """The file that a flag names: of a run's folder its checkpoint.pth, else the previous one, else backbone.pth.
 
-    Anything but a folder is returned as it is. Raises UserError for a folder without any of them.
+    Of a folder that transformers' save_pretrained wrote, the weights. Anything but a folder is returned as it is.
+    Raises UserError for a folder without any of them.
     """
     if not path or not os.path.isdir(path):
         return path
-    newest = os.path.join(path, "checkpoint.pth")
-    files = (newest, previous_checkpoint(newest), os.path.join(path, BACKBONE))
+    names = ("checkpoint.pth", previous_checkpoint("checkpoint.pth"), BACKBONE, *dino_layouts.HF_FILES)
+    files = [os.path.join(path, name) for name in names]
     found = [file for file in files if os.path.isfile(file)]
     if not found:
         raise UserError(
@@ -279,7 +258,7 @@ def network_settings(args):
     """
     args = {**args, "image_size": args.get("global_crops_size", args.get("image_size"))}
     found = {name: args[name] for name, kind in FOLLOWED.items() if type(args.get(name)) is kind}
-    return {name: value for name, value in found.items() if isinstance(value, str | bool) or value > 0}
+    return {name: value for name, value in found.items() if isinstance(value, str | bool) or 0 < value < 2**13}
 
 
 def settings_of(args):
@@ -291,20 +270,15 @@ def trained_args(path):
     """The arguments (a dict) with which the network in a file was trained; {} if there is nothing that says.
 
     A training checkpoint contains them. For plain weights, they are in a JSON file of the same name (see
-    `write_backbone`). Raises UserError if a file can't be read.
+    `write_backbone`), for transformers' in its config.json. Raises UserError if a file can't be read.
     """
     if not path or path == "random":
         return {}
     args = {} if str(path).endswith(".safetensors") else load_args(path)
-    beside = Path(path).with_suffix(".json")
-    if args or not beside.is_file():
+    if args:
         return args
-    try:
-        args = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"{beside}, the settings of {path}, can't be read: {reason}. Restore or delete it") from e
-    return args if isinstance(args, dict) and "arch" in args else {}  # else the file is something else
+    args = dino_layouts.read_settings(Path(path).with_suffix(".json"), path)
+    return args if "arch" in args else dino_layouts.hf_settings(Path(path))  # else the file is something else
 
 
 def trained_settings(path):
@@ -379,53 +353,23 @@ def write_backbone(folder, backbone, args):
 # The authors' other names of two networks.
 ARCH_ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}
 
+# fmt: off
 # These decide which tensors a run has. A checkpoint with other values can't be resumed from.
-SHAPING_ARGS = (
-    "arch",
-    "patch_size",
-    "in_chans",
-    "out_dim",
-    "norm_last_layer",
-    "use_bn_in_head",
-    "optimizer",
-    "global_crops_size",
-)
-# These do not change the result.
-FREE_ARGS = (
+SHAPING_ARGS = ("arch", "patch_size", "in_chans", "out_dim", "norm_last_layer", "use_bn_in_head", "optimizer",
+                "global_crops_size")
+FREE_ARGS = (  # these do not change the result
     # where things are
-    "config",
-    "init_from",
-    "data_path",
-    "data_format",
-    "output_dir",
-    "dist_url",
+    "config", "init_from", "data_path", "data_format", "output_dir", "dist_url",
     # how the run is watched, saved and stopped
-    "max_bad_images",
-    "strict_images",
-    "max_bad_steps",
-    "stop_on_collapse",
-    "tensorboard",
-    "wandb",
-    "knn_every",
-    "knn_data",
-    "saveckp_freq",
-    "saveckp_iters",
-    "save_every_minutes",
-    "allow_changed_args",
+    "max_bad_images", "strict_images", "max_bad_steps", "stop_on_collapse", "tensorboard", "wandb", "knn_every",
+    "knn_data", "saveckp_freq", "saveckp_iters", "save_every_minutes", "allow_changed_args",
     # which hardware does it; images_per_step, which follows from these, is compared
-    "device",
-    "num_workers",
-    "local_rank",
-    "rank",
-    "gpu",
-    "world_size",
-    "batch_size_per_gpu",
-    "grad_accum_steps",
-    "grad_checkpointing",
-    "compile",
+    "device", "num_workers", "local_rank", "rank", "gpu", "world_size", "batch_size_per_gpu", "grad_accum_steps",
+    "grad_checkpointing", "compile",
     # mean and std, which it measures, are compared
     "compute_stats",
 )
+# fmt: on
 IN_WORDS = {
     "images_per_step": "images per step",
     "images": "training images",
@@ -450,6 +394,11 @@ def comparable(args):
     return args
 
 
+def differ(one, other):
+    """Whether two settings differ. A damaged file can have tensors there, which can't be compared."""
+    return isinstance(one, torch.Tensor) or one != other
+
+
 def check_resumable(path, checkpoint, args):
     """Raise UserError if a file is not a checkpoint that a run with `args` can resume from.
 
@@ -458,16 +407,18 @@ def check_resumable(path, checkpoint, args):
     """
     epoch = checkpoint.get("epoch") if isinstance(checkpoint, dict) else None
     networks = isinstance(epoch, int) and all(is_network_state(checkpoint.get(key)) for key in ("student", "teacher"))
+    networks = networks and isinstance(checkpoint.get("args"), dict | argparse.Namespace | None)
     if not networks or epoch < 0:
         raise UserError(f"{path} is not a training checkpoint and would be overwritten. Move it, or use another folder")
     before, now = comparable(checkpoint.get("args")), comparable(args)
-    changed = [name for name in now if before.get(name, now[name]) != now[name] and name not in FREE_ARGS]
+    changed = [name for name in now if name not in FREE_ARGS and differ(before.get(name, now[name]), now[name])]
     changed = [name for name in changed if before[name] is not None or name != "images_per_step"]
     if "images" in changed:  # then their names differ, too
         changed = [name for name in changed if name != "image_names"]
     shaping = [name for name in changed if name in SHAPING_ARGS]
     then, wanted = (
-        [f"{IN_WORDS.get(name, '--' + name)} {values[name]}" for name in shaping or changed] for values in (before, now)
+        [f"{IN_WORDS.get(name, '--' + name)} {str(values[name])[:200]}" for name in shaping or changed]
+        for values in (before, now)
     )
     if shaping:
         raise UserError(
@@ -480,7 +431,7 @@ def check_resumable(path, checkpoint, args):
             "Use the same settings, or add --allow_changed_args true"
         )
     if changed:
-        pairs = (f"{new} (was {before[name]})" for new, name in zip(wanted, changed, strict=True))
+        pairs = (f"{new} (was {str(before[name])[:200]})" for new, name in zip(wanted, changed, strict=True))
         utils.log(f"note: resuming with {', '.join(pairs)}")
 
 
@@ -508,7 +459,7 @@ def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
             continue
         try:
             load_state(target, checkpoint[name])
-        except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as e:
+        except (RuntimeError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as e:
             problem = " ".join(str(e).split())[:300]
             raise UserError(
                 f"{path} does not fit this run: {name}: {problem}. Use the settings of that run, or another "
@@ -524,12 +475,18 @@ def load_state(target, state):
     if isinstance(target, nn.Module):
         prefix = "module." if any(key.startswith("module.") for key in target.state_dict()) else ""
         state = {prefix + key.removeprefix("module."): value for key, value in state.items()}
+    if isinstance(target, torch.amp.GradScaler):
+        check_numbers(target.state_dict(), state, "")
     if isinstance(target, torch.optim.Optimizer):
         # The authors' files lack options that torch has added since; which kernels to use is this run's own choice.
         groups = []
         for ours, theirs in zip(target.param_groups, state["param_groups"], strict=True):
-            kernels = {key: ours[key] for key in ("fused", "foreach") if key in ours}
+            kernels = {key: ours[key] for key in ("fused", "foreach", "capturable", "differentiable") if key in ours}
+            check_numbers(
+                {key: ours[key] for key in ours if key in theirs and key not in kernels}, theirs, "a group's "
+            )
             groups.append({**ours, **theirs, **kernels})
+        check_moments(target, state["state"], groups)
         state = {**state, "param_groups": groups}
     target.load_state_dict(state)
     if isinstance(target, torch.optim.Optimizer):  # fused kernels read memory in the order of the parameter
@@ -537,6 +494,41 @@ def load_state(target, state):
             for name, value in kept.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     kept[name] = torch.empty_like(parameter).copy_(value)
+
+
+def check_numbers(ours, theirs, whose):
+    """Raise ValueError if a setting in `ours` has another kind in `theirs`. Switches must be the same."""
+    for name, value in ours.items():
+        pairs = [(value, theirs[name])]
+        if isinstance(value, tuple) and isinstance(theirs[name], tuple | list):  # betas
+            pairs = zip(value, theirs[name], strict=True)
+        for mine, other in pairs if name != "params" else ():
+            number = type(mine) in (int, float) and isinstance(other, int | float) and not isinstance(other, bool)
+            if not (math.isfinite(other) if number else type(mine) is type(other) and mine == other):
+                raise ValueError(f"{whose}{name} is {str(theirs[name])[:100]}, here it is {value}")
+
+
+# What each parameter has in the state of an optimizer, besides what is optional.
+MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, utils.LARS: {"mu"}}
+
+
+def check_moments(optimizer, state, groups):
+    """Raise ValueError if moments have other shapes than their parameters: fused kernels would read other memory."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in groups for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        kept, shape = state.get(number, {}), list(parameter.shape)
+        missing = MOMENTS.get(type(optimizer), set()) - set(kept)
+        if kept and missing:
+            raise ValueError(f"parameter {number} of shape {shape} has no {', '.join(sorted(missing))}")
+        for name, value in kept.items():
+            if name == "step":
+                fits = math.isfinite(value) and value >= 0  # of a tensor, one number
+            else:
+                fits = value is None or (value.is_floating_point() and value.shape == parameter.shape)
+            if not fits:
+                found = list(value.shape) if isinstance(value, torch.Tensor) else value
+                raise ValueError(f"{name} of parameter {number} is {found}, the parameter is {shape}")
 
 
 def position(progress, args, path):
@@ -569,7 +561,11 @@ def are_totals(totals):
             return False
         return type(pair[0]) is float or (type(pair[0]) is int and abs(pair[0]) < 2**53)
 
-    return isinstance(totals, dict) and all(map(is_total, totals.values()))
+    return (
+        isinstance(totals, dict)
+        and all(isinstance(name, str) for name in totals)
+        and all(map(is_total, totals.values()))
+    )
 
 
 # ---- log.txt ----

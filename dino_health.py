@@ -16,6 +16,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -142,16 +143,24 @@ class HealthMonitor:
     `state` what `state_dict` returned.
     """
 
-    REMEMBERED = ("seen", "warnings", "streaks", "norms", "best_knn", "best_epoch", "baselines")
+    # What a checkpoint keeps, and what it must look like there. Anything else is left out.
+    REMEMBERED: ClassVar = {
+        "seen": lambda value: type(value) is list and all(type(name) is str for name in value),
+        "warnings": lambda value: type(value) is list and all(type(what) is str for what in value),
+        "streaks": lambda value: type(value) is dict and all(type(number) is int for number in value.values()),
+        "norms": lambda value: type(value) is list and [type(norm) for norm in value] == [float, float],
+        "best_knn": lambda value: type(value) is float and value <= 100,
+        "best_epoch": lambda value: type(value) is int,
+        "baselines": lambda value: type(value) is dict,
+    }
 
     def __init__(self, args, steps, curves=None, state=None):
         self.args, self.steps, self.curves, self.collapse = args, steps, curves, ""
         self.seen, self.warnings, self.streaks, self.norms, self.baselines = [], [], {}, None, {}
         self.forget_best()
-        for name in self.REMEMBERED if isinstance(state, dict) else ():
-            value, default = state.get(name), getattr(self, name)
-            if isinstance(value, type(default)) or (default is None and isinstance(value, int | list)):
-                setattr(self, name, value)
+        for name, fits in self.REMEMBERED.items() if isinstance(state, dict) else ():
+            if fits(state.get(name)):
+                setattr(self, name, state[name])
         self.baselines = {k: v for k, v in self.baselines.items() if k in BASELINES and isinstance(v, float)}
 
     def state_dict(self):

@@ -43,7 +43,7 @@ def training_args(**flags):
 def start(args):
     """(device, dtype of mixed precision or None, autocast, gradient scaler); seeds random numbers."""
     device = utils.pick_device(args.device)
-    amp_dtype = dino_backbones.pick_amp_dtype(device, args.use_fp16, args.amp_dtype)
+    amp_dtype = dino_backbones.training_dtype(args, device)
     utils.fix_random_seeds(0)
     autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     return device, amp_dtype, autocast, torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)

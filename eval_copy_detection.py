@@ -78,23 +78,49 @@ def find_blocks(data_path):
     return {block: dino_data.image_files(os.path.join(data_path, block), "--data_path") for block in found}
 
 
-def positives(block, files, originals):
-    """Per file of a block, the indices of its originals: same name, or, in `strong`, same first 4 characters.
+PREFIX = 4  # characters of a name in Copydays that original and strong copies share
 
-    If no name in a block matches, and there is one file per original, files and originals are paired in sorted order
-    (not in `strong`). Raises UserError for images without an original.
+
+def positives(block, files, originals):
+    """Per file of a block, the indices of its originals: same name without extension, or in `strong`, same prefix.
+
+    In `strong`, names decide if all copies have the name of an original; otherwise the first 4 characters, if these
+    tell the originals apart. In another block where no name matches, files and originals are paired in sorted order,
+    if there is one file per original. Logs how pairs were made. Raises UserError for images without an original.
     """
-    length = 4 if block == "strong" else None
-    found = [[i for i, original in enumerate(originals) if original.name[:length] == f.name[:length]] for f in files]
+    found, how = same_stem(files, originals, None), "by name"
+    if block == "strong" and not all(found):
+        check_prefixes(originals)
+        found, how = same_stem(files, originals, PREFIX), f"by the first {PREFIX} characters of the names"
+    if block != "strong" and not any(found) and len(files) == len(originals):
+        found, how = [[i] for i in range(len(files))], "in sorted order: no names match"
     unmatched = [str(file) for file, indices in zip(files, found, strict=True) if not indices]
-    if not unmatched:
-        return found
-    if block != "strong" and len(unmatched) == len(files) == len(originals):
-        return [[i] for i in range(len(files))]
-    raise UserError(
-        f"{len(unmatched)} of the {len(files)} images in {block}/ have no original: {utils.summarize(unmatched)}. Give "
-        "copies the names of their originals; in strong/, only the first 4 characters are compared"
-    )
+    if unmatched:
+        raise UserError(
+            f"{len(unmatched)} of the {len(files)} images in {block}/ have no original: {utils.summarize(unmatched)}. "
+            f"Give copies the names of their originals; in strong/, the same first {PREFIX} characters are enough"
+        )
+    if block != "original":
+        utils.log(f"pairs of {block}/ and original/: {how}")
+    return found
+
+
+def same_stem(files, originals, length):
+    """Per file, the indices of the originals whose names without extension have the same first `length` characters."""
+    return [[i for i, original in enumerate(originals) if original.stem[:length] == f.stem[:length]] for f in files]
+
+
+def check_prefixes(originals):
+    """Raise UserError if the prefixes of names do not tell the originals apart: any copy would match most of them.
+
+    Two originals may share one, as the published protocol allows.
+    """
+    prefixes = {original.stem[:PREFIX] for original in originals}
+    if len(originals) > 1 and 2 * len(prefixes) <= len(originals):
+        raise UserError(
+            f"the first {PREFIX} characters of names in original/ do not tell {len(originals)} images apart: they are "
+            f"{utils.summarize(sorted(prefixes))}. Give copies in strong/ the whole names of their originals"
+        )
 
 
 # ---- features ----

@@ -27,6 +27,7 @@ from PIL import Image
 import dino_backbones
 import dino_checkpoints
 import dino_cli
+import dino_data
 import dino_images
 import utils
 from dino_cli import at_least
@@ -88,12 +89,12 @@ def find_videos(data_path, output_dir):
 
 
 def read_frame_list(video_dir):
-    """Paths of a video's frames, sorted by name. Raises UserError if there are none."""
-    frames = sorted(str(path) for path in Path(video_dir).glob("*.jpg"))
+    """Paths of a video's frames, frame 2 before frame 10. Raises UserError if there are none."""
+    frames = dino_data.image_files(video_dir, "--data_path") if any(Path(video_dir).glob("[!.]*.jpg")) else []
     if not frames:
         problem = "has no *.jpg files" if os.path.isdir(video_dir) else "is missing"
         raise UserError(f"the frame folder {video_dir} {problem}. Add the frames, or remove the video from val.txt")
-    return frames
+    return [str(path) for path in frames if path.suffix == ".jpg"]
 
 
 def check_video(frames, annotations, target):
@@ -415,7 +416,7 @@ def main(args):
     dino_cli.check_output_dir(args.output_dir, files=("results.json",))
     utils.fix_random_seeds(0)
     model, _ = dino_backbones.frozen_backbone(args, utils.pick_device(args.device))
-    scores, scored = {}, 0  # per object, number of videos
+    scores = {}  # per object
     for number, (name, frames, annotations) in enumerate(videos, start=1):
         start = time.time()
         masks = eval_video_tracking_davis(args, model, frames, name, *read_seg(annotations[0], args.patch_size))
@@ -424,12 +425,12 @@ def main(args):
         if all(map(os.path.exists, annotations)) and (found := score_video(masks, annotations)):
             line += f", J&F {mean_scores(found.values())['J&F']:.3f}"
             scores |= {f"{name}_{label}": mean_scores([score]) for label, score in found.items()}
-            scored += 1
         print(line, flush=True)
     if not scores:
         print(f"no scores: no video has annotated objects in all frames. The masks are in {args.output_dir}")
         return
-    print(f"scores of {scored} of {len(videos)} videos, {len(scores)} objects")
+    scored = {name.rpartition("_")[0] for name in scores}
+    print(f"scores of {len(scored)} of {len(videos)} videos, {len(scores)} objects")
     report({"mean": mean_scores(scores.values()), "objects": scores}, args.output_dir)
 
 

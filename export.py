@@ -19,7 +19,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import nn
 import dino_backbones
 import dino_checkpoints
 import dino_cli
+import dino_layouts
 import utils
 from dino_cli import at_least
 from utils import UserError
@@ -242,33 +242,6 @@ def timm_network(model, size, args):
     return "vit_tiny_patch16_224", {**keywords, "patch_size": args.patch_size, **shape}
 
 
-# Names of a ViT's layers in transformers' files. The names in its classes change between versions.
-HF_STEM = {
-    "cls_token": "cls_token",
-    "pos_embed": "position_embeddings",
-    "patch_embed.proj": "patch_embeddings.projection",
-}
-HF_LAYERS = {"norm1": "layernorm_before", "attn.proj": "attention.output.dense", "norm2": "layernorm_after"}
-HF_LAYERS |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
-
-
-def hf_state(state):
-    """A ViT's state dict with transformers' names. The qkv matrix is split into query, key and value."""
-    renamed = {}
-    for key, tensor in state.items():
-        block, layer, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?", key).groups(default="")
-        if layer == "norm":
-            renamed[f"layernorm{kind}"] = tensor
-        elif not block:
-            renamed[f"embeddings.{HF_STEM[layer]}{kind}"] = tensor
-        elif layer == "attn.qkv":
-            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                renamed[f"encoder.layer.{block}.attention.attention.{part}{kind}"] = rows.clone()
-        else:
-            renamed[f"encoder.layer.{block}.{HF_LAYERS[layer]}{kind}"] = tensor
-    return renamed
-
-
 def export_hf(model, path, size, args, inputs=utils.RGB):
     import transformers
 
@@ -282,7 +255,7 @@ def export_hf(model, path, size, args, inputs=utils.RGB):
     transformers.ViTConfig(**image, **depth, **width, **same).save_pretrained(path)
     if inputs.in_chans == 3:  # transformers has image processors for RGB only
         write_hf_processor(path, size, inputs)
-    write_tensors(hf_state(plain_state(with_fixed_size(model, size))), path / "model.safetensors")
+    write_tensors(dino_layouts.hf_state(plain_state(with_fixed_size(model, size))), path / "model.safetensors")
     options = {"add_pooling_layer": False, "local_files_only": True}
     opened, found = transformers.ViTModel.from_pretrained(path, output_loading_info=True, **options)
     if any(found.values()):  # transformers only warns of missing and unexpected tensors

@@ -7,18 +7,39 @@ Each entry point takes (pretrained=True, **kwargs). The weights are downloaded o
 pretrained=False needs no network connection. kwargs are passed to the model's constructor.
 
 This file imports torch, torchvision and vision_transformer only, and timm if an XCiT is asked for: torch.hub.load must
-not import a module called `utils` in place of a user's own.
+not import a module called `utils` in place of a user's own. Users may have a vision_transformer, too, so ours is loaded
+under another name.
 """
 
+import importlib.util
 import os
+import sys
 
 import torch
 from torch import nn
 from torchvision import models
 
-import vision_transformer as vits
-
 dependencies = ["torch", "torchvision"]
+
+
+# Helpers start with an underscore: torch.hub.list shows all other functions as entry points.
+def _load_beside(name):
+    """The module in the file `name`.py beside this one, whatever other module has that name.
+
+    It is registered as hubconf_<name>, or found if this project has imported it as `name`.
+    """
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), f"{name}.py")
+    for known in (name, f"hubconf_{name}"):
+        module = sys.modules.get(known)
+        if module and os.path.realpath(getattr(module, "__file__", None) or "") == path:
+            return module
+    spec = importlib.util.spec_from_file_location(f"hubconf_{name}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+vits = _load_beside("vision_transformer")
 
 # ---- published files ----
 
@@ -52,7 +73,6 @@ PUBLISHED = {
 }
 
 
-# Helpers start with an underscore: torch.hub.list shows all other functions as entry points.
 def _download(url):
     """State dict at `url`, on the CPU, downloaded once and cached by torch.hub.
 

@@ -235,6 +235,8 @@ class DINOLoss(nn.Module):
         # avoids a K-wide log-softmax for each pair.
         log_norm = logits.logsumexp(dim=-1).mean(dim=-1)  # [ncrops]
         cross_entropy = log_norm - probs.flatten(1) @ logits.flatten(1).T / logits.shape[1]  # [2, ncrops]
+        if logits.shape[-1] == 1:  # its softmax is 1: leave no rounding
+            cross_entropy = 0 * cross_entropy
         pairs = torch.ones_like(cross_entropy).fill_diagonal_(0)  # a view does not teach itself (eq. 3)
         loss = (cross_entropy * pairs).sum() / (2 * self.ncrops - 2)
 
@@ -367,7 +369,7 @@ def train_dino(args):
     dino_run.prepare(args)
     device = utils.init_distributed_mode(args)  # sets args.rank, world_size and gpu
     args.images_per_step = args.batch_size_per_gpu * args.grad_accum_steps * args.world_size
-    amp_dtype = dino_backbones.pick_amp_dtype(device, args.use_fp16, args.amp_dtype)
+    amp_dtype = dino_backbones.training_dtype(args, device)
     autocast = torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
     utils.fix_random_seeds(args.seed)
 

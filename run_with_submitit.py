@@ -56,7 +56,7 @@ def get_args_parser():
         help="Memory per node. Default: 40 per process.")
     job.add_argument("--partition", default=None, metavar="NAME", help="Default: the cluster's default partition.")
     job.add_argument("--use_volta32", action="store_true", help="Use only nodes with the feature volta32gb.")
-    job.add_argument("--comment", default=None, metavar="TEXT", help="Comment that Slurm keeps with the job.")
+    job.add_argument("--comment", default="", metavar="TEXT", help="Comment that Slurm keeps with the job.")
     for name, text in (
         ("account", "Account to charge."), ("qos", "Quality of service."), ("exclude", "Nodes not to use."),
         ("nodelist", "Nodes to use."), ("constraint", "Features that the nodes must have."),
@@ -125,7 +125,7 @@ def job_parameters(args, nodes, after=None):
         "stderr_to_stdout": True,
         "slurm_signal_delay_s": args.signal_delay,
         "slurm_partition": args.partition,
-        "slurm_comment": args.comment,
+        "slurm_comment": args.comment or None,
         "slurm_account": args.slurm_account,
         "slurm_qos": args.slurm_qos,
         "slurm_exclude": args.slurm_exclude,

@@ -62,7 +62,7 @@ def get_args_parser():
     parser.add_argument("--video_only", action="store_true",
         help="Only encode the images of --input_path as a video, without a network.")
     parser.add_argument("--fps", default=DEFAULT_FPS, type=between(0.01, 1000, float), metavar="N",
-        help="Frames per second of the output. With the default, an input video keeps its own rate.")
+        help="Frames per second of the output. With the default, an input video keeps its own timing.")
     parser.add_argument("--video_format", default="mp4", choices=["mp4", "avi"],
         help="mp4: H.264, for browsers and slides. avi: MPEG-4 Part 2, for old players.")
     # fmt: on
@@ -132,12 +132,13 @@ PLAYLISTS = frozenset(("concat", "concatf", "dash", "hls", "imf", "rtp", "rtsp",
 def extract_frames(path, folder):
     """Write each frame of a video to folder/frame-00000.jpg, ...; returns (their paths, frames per second).
 
-    Raises UserError if the file is not a video, or is damaged.
+    If the rate varies, the second is a list: the seconds at which each frame is shown. Raises UserError if the file is
+    not a video, or is damaged.
     """
     import av
 
     os.makedirs(folder)
-    paths = []
+    paths, times = [], []
     try:
         formats = ",".join(sorted(av.formats_available - PLAYLISTS))
         options = {"format_whitelist": formats, "protocol_whitelist": "file"}
@@ -154,6 +155,7 @@ def extract_frames(path, folder):
                         f"--input_path {path}: frame {len(paths)} is damaged. Repair the video, or cut the frame"
                     )
                 paths.append(Path(folder, f"frame-{len(paths):05}.jpg"))
+                times.append(frame.time)
                 image = frame.to_image()
                 if frame.rotation:  # degrees counterclockwise, stored by phones
                     image = image.rotate(frame.rotation, expand=True)
@@ -165,7 +167,14 @@ def extract_frames(path, folder):
         raise UserError(f"can't read --input_path {path} as a video{where}: {e.strerror}. Is it complete?") from e
     if not paths:
         raise UserError(f"--input_path {path} has no frames. Use another video")
-    return paths, rate
+    return paths, times if is_variable(times, rate) else rate
+
+
+def is_variable(times, rate):
+    """Whether frames are shown more than half a frame before or after a constant rate would show them."""
+    if None in times:
+        return False
+    return any(abs((time - times[0]) * rate - i) > 0.5 for i, time in enumerate(times))
 
 
 # ---- attention ----
@@ -215,6 +224,8 @@ def attention_images(model, paths, folder, args, inputs):
 def write_video(path, images, fps):
     """Write images [H, W, 3] uint8, all of one size, as a video. Returns their number.
 
+    `fps` are frames per second, or a list of the seconds at which images are shown, counted from the first one.
+
     The extension selects the codec: .mp4 is H.264, with the index first so that it plays while loading; .avi is MPEG-4
     Part 2. An odd height or width is padded by one pixel, because both codecs store color at half the resolution.
     """
@@ -222,12 +233,13 @@ def write_video(path, images, fps):
     from av.video.reformatter import Colorspace
 
     if str(path).endswith(".mp4"):
-        codec, quality, layout = "libx264", {"crf": "18"}, {"movflags": "faststart"}
+        codec, quality, layout, ticks = "libx264", {"crf": "18"}, {"movflags": "faststart"}, 1000
     else:
-        codec, quality, layout = "mpeg4", {"qmin": "2", "qmax": "2"}, {}
-    number = 0
+        codec, quality, layout, ticks = "mpeg4", {"qmin": "2", "qmax": "2"}, {}, 100  # each takes 24 bytes in AVI
+    number, shown, times = 0, -1, fps if isinstance(fps, list) else None
+    rate = ticks if times else Fraction(fps).limit_denominator(1001)
     with av.open(f"file:{path}", "w", options=layout) as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=quality)
+        stream = container.add_stream(codec, rate=rate, options=quality)
         stream.pix_fmt = "yuv420p"
         stream.codec_context.colorspace = Colorspace.ITU601  # explicit: players assume BT.709 for large videos
         for number, image in enumerate(images, start=1):
@@ -235,7 +247,11 @@ def write_video(path, images, fps):
             even = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             if number == 1:
                 stream.height, stream.width = even.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(even, format="rgb24")
+            if times:
+                shown = max(round((times[number - 1] - times[0]) * ticks), shown + 1)
+                frame.pts, frame.time_base = shown, Fraction(1, ticks)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return number
 

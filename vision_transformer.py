@@ -242,7 +242,7 @@ class VisionTransformer(nn.Module):
         grid = self.pos_embed[0, 1:].unflatten(0, (side, side))  # [side, side, D]
         grid = grid.float() if grid.device.type == "mps" else grid.double()  # MPS has no float64
         for pixels in (w, h):
-            weights = _bicubic_weights(side, pixels // self.patch_embed.patch_size, grid)
+            weights = _bicubic_weights(side, int(pixels) // self.patch_embed.patch_size, grid)  # int: traced
             grid = (weights @ grid.flatten(1)).unflatten(1, grid.shape[1:]).transpose(0, 1)
         return torch.cat((self.pos_embed[:, :1], grid.flatten(0, 1)[None].to(self.pos_embed.dtype)), dim=1)
 
@@ -269,15 +269,15 @@ class VisionTransformer(nn.Module):
         return self.blocks[-1](x, return_attention=True)
 
     def get_intermediate_layers(self, x, n=1):
-        """Tokens after each of the last n blocks, through the final norm: a list of n tensors [B, N+1, D]."""
-        x = self.prepare_tokens(x)
-        first_kept = len(self.blocks) - n
-        kept = []
+        """Tokens [B, N+1, D] after each of the last n blocks, or of the blocks numbered in a list n; a list, normed."""
+        x, depth = self.prepare_tokens(x), len(self.blocks)
+        numbers = range(max(depth - n, 0), depth) if isinstance(n, int) else n  # from 0
+        kept = {}
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if i >= first_kept:
-                kept.append(self.norm(x))
-        return kept
+            if i in numbers:
+                kept[i] = self.norm(x)
+        return [kept[i] for i in numbers]
 
 
 def _bicubic_weights(side, wanted, like):

@@ -25,6 +25,7 @@ import dino_cli
 import dino_crops
 import dino_data
 import dino_features
+import dino_files
 import dino_images
 import utils
 from dino_cli import at_least, between
@@ -41,8 +42,8 @@ def get_args_parser():
     parser.add_argument("--image_path", default=None, nargs="+", metavar="PATH", help="""Images or folders of
         images. Default: an example photograph that comes with scikit-image.""")
     parser.add_argument("--image_size", default=[480, 480], nargs="+", type=at_least(1), metavar="PIXELS",
-        help="""Resize the image to this height and width; one number for a square. More pixels or smaller patches give
-        finer maps, but time grows with the square of the number of patches.""")
+        help="""Resize the image to this height and width; one number sets the shorter side. More pixels or smaller
+        patches give finer maps, but time grows with the square of the number of patches.""")
     parser.add_argument("--threshold", default=None, type=between(1e-06, 1, float), metavar="SHARE",
         help="Also draw the smallest set of patches with this share of the attention. 0.6 often shows the object.")
     parser.add_argument("--output_dir", default=".", metavar="DIR", help="Folder for the pictures.")
@@ -51,14 +52,12 @@ def get_args_parser():
 
 
 def check_args(args):
-    """Raise UserError for flags that do not fit together. Sets args.image_size to [height, width]."""
+    """Raise UserError for flags that do not fit together."""
     dino_backbones.check_vit(args.arch, "CLS token that attends to patches")
+    size = " ".join(map(str, args.image_size))
     if len(args.image_size) > 2:
-        sizes = " ".join(map(str, args.image_size))
-        raise UserError(f"--image_size {sizes} has more than two numbers. Set height and width, or one number")
-    args.image_size = [args.image_size[0], args.image_size[-1]]
+        raise UserError(f"--image_size {size} has more than two numbers. Set height and width, or the shorter side")
     if min(args.image_size) < args.patch_size:
-        size = f"{args.image_size[0]} {args.image_size[1]}"
         raise UserError(f"--image_size {size} is smaller than one patch (--patch_size {args.patch_size}). Raise it")
 
 
@@ -68,13 +67,18 @@ EXAMPLE = "astronaut.png"  # 512 × 512 pixels, from scikit-image
 
 
 def find_images(image_path):
-    """Paths of the images in --image_path, folders replaced by their images. Raises UserError if there are none."""
+    """Paths of the images in --image_path, folders replaced by all images below them, as in training.
+
+    Raises UserError if there are none.
+    """
     if image_path is None:
         return list(map(Path, dino_data.find_photographs([EXAMPLE])))
     found = []
     for path in map(Path, image_path):
         if path.is_dir():
-            found += dino_data.image_files(path, "--image_path")
+            below = dino_files.find_images(path, data_format="flat", flag="--image_path").names()
+            folders = dict.fromkeys(os.path.dirname(name) for name in below)
+            found += [image for folder in folders for image in dino_data.image_files(folder, "--image_path")]
         elif path.is_file():
             found.append(path)
         else:
@@ -114,9 +118,10 @@ def load(path, args, inputs):
     if inputs.in_chans == 3:
         shown = dino_features.prepare(dino_images.load_image(path, args.exif), args.image_size, args.patch_size)
         return shown, inputs.normalize(shown)
-    height, width = (side - side % args.patch_size for side in args.image_size)
     values = dino_images.planes(dino_images.open_image(path, args.exif), inputs)
-    values = resize(values, args.image_size, antialias=True)[:, :height, :width]
+    values = resize(values, args.image_size, antialias=True)
+    height, width = (side - side % args.patch_size for side in values.shape[1:])
+    values = values[:, :height, :width]
     return (255 * values).round().byte().expand(3, -1, -1), inputs.normalize(dino_crops.to_int16(values))
 
 

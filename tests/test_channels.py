@@ -19,6 +19,7 @@ import dino_crops
 import dino_data
 import dino_files
 import dino_images
+import dino_layouts
 import eval_copy_detection
 import eval_knn
 import eval_linear
@@ -456,7 +457,7 @@ def test_networks_support_any_number_of_channels_and_look_at_each(arch):
 def test_weights_for_rgb_are_summed_for_gray_images(arch):
     color, gray = (dino_backbones.build_backbone(arch, 16, 32, in_chans=n)[0].eval() for n in (3, 1))
     state = color.state_dict()
-    dino_backbones.fit_first_layer(gray, state, "a file")
+    dino_layouts.fit_first_layer(gray, state, "a file")
     dino_backbones.load_backbone_state(gray, state, "a file", arch)
     images = tensor("gray", (2, 1, 32, 32))
     expected = utils.features_of(color, images.expand(-1, 3, -1, -1))
@@ -466,7 +467,7 @@ def test_weights_for_rgb_are_summed_for_gray_images(arch):
 def test_for_many_channels_the_first_layer_starts_at_random_which_is_logged(capsys):
     color, many = (dino_backbones.build_backbone("vit_nano", 16, 32, in_chans=n)[0] for n in (3, 4))
     fresh, state = many.patch_embed.proj.weight.clone(), color.state_dict()
-    dino_backbones.fit_first_layer(many, state, "a file")
+    dino_layouts.fit_first_layer(many, state, "a file")
     dino_backbones.load_backbone_state(many, state, "a file", "vit_nano")
     assert torch.equal(many.patch_embed.proj.weight, fresh)
     assert torch.equal(many.blocks[0].attn.qkv.weight, color.blocks[0].attn.qkv.weight)

@@ -10,6 +10,7 @@ import torch.nn as nn
 from conftest import arguments_of, same_state, tensor, tiny_vit
 
 import dino_backbones
+import dino_layouts
 import hubconf
 import main_dino
 import utils
@@ -122,6 +123,45 @@ def test_the_last_linear_is_removed_under_each_of_its_names(name, nested):
     layer = getattr(model, name)
     assert isinstance(layer[1] if nested else layer, nn.Identity)
     assert not nested or isinstance(layer[0], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding", "step"), [(1, 0, 1), (3, 1, 1), (5, 2, 1), (7, 3, 1), (3, 2, 2), (4, 1, 1)]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_weights_that_see_only_padding_are_found(kernel, padding, step, stride):
+    """On positive images, these are the ones whose gradient is 0."""
+    for size in [(side, 9) for side in range(1, 8)] + [(9, side) for side in range(1, 8)]:
+        if kernel == 4 and min(size) == 1:  # smaller than the kernel
+            continue
+        conv = nn.Conv2d(1, 1, kernel, stride, padding, step).double()
+        out = conv(torch.ones(1, 1, *size, dtype=torch.float64))
+        out.sum().backward()
+        found = dino_backbones.sees_only_padding(conv, torch.ones(1, 1, *size), out)
+        assert found == bool((conv.weight.grad == 0).any()), size
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        (["--arch", "resnet18", "--local_crops_size", 32], None),
+        (["--arch", "resnet18", "--local_crops_size", 64], torch.bfloat16),
+        (["--arch", "resnet18", "--local_crops_size", 32, "--local_crops_number", 0], torch.bfloat16),
+        (["--arch", "resnet18", "--local_crops_number", 0, "--global_crops_size", 32], None),
+        (["--arch", "resnet18", "--local_crops_size", 32, "--amp_dtype", "fp16"], torch.float16),
+        (["--arch", "resnet18", "--local_crops_size", 32, "--use_fp16", "false"], None),
+        (["--arch", "vit_nano", "--local_crops_size", 16], torch.bfloat16),
+    ],
+)
+def test_convnets_are_trained_in_float32_on_a_cpu_if_their_maps_shrink_to_a_pixel(capsys, flags, dtype):
+    args = arguments_of(main_dino, "--amp_dtype", "bf16", "--global_crops_size", 96, *flags)
+    assert dino_backbones.training_dtype(args, torch.device("cpu")) is dtype
+    said = capsys.readouterr().out
+    if dtype or not args.use_fp16:
+        assert said == ""
+    else:
+        assert said.startswith("note: --arch resnet18 is trained in float32: for crops of 32 pixels, ")
+        assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -257,7 +297,7 @@ def test_positions_are_resampled_to_the_grid_of_the_network():
     larger = 2 * side
     ramp = torch.arange(larger).float()[None, :, None].expand(larger, larger, 16).reshape(1, -1, 16)
     state = {"pos_embed": torch.cat((torch.full((1, 1, 16), 7.0), ramp), dim=1)}
-    dino_backbones.resize_state_grid(model, state)
+    dino_layouts.resize_state_grid(model, state)
     assert state["pos_embed"].shape == model.pos_embed.shape
     assert (state["pos_embed"][:, 0] == 7).all()
     rows = state["pos_embed"][0, 1:].view(side, side, 16)

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 import re
 import sys
 import zipfile
@@ -261,3 +262,106 @@ def test_a_checkpoint_of_another_network_is_a_user_error(tmp_path, target):
     torch.save({"student": state}, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"c\.pth does not fit this run: student: "):
         dino_checkpoints.restart_from_checkpoint(tmp_path / "c.pth", student=target)
+
+
+# ---- checkpoints that say what can't be true ----
+
+
+def trained(name, shape=(2, 3)):
+    """(parameter, its optimizer after one step)."""
+    parameter = nn.Parameter(torch.ones(shape))
+    optimizer = utils.build_optimizer(name, [{"params": [parameter]}], torch.device("cpu"))
+    parameter.sum().backward()
+    optimizer.step()
+    return parameter, optimizer
+
+
+def resumed(path, optimizer, change):
+    """Let `change` edit an optimizer's state in a checkpoint, and resume from it."""
+    state = copy.deepcopy(optimizer.state_dict())
+    change(state)
+    torch.save({"optimizer": state}, path)
+    dino_checkpoints.restart_from_checkpoint(path, optimizer=optimizer)
+
+
+MOMENTS = {"adamw": "exp_avg", "sgd": "momentum_buffer", "lars": "mu"}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+@pytest.mark.parametrize(
+    "value", [torch.zeros(3), torch.zeros(3, 2), torch.zeros(()), torch.zeros(2, 3, dtype=torch.long), 5, "x", [1.0]]
+)
+def test_a_moment_of_another_shape_or_type_is_refused(tmp_path, name, value):
+    _, optimizer = trained(name)
+    with pytest.raises(UserError, match=r"c\.pth does not fit this run: optimizer: .*"):
+        resumed(tmp_path / "c.pth", optimizer, lambda state: state["state"][0].update({MOMENTS[name]: value}))
+
+
+def test_the_parameter_and_both_shapes_are_named(tmp_path):
+    _, optimizer = trained("adamw")
+    with pytest.raises(UserError, match=r"exp_avg of parameter 0 is \[6\], the parameter is \[2, 3\]"):
+        resumed(tmp_path / "c.pth", optimizer, lambda state: state["state"][0].update(exp_avg=torch.zeros(6)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["state"][0].pop("exp_avg_sq"),
+        lambda state: state["state"][0].update(step=torch.tensor([1.0, 2.0])),
+        lambda state: state["state"][0].update(step=-1),
+        lambda state: state["state"][0].update(step=10**400),
+        lambda state: state["state"].update({0: 5}),
+        lambda state: state.update(state=[]),
+        lambda state: state.update(param_groups=3),
+        lambda state: state["param_groups"].append({}),
+        lambda state: state["param_groups"][0].update(params=7),
+        lambda state: state["param_groups"][0].update(params=[[0]]),
+        lambda state: state["param_groups"][0].update(lr="x"),
+        lambda state: state["param_groups"][0].update(lr=math.nan),
+        lambda state: state["param_groups"][0].update(lr=True),
+        lambda state: state["param_groups"][0].update(betas=(0.9,)),
+        lambda state: state["param_groups"][0].update(betas=(0.9, None)),
+        lambda state: state["param_groups"][0].update(betas=3),
+        lambda state: state["param_groups"][0].update(amsgrad=True),
+        lambda state: state["param_groups"][0].update(maximize=True),
+    ],
+)
+def test_nonsense_in_an_optimizers_state_is_one_line(tmp_path, change):
+    _, optimizer = trained("adamw")
+    with pytest.raises(UserError, match="does not fit this run: optimizer: ") as raised:
+        resumed(tmp_path / "c.pth", optimizer, change)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+@pytest.mark.parametrize("shape", [(2, 3), (1,), ()])
+def test_an_optimizers_own_state_resumes_exactly(tmp_path, name, shape):
+    (one, straight), (other, stopped) = trained(name, shape), trained(name, shape)
+    resumed(tmp_path / "c.pth", stopped, lambda state: state["param_groups"][0].update(lr=0.5))
+    straight.param_groups[0]["lr"] = 0.5
+    for optimizer in (straight, stopped):
+        optimizer.step()
+    assert stopped.param_groups[0]["lr"] == 0.5
+    assert torch.equal(one, other)
+    assert not torch.equal(one, torch.ones(shape))
+
+
+def test_a_loss_scale_that_is_no_number_is_refused(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for name, value in (("scale", "x"), ("scale", math.inf), ("growth_interval", None)):
+        torch.save({"fp16_scaler": {**scaler.state_dict(), name: value}}, tmp_path / "c.pth")
+        with pytest.raises(UserError, match=f"fp16_scaler: {name} is {value}"):
+            dino_checkpoints.restart_from_checkpoint(tmp_path / "c.pth", fp16_scaler=scaler)
+
+
+@pytest.mark.parametrize("args", [5, "x", [1], torch.ones(2)])
+def test_a_checkpoint_whose_arguments_are_something_else_is_refused(tmp_path, args):
+    with pytest.raises(UserError, match="is not a training checkpoint"):
+        resume(tmp_path / "c.pth", args, RUN)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), {"a": 1}, "y" * 10**6, [[]]])
+def test_a_setting_that_is_something_else_is_named_in_one_short_line(tmp_path, value):
+    with pytest.raises(UserError, match="was made with --optimizer") as raised:
+        resume(tmp_path / "c.pth", {**RUN, "optimizer": value}, RUN)
+    assert len(str(raised.value)) < 1000

@@ -387,6 +387,17 @@ def test_images_of_any_mode_become_rgb(tmp_path, mode):
     assert (image.mode, image.size) == ("RGB", (7, 5))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_get_the_color_stored_below(tmp_path, mode):
+    image = Image.new("P", (2, 1), 1)
+    image.putpalette([9, 9, 9, 90, 90, 90])
+    if mode != "P":
+        image = Image.new("RGBA", (2, 1), (90, 90, 90, 0)).convert(mode)
+    image.save(tmp_path / "x.png", **({"transparency": 1} if mode == "P" else {}))
+    assert Image.open(tmp_path / "x.png").convert("RGBA").getpixel((0, 0))[3] == 0
+    assert dino_images.load_image(tmp_path / "x.png").getpixel((0, 0)) == (90, 90, 90)
+
+
 def test_16_bits_become_the_upper_8(tmp_path):
     levels = np.array([[0, 255, 256, 25_700, 65_535]], dtype=np.uint16)
     for name, values in (("x.png", levels), ("x.tif", levels), ("y.tif", levels.astype(np.int32))):

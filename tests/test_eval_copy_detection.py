@@ -176,6 +176,36 @@ def test_originals_are_matched_by_name_by_prefix_or_by_order():
     assert copy_detection.positives("jpegqual/3", renamed, originals) == [[0], [1], [2]]
 
 
+def test_strong_copies_with_whole_names_are_matched_by_them(capsys):
+    names = [f"IMG_{number}" for number in range(1000, 1020)]
+    originals, strong = (
+        paths("original", *(f"{name}.jpg" for name in names)),
+        paths("strong", "IMG_1003.png", "IMG_1019.jpg"),
+    )
+    assert copy_detection.positives("strong", strong, originals) == [[3], [19]]
+    assert capsys.readouterr().out == "pairs of strong/ and original/: by name\n"
+
+
+@pytest.mark.parametrize("names", [["IMG_1", "IMG_2"], ["IMG_1", "IMG_2", "DSC_1", "DSC_2"]])
+def test_a_prefix_that_most_originals_share_is_refused(names):
+    originals = paths("original", *(f"{name}.jpg" for name in names))
+    with pytest.raises(utils.UserError, match=r"do not tell \d images apart: they are (DSC_, )?IMG_\. Give copies"):
+        copy_detection.positives("strong", paths("strong", "IMG_1_copy.jpg"), originals)
+
+
+@pytest.mark.parametrize(
+    ("block", "names", "how"),
+    [
+        ("strong", ["200001.jpg"], "by the first 4 characters of the names"),
+        ("crops/50", ["200000.jpg"], "by name"),
+        ("crops/50", ["a.jpg", "b.jpg"], "in sorted order: no names match"),
+    ],
+)
+def test_it_is_logged_how_pairs_were_made(capsys, block, names, how):
+    copy_detection.positives(block, paths(block, *names), paths("original", "200000.jpg", "200100.jpg"))
+    assert capsys.readouterr().out == f"pairs of {block}/ and original/: {how}\n"
+
+
 @pytest.mark.parametrize(
     ("block", "names", "unmatched"),
     [

@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,6 +110,13 @@ def test_flags_have_the_published_names_and_defaults():
 
 
 # ---- frames ----
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+    names = ["0.jpg", "1.jpg", "2.jpg", "10.jpg", "11.jpg", "100.jpg"]
+    for name in [*sorted(names), "3.png", "notes.txt", ".4.jpg"]:
+        (tmp_path / name).touch()
+    assert [Path(path).name for path in evs.read_frame_list(tmp_path)] == names
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import nn
 import dino_backbones
 import dino_crops
 import dino_data
+import dino_layouts
 import export
 import hubconf
 import utils
@@ -389,8 +390,8 @@ def test_an_onnx_graph_with_wrong_positions_is_not_kept(tmp_path, nano, monkeypa
 
 
 def test_a_tensor_that_transformers_would_only_warn_of_is_an_error(tmp_path, nano, transformers, monkeypatch, capsys):
-    renamed = export.hf_state
-    monkeypatch.setattr(export, "hf_state", lambda state: {**renamed(state), "odd.weight": torch.ones(1)})
+    renamed = dino_layouts.hf_state
+    monkeypatch.setattr(dino_layouts, "hf_state", lambda state: {**renamed(state), "odd.weight": torch.ones(1)})
     code, line = end(monkeypatch, capsys, "--to", "hf", "--output", tmp_path / "out", *nano)
     assert (code, "odd.weight" in line) == (4, True)
     assert not list(tmp_path.iterdir())

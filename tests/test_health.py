@@ -182,7 +182,10 @@ def test_a_resumed_run_warns_as_if_it_had_not_been_stopped(capsys):
 
 
 def test_nonsense_in_a_checkpoints_health_is_ignored():
-    for odd in (5, None, [], {"best_knn": "x", "norms": 3.0, "seen": 4, "streaks": [], "warnings": {}}):
+    odds = [5, None, [], {"best_knn": "x", "norms": 3.0, "seen": 4, "streaks": [], "warnings": {}}]
+    odds += [{"best_knn": math.nan, "norms": 3, "seen": [{}], "streaks": {"still": "x"}, "warnings": [torch.ones(2)]}]
+    odds += [{"norms": norms, "best_epoch": 1.5, "baselines": [1]} for norms in ([], [1.0], ["x", 1.0], [1.0] * 3)]
+    for odd in odds:
         assert dino_health.HealthMonitor(monitor().args, 5, state=odd).state_dict() == monitor().state_dict()
 
 

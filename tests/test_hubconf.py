@@ -115,9 +115,32 @@ for name in ("dino_vits16", "dino_resnet50"):
 print(json.dumps(sorted(sys.modules)))
 """
     modules = set(json.loads(run_script("-c", code, fresh=True).stdout.splitlines()[-1]))
-    assert "vision_transformer" in modules
-    assert not {"utils", "timm", "yaml"} & modules
+    assert not {"vision_transformer", "utils", "timm", "yaml"} & modules
     assert not {name for name in modules if name.startswith(("dino_", "main_dino"))}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_hub_works_beside_a_users_modules_of_the_same_names(tmp_path, first):
+    for name in ("utils", "vision_transformer"):
+        (tmp_path / f"{name}.py").write_text("mine = True\n")
+    code = f"""
+import sys
+sys.path[0] = {str(tmp_path)!r}
+import torch
+{"import utils, vision_transformer" if first else ""}
+model = torch.hub.load({str(ROOT)!r}, "dino_vits16", source="local", pretrained=False, depth=1)
+again = torch.hub.load({str(ROOT)!r}, "dino_vits8", source="local", pretrained=False, depth=1)
+import utils, vision_transformer
+assert utils.mine and vision_transformer.mine
+assert type(model) is type(again)
+assert not [path for path in sys.path if path == {str(ROOT)!r}]
+print(model(torch.zeros(1, 3, 32, 32)).shape)
+"""
+    assert "[1, 384]" in run_script("-c", code, fresh=True).stdout
+
+
+def test_the_class_is_the_projects_own_where_it_is_imported():
+    assert isinstance(load("dino_vits16", pretrained=False, depth=1), vits.VisionTransformer)
 
 
 # ---- the list of entry points ----

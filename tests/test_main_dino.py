@@ -219,6 +219,15 @@ def test_loss_and_gradient_equal_a_float64_loop_over_pairs(ncrops):
     assert_near(gradient, want_gradient, 1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_the_loss_of_one_output_is_exactly_zero(batch):
+    student = tensor("one/student", (4 * batch, 1), 5.0).requires_grad_()
+    loss = main_dino.DINOLoss(1, 4, 0.04, 0.04, 0, 1)(student, tensor("one/teacher", (2 * batch, 1), 5.0), 0)
+    loss.backward()
+    assert loss == 0
+    assert not student.grad.any()
+
+
 def test_center_moves_a_tenth_of_the_way_to_the_teachers_mean():
     module = main_dino.DINOLoss(8, 2, 0.04, 0.04, 0, 1)
     module.center.fill_(1.0)
@@ -707,7 +716,10 @@ RUN = argparse.Namespace(batch_size_per_gpu=8)
     [
         ("epoch", -1),
         *(("images_done", value) for value in (1.5, True, 2**70)),
-        *(("meters", value) for value in (None, [{"loss": 3}], [{"loss": (1.0, 1.0)}], [{"loss": (10**400, 1)}])),
+        *(
+            ("meters", value)
+            for value in (None, [{"loss": 3}], [{"loss": (1.0, 1.0)}], [{"loss": (10**400, 1)}], [{3: (1.0, 1)}])
+        ),
     ],
 )
 def test_an_impossible_position_is_refused(name, value):

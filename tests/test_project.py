@@ -8,6 +8,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,3 +263,19 @@ def test_an_old_python_is_named(checkout):
     assert done.returncode == 2
     assert "Python 3.8.2" in done.stderr
     assert not (checkout / ".venv").exists()
+
+
+def test_pip_install_brings_the_requirements_and_no_module(tmp_path, monkeypatch):
+    """Modules called utils or hubconf would be in the way of other projects."""
+    build = pytest.importorskip("setuptools.build_meta")
+    for name in ("pyproject.toml", "requirements.txt", "utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    with zipfile.ZipFile(tmp_path / build.build_wheel(str(tmp_path))) as wheel:
+        (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+        needed = re.findall(r"^Requires-Dist: (.*)$", wheel.read(metadata).decode(), re.M)
+        assert not [name for name in wheel.namelist() if ".dist-info/" not in name]
+    assert Path(wheel.filename).name.startswith("dino_pytorch-")
+    assert sorted(needed) == sorted((ROOT / "requirements.txt").read_text().split())

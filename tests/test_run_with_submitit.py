@@ -189,6 +189,12 @@ def test_flags_are_passed_on_to_sbatch(fake, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_no_comment_is_the_published_empty_text(fake, tmp_path):
+    assert run_with_submitit.get_args_parser().parse_args([]).comment == ""
+    submit("--output_dir", tmp_path / "out")
+    assert "comment" not in options(fake / "1.sh")
+
+
 def test_a_job_without_gpus_runs_on_the_cpu(fake, tmp_path):
     submit("--ngpus", 0, "--tasks_per_node", 3, "--output_dir", tmp_path)
     found = options(fake / "1.sh")

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import shutil
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -300,6 +301,37 @@ def test_video_only_encodes_images_in_numeric_order_without_a_network(tmp_path):
     assert got.shape == (11, 22, 34, 3)
     assert np.abs(got.mean(axis=(1, 2, 3)) - 20 * np.arange(11)).max() < 3
     assert said["rate"] == 0.5
+
+
+def uneven_clip(path, frames, seconds):
+    """A video whose frames are shown at these seconds."""
+    with av.open(f"file:{path}", "w") as container:
+        stream = container.add_stream("libx264", rate=1000)
+        stream.width, stream.height, stream.pix_fmt = 100, 72, "yuv420p"
+        for i, second in enumerate(seconds):
+            frame = av.VideoFrame.from_ndarray(read(frames / f"shot{i}.png"), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * second), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("mp4", 0.001), ("avi", 0.01)])
+def test_a_video_of_variable_rate_keeps_the_times_of_its_frames(weights, frames, tmp_path, kind, tolerance):
+    seconds = [0, 0.033, 0.066, 1.0, 1.033, 2.5]
+    uneven_clip(tmp_path / "in.mp4", frames, seconds)
+    flags = ["--pretrained_weights", weights, "--input_path", tmp_path / "in.mp4", "--video_format", kind]
+    run(*flags, "--output_path", tmp_path / "out")
+    pictures, said = decode(tmp_path / "out" / f"video.{kind}")
+    assert len(pictures) == 6
+    assert np.abs(np.cumsum(said["seconds between"]) - seconds[1:]).max() <= tolerance
+    run(*flags, "--output_path", tmp_path / "fixed", "--fps", 10)
+    assert np.allclose(decode(tmp_path / "fixed" / f"video.{kind}")[1]["seconds between"], 0.1)
+
+
+def test_two_frames_at_one_time_are_both_kept(tmp_path):
+    images = [np.full((32, 32, 3), level, np.uint8) for level in (0, 80, 160, 240)]
+    assert video_generation.write_video(tmp_path / "a.mp4", images, [5.0, 5.5, 5.5, 7.0]) == 4
+    assert np.allclose(decode(tmp_path / "a.mp4")[1]["seconds between"], [0.5, 0.001, 1.499])
 
 
 def test_numbers_in_file_names_are_sorted_as_numbers(tmp_path):

@@ -292,6 +292,31 @@ def test_forward_is_the_cls_token_of_the_last_intermediate_layer():
     assert torch.equal(model(images), model.get_intermediate_layers(images)[0][:, 0])
 
 
+def test_a_list_selects_blocks_by_their_numbers():
+    model, images = vits.vit_nano(patch_size=8, img_size=[32]).eval(), tensor("images", (2, 3, 32, 32))
+    first, second, third, last = model.get_intermediate_layers(images, n=4)
+    for numbers, want in (
+        ([0], [first]),
+        ([1, 3], [second, last]),
+        ((2, 0), [third, first]),
+        (range(2), [first, second]),
+    ):
+        found = model.get_intermediate_layers(images, n=numbers)
+        assert len(found) == len(want)
+        assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
+    with pytest.raises(KeyError):
+        model.get_intermediate_layers(images, n=[4])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", [(32, 32), (48, 48), (24, 40)])
+def test_a_trace_at_any_size_computes_the_same(size):
+    model = vits.vit_nano(patch_size=8, img_size=[32]).eval()
+    traced = torch.jit.trace(model, torch.zeros(1, 3, *size))
+    images = tensor("images", (2, 3, *size))
+    assert torch.equal(traced(images), model(images))
+
+
 def test_intermediate_layers_are_the_last_blocks_outputs_in_order_each_normalized():
     model, images = tiny_vit(depth=3), pictures()
     outputs = [record_outputs(block) for block in model.blocks]

@@ -10,6 +10,7 @@ from conftest import arguments_of, assert_near, run_script, shared, sharp_nano
 from PIL import Image
 
 import dino_features
+import utils
 import visualize_attention
 
 SMALL = ["--arch", "vit_nano", "--patch_size", "16", "--device", "cpu"]
@@ -230,6 +231,24 @@ def test_images_of_a_folder_are_sorted_and_other_files_ignored(photograph, tmp_p
         (tmp_path / name).write_bytes(photograph.read_bytes())
     found = visualize_attention.find_images([photograph, tmp_path])
     assert found == [photograph, tmp_path / "a.JPG", tmp_path / "b.png"]
+
+
+def test_sub_folders_are_searched_too_each_in_the_order_of_numbers(photograph, tmp_path):
+    names = ["10.png", "a/2.png", "a/10.png", "a/b/1.png"]
+    for name in [*names, ".hidden/1.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(photograph.read_bytes())
+    assert visualize_attention.find_images([tmp_path]) == [tmp_path / name for name in names]
+
+
+@pytest.mark.parametrize(("size", "shape"), [([32], (32, 64)), ([32, 80], (32, 80)), ([50], (48, 96))])
+@pytest.mark.parametrize("inputs", [utils.RGB, utils.Inputs(1, (0.5,), (0.2,))])
+def test_one_number_is_the_shorter_side(tmp_path, size, shape, inputs):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")  # 100 high
+    args = arguments_of(visualize_attention, *SMALL, "--image_size", *size)
+    visualize_attention.check_args(args)
+    shown, seen = visualize_attention.load(tmp_path / "a.png", args, inputs)
+    assert shown.shape[1:] == seen.shape[1:] == shape
 
 
 def test_images_with_equal_names_get_numbered_folders():
