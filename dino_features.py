@@ -1,6 +1,7 @@
 """Frozen features and what they tell: extraction, attention, nearest neighbors, retrieval."""
 
 import functools
+import hashlib
 import itertools
 import math
 
@@ -115,6 +116,14 @@ def check_finite_features(*features):
         raise UserError(
             "the features contain NaN or infinite numbers: the network has diverged, or its weights are damaged"
         )
+
+
+def digest_of_weights(model):
+    """A digest of all tensors of a network, which changes with any of them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # ---- attention ----
@@ -236,6 +245,28 @@ def rank_of_target(similarities, neighbor_labels, target, T, classes):
     before = (votes > votes_of_target) | (voted & lower & (votes == votes_of_target))
     lower_without_votes = classes[target[:, 0]] - (voted & lower).sum(dim=1)
     return before.sum(dim=1) + torch.where(votes_of_target[:, 0] > 0, 0, lower_without_votes)
+
+
+@torch.no_grad()
+def nearest_neighbors(queries, blocks, k, own=None):
+    """The k rows that are most similar to each query: (cosine similarities, indices), [Q, k] each, best first.
+
+    `queries` [Q, D] are on the device that computes. `blocks` yields all rows in order, float32 [b, D] at a time, of
+    which there must be k. If the queries are rows themselves, `own` is the index of the first: none finds itself.
+    """
+    queries, first = F.normalize(queries, dim=1), 0
+    best = queries.new_full((len(queries), k), -math.inf)
+    places = torch.zeros_like(best, dtype=torch.long)
+    for block in blocks:
+        block = F.normalize(torch.as_tensor(block).to(queries.device), dim=1)
+        similarity = queries @ block.T  # [Q, b]
+        if own is not None:
+            similarity.diagonal(own - first).fill_(-math.inf)
+        values, found = similarity.topk(min(k, len(block)), dim=1)
+        best, order = torch.cat((best, values), dim=1).topk(k, dim=1)
+        places = torch.cat((places, found + first), dim=1).gather(1, order)
+        first += len(block)
+    return best, places
 
 
 # ---- k-NN during training ----
