@@ -1,15 +1,17 @@
-"""Frozen features and what they tell: extraction, attention, nearest neighbors, retrieval."""
+"""Frozen features and what they tell: extraction, attention, nearest neighbors, retrieval, pictures."""
 
 import functools
 import hashlib
 import itertools
 import math
+import os
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 import dino_backbones
@@ -426,3 +428,34 @@ def draw_mask(pixels, mask, divisor, outline=None):
 
         drawn[find_boundaries(mask, mode="thick")] = outline
     return drawn
+
+
+# ---- contact sheets ----
+
+TILE, GAP, CAPTION = 128, 8, 30  # pixels: side of an image, margin, height of the two lines below an image
+
+
+def draw_sheet(rows):
+    """A PIL image of rows of (PIL image or None, first line, name), each drawn whole in a square with text below."""
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", (columns * (TILE + GAP) + GAP, len(rows) * (TILE + CAPTION + GAP) + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for row, tiles in enumerate(rows):
+        for column, (image, line, name) in enumerate(tiles):
+            left, top = GAP + column * (TILE + GAP), GAP + row * (TILE + CAPTION + GAP)
+            square = Image.new("RGB", (TILE, TILE), "lightgray")
+            sheet.paste(square if image is None else ImageOps.pad(image, (TILE, TILE), color="white"), (left, top))
+            draw.text((left, top + TILE + 2), line, "black", font)
+            draw.text((left, top + TILE + 2 + CAPTION // 2), shorten(name, font), "black", font)
+    return sheet
+
+
+def shorten(name, font):
+    """The end of a path, at most TILE pixels wide: its middle becomes dots."""
+    name = os.path.basename(name).encode("latin-1", errors="replace").decode("latin-1")  # what the font has
+    short = name
+    for kept in range(len(name) // 2, 0, -1):
+        if font.getlength(short) <= TILE:
+            break
+        short = f"{name[:kept]}...{name[-kept:]}"
+    return short

@@ -3,6 +3,7 @@
 .npz and .parquet are written a few rows at a time, .pt from all of them at once. No file runs code when it is loaded.
 """
 
+import functools
 import importlib.util
 import json
 import math
@@ -88,13 +89,17 @@ def write(path, embeddings):
     """Write Embeddings to a file, in the format of its suffix, whole or not at all. Raises UserError."""
     write_format, _ = FORMATS[Path(path).suffix.lower()]
     try:
-        utils.write_whole(path, lambda file: write_format(embeddings, file))
+        write_format(embeddings, path)
     except OSError as e:
         raise UserError(f"can't write {path}: {e.strerror or e}. Free space, or use another folder") from e
 
 
-def write_npz(embeddings, file):
-    """Write the arrays one after the other; the vectors are not compressed."""
+def write_npz(embeddings, path):
+    utils.write_whole(path, functools.partial(write_arrays, embeddings))
+
+
+def write_arrays(embeddings, file):
+    """Write the arrays of an .npz file, one after the other. Vectors are not compressed."""
     names, total = embeddings.names, len(embeddings.names)
     width = max(map(len, names), default=1)
     text = (np.array(names[i : i + 4096], dtype=f"<U{width}") for i in range(0, total, 4096))
@@ -123,7 +128,7 @@ def write_array(archive, name, dtype, shape, blocks, compression=zipfile.ZIP_STO
             file.write(np.ascontiguousarray(block, dtype).tobytes())
 
 
-def write_pt(embeddings, file):
+def write_pt(embeddings, path):
     """Write a dict of tensors and plain types, for torch.load(weights_only=True)."""
     features, first = torch.empty(len(embeddings.names), *embeddings.shape), 0
     for block in embeddings.blocks():
@@ -135,10 +140,14 @@ def write_pt(embeddings, file):
     if embeddings.neighbors:
         indices, similarities = map(torch.from_numpy, embeddings.neighbors)
         content |= {"neighbors": indices, "similarities": similarities}
-    torch.save(content, file)
+    dino_checkpoints.save(path, content)
 
 
-def write_parquet(embeddings, file):
+def write_parquet(embeddings, path):
+    utils.write_whole(path, functools.partial(write_table, embeddings))
+
+
+def write_table(embeddings, file):
     """Write one row per image, in row groups as they come."""
     import pyarrow as pa
     from pyarrow import parquet

@@ -10,6 +10,7 @@ Writes one file, .npz, .pt or .parquet: vectors, names, labels if there are any,
 
 import argparse
 import contextlib
+import errno
 import functools
 import os
 import shutil
@@ -19,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, default_collate
 
 import dino_backbones
@@ -85,6 +85,8 @@ def check_args(args):
         raise UserError(f"--embeddings {args.embeddings}: nothing to do. Add --query IMAGE, or --output FILE")
     if args.contact_sheet is not None and not args.query:
         raise UserError(f"--contact_sheet {args.contact_sheet} shows neighbors of --query. Name query images")
+    if args.embeddings is not None and (args.normalize or "data_path" in getattr(args, "given", ())):
+        raise UserError("--embeddings embeds no images again. Remove --data_path and --normalize")
     dino_backbones.check_arch(args.arch)
     vit, grid = dino_backbones.vit_factory(args.arch), args.tokens == "patches"
     if vit:
@@ -157,7 +159,7 @@ def load_network(args, device):
     settings = {name: getattr(args, name) for name in (*OF_NETWORK, "normalize")} | utils.plain_args(inputs._asdict())
     if os.path.exists(args.pretrained_weights):
         settings["pretrained_weights"] = os.path.abspath(args.pretrained_weights)
-    settings["weights_digest"] = dino_features.digest_of_weights(model)
+    settings["weights"] = dino_features.digest_of_weights(model)
     tokens = functools.partial(tokens_of, model, args.tokens)
     extract = functools.partial(vectors_of, tokens, device, amp_dtype, args.normalize)
     return Network(extract, dino_crops.eval_transform(args.image_size, inputs), inputs, device, settings)
@@ -269,12 +271,18 @@ def embed_images(network, images, args, parts):
     return dino_vectors.Embeddings([images.name(i) for i in kept], shape, rows, settings, labels, images.classes)
 
 
+# What a disk or network file system says that can't store a file. Loaders fail for other reasons.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOENT, errno.ESTALE, errno.EACCES}
+
+
 @contextlib.contextmanager
 def naming_output(args):
-    """Raise a UserError with the name of --output for an OSError, such as a full disk."""
+    """Raise a UserError that names --output for an OSError that is due to it, such as a full disk."""
     try:
         yield
     except OSError as e:
+        if e.errno not in UNWRITABLE:
+            raise
         remedy = "Free space, or use a folder that all processes share"
         raise UserError(f"can't write --output {args.output}: {e.strerror or e}. {remedy}") from e
 
@@ -332,67 +340,36 @@ def answer(network, queries, found, args):
     images = open_named({found.names[i] for i in nearest[1].flatten().tolist()}, found.settings, network.inputs)
     sheet = []
     for path, query, *near in zip(args.query, queries, *(part.tolist() for part in nearest), strict=True):
-        print(f"{utils.printable(path)}:")
+        utils.log(f"{utils.printable(path)}:")
         sheet.append([(dino_images.shown(query), "query", path)])
         for similarity, i in zip(*near, strict=True):
             name = found.names[i]
-            print(f"  {similarity:.4f}  {utils.printable(name)}")
+            utils.log(f"  {similarity:.4f}  {utils.printable(name)}")
             sheet[-1].append((images.get(name), f"{similarity:.3f}", name))
-    utils.write_whole(args.contact_sheet, lambda file: draw_sheet(sheet).save(file, "PNG"))
-    print(f"contact sheet: {args.contact_sheet}")
+    utils.write_whole(args.contact_sheet, lambda file: dino_features.draw_sheet(sheet).save(file, "PNG"))
+    utils.log(f"contact sheet: {args.contact_sheet}")
 
 
 def open_named(names, settings, inputs):
     """{name: image in RGB} of the images with these names that can still be read, as the `settings` of a file say."""
-    exif, opened = bool(settings.get("exif")), {}
-    for name in names:
-        path = os.path.join(str(settings.get("folder", "")), name)
-        if os.path.isfile(path):
-            opened[name] = functools.partial(dino_images.open_image, path, exif)
+    exif, folder = bool(settings.get("exif")), str(settings.get("folder", ""))
+    paths = {os.path.join(folder, name): name for name in names}
+    opened = {path: functools.partial(dino_images.open_image, path, exif) for path in paths if os.path.isfile(path)}
     try:
-        if len(opened) < len(names):  # in shards, or in a data set of torchvision
+        if len(opened) < len(paths):  # in shards, or in a data set of torchvision
             how = {"exif": exif, "in_chans": inputs.in_chans, "columns": settings["list_columns"]}
             images = dino_data.find_images(settings["data_path"], "train", **how)
-            numbers = {images.name(i): i for i in range(len(images))}
-            opened |= {name: functools.partial(images.open, numbers[name]) for name in names if name in numbers}
+            known = ((os.path.join(folder, images.name(i)), i) for i in range(len(images)))
+            opened |= {path: functools.partial(images.open, i) for path, i in known if path in paths}
     except (UserError, KeyError, OSError):
         utils.log("note: some neighbors are not on this machine; their places on the contact sheet are empty")
     found = {}
-    for name, open_image in opened.items():
+    for path, open_image in opened.items():
         try:
-            found[name] = dino_images.shown(dino_images.decode(open_image(), inputs))
+            found[paths[path]] = dino_images.shown(dino_images.decode(open_image(), inputs))
         except dino_images.BadImage as e:
             utils.log(f"warning: {e}")
     return found
-
-
-TILE, GAP, CAPTION = 128, 8, 30  # pixels: side of an image, margin, height of the two lines below an image
-
-
-def draw_sheet(rows):
-    """A PIL image of rows of (PIL image or None, first line, name), each drawn whole in a square with text below."""
-    columns = max(map(len, rows))
-    sheet = Image.new("RGB", (columns * (TILE + GAP) + GAP, len(rows) * (TILE + CAPTION + GAP) + GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for row, tiles in enumerate(rows):
-        for column, (image, line, name) in enumerate(tiles):
-            left, top = GAP + column * (TILE + GAP), GAP + row * (TILE + CAPTION + GAP)
-            square = Image.new("RGB", (TILE, TILE), "lightgray")
-            sheet.paste(square if image is None else ImageOps.pad(image, (TILE, TILE), color="white"), (left, top))
-            draw.text((left, top + TILE + 2), line, "black", font)
-            draw.text((left, top + TILE + 2 + CAPTION // 2), shorten(name, font), "black", font)
-    return sheet
-
-
-def shorten(name, font):
-    """The end of a path, at most TILE pixels wide: its middle becomes dots."""
-    name = os.path.basename(name).encode("latin-1", errors="replace").decode("latin-1")  # what the font has
-    short = name
-    for kept in range(len(name) // 2, 0, -1):
-        if font.getlength(short) <= TILE:
-            break
-        short = f"{name[:kept]}...{name[-kept:]}"
-    return short
 
 
 # ---- the run ----
@@ -436,10 +413,12 @@ def finish(found, network, queries, args, device):
             found = found._replace(neighbors=neighbors_of_all(found, args.neighbors, device))
         dino_vectors.write(args.output, found)
         shape = " x ".join(map(str, (len(found.names), *found.shape)))
-        print(f"{args.output}: features [{shape}] of {len(found.names)} images")
+        utils.log(f"{args.output}: features [{shape}] of {len(found.names)} images")
     if queries:
-        if found.settings.get("weights_digest") != network.settings["weights_digest"]:
-            print(f"warning: --embeddings {args.embeddings} is from other weights than those of the query. Embed again")
+        differ = [name for name in ("weights", "tokens") if found.settings.get(name) != network.settings[name]]
+        if differ:
+            what = f"warning: --embeddings {args.embeddings} is of other {' and '.join(differ)} than the query"
+            utils.log(f"{what}, so similarities mean little. Embed the images again")
         answer(network, queries, found, args)
 
 
