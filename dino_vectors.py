@@ -20,7 +20,7 @@ import dino_checkpoints
 import utils
 from utils import UserError
 
-NUMBERS_AT_ONCE = 2**22  # of vectors, in memory at a time: 16 MB
+NUMBERS_AT_ONCE = 2**20  # of vectors, in memory at a time: 4 MB
 
 
 class Embeddings(NamedTuple):

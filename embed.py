@@ -311,7 +311,10 @@ def report_unreadable(unreadable, images, args):
 
 def neighbors_of_all(found, number, device):
     """(indices int64, cosine similarities float32) of the nearest other images of each, [N, K]. Memory is bounded."""
-    total, at_once = len(found.names), dino_features.NUMBERS_AT_ONCE // dino_vectors.rows_at_once(found.shape)
+    similarities = dino_features.NUMBERS_AT_ONCE // (
+        4 if device.type == "cpu" else 1
+    )  # larger ones are no faster there
+    total, at_once = len(found.names), max(similarities // dino_vectors.rows_at_once(found.shape), 1)
     starts = utils.MetricLogger().log_every(range(0, total, at_once), 10, "Neighbors:")
     parts = []
     for first, queries in zip(starts, found.rows(at_once), strict=True):

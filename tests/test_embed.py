@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import tarfile
@@ -10,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import FORKS, arguments_of, become, run_script, sizes_of_results, start_forks, wide_nano
+from conftest import FORKS, ROOT, arguments_of, become, run_script, sizes_of_results, start_forks, wide_nano
 from PIL import Image, ImageFont, ImageOps
 
 import dino_backbones
@@ -228,6 +229,18 @@ def test_a_file_is_converted_to_what_would_have_been_written_at_once(run, vector
     np.testing.assert_array_equal(one.neighbors[0], other.neighbors[0])
 
 
+def test_the_code_in_the_docs_loads_each_format(vectors, tmp_path, monkeypatch):
+    shutil.copy(vectors, tmp_path / "vectors.npz")
+    monkeypatch.chdir(tmp_path)
+    embed.main(arguments_of(embed, "--embeddings", "vectors.npz", "--output", "vectors.pt"))
+    of_numpy, of_torch, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/embeddings.md").read_text(), re.S)
+    for code in (of_numpy, of_torch):
+        names = {}
+        exec(code, names)
+        assert names["features"].shape == (20, 128)
+        assert list(names["names"]) == dino_vectors.read(vectors).names
+
+
 # ---- neighbors ----
 
 
@@ -251,7 +264,7 @@ def test_neighbors_in_chunks_of_bounded_memory_are_the_same(monkeypatch):
     features = np.random.RandomState(0).standard_normal((101, 6)).astype(np.float32)
     found = dino_vectors.Embeddings([str(i) for i in range(101)], (6,), dino_vectors.rows_of_array(features), {})
     monkeypatch.setattr(dino_vectors, "NUMBERS_AT_ONCE", 60)  # ten rows
-    monkeypatch.setattr(dino_features, "NUMBERS_AT_ONCE", 130)  # of 13 queries
+    monkeypatch.setattr(dino_features, "NUMBERS_AT_ONCE", 4 * 130)  # for 13 queries on a CPU
     with sizes_of_results() as sizes:
         indices, similarities = embed.neighbors_of_all(found, 12, torch.device("cpu"))
     assert max(sizes) <= 13 * (12 + 10)  # best so far and a block
