@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import ImageOps
 from torch.utils.data import DataLoader, default_collate
 
 import dino_backbones
@@ -115,7 +116,7 @@ def check_files(args):
 
 
 # Settings of the network, which a file of vectors keeps.
-OF_NETWORK = ("pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "exif", "tokens", "amp_dtype")
+OF_NETWORK = ("pretrained_weights", "checkpoint_key", "arch", "patch_size", "image_size", "exif", "tokens")
 
 
 def follow_file(args, settings):
@@ -156,7 +157,9 @@ def load_network(args, device):
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
     model, _ = dino_backbones.frozen_backbone(args, device, args.image_size, inputs=inputs, amp_dtype=amp_dtype)
-    settings = {name: getattr(args, name) for name in (*OF_NETWORK, "normalize")} | utils.plain_args(inputs._asdict())
+    settings = {name: getattr(args, name) for name in (*OF_NETWORK, "normalize", "amp_dtype")} | utils.plain_args(
+        inputs._asdict()
+    )
     if os.path.exists(args.pretrained_weights):
         settings["pretrained_weights"] = os.path.abspath(args.pretrained_weights)
     settings["weights"] = dino_features.digest_of_weights(model)
@@ -302,11 +305,11 @@ def report_unreadable(unreadable, images, args):
     if not unreadable:
         path.unlink(missing_ok=True)
         return
-    names = {utils.printable(images.name(i)): reason for i, reason in sorted(unreadable.items())}
-    text = "".join(f"{name}\t{reason}\n" for name, reason in names.items())
+    names = [utils.printable(images.name(i)) for i in sorted(unreadable)]
+    text = "".join(f"{name}\t{unreadable[i]}\n" for name, i in zip(names, sorted(unreadable), strict=True))
     utils.write_whole(path, lambda file: file.write(text.encode(errors="backslashreplace")))
-    some = utils.summarize(list(names))
-    utils.log(f"warning: {len(names)} of {len(images)} images can't be read and have no vector: {some}. See {path}")
+    what = f"{len(names)} of {len(images)} images can't be read and have no vector"
+    utils.log(f"warning: {what}: {utils.summarize(names)}. See {path}")
 
 
 def neighbors_of_all(found, number, device):
@@ -328,9 +331,23 @@ def neighbors_of_all(found, number, device):
 # ---- queries ----
 
 
+def read_queries(args, inputs):
+    """[(input of the network [C, H, W], small PIL image)] of the images of --query. Raises UserError."""
+    transform, found = dino_crops.eval_transform(args.image_size, inputs), []
+    for path in args.query or ():
+        image = dino_images.decode(dino_images.open_image(path, args.exif), inputs)
+        found.append((transform(image), tile_of(image)))
+    return found
+
+
+def tile_of(image):
+    """A decoded image at the size at which people see it; of a very long one, the middle."""
+    return ImageOps.contain(dino_crops.shorten(dino_images.shown(image)), [dino_features.TILE] * 2)
+
+
 def answer(network, queries, found, args):
-    """Print the nearest images of the decoded `queries`, and draw the contact sheet. Raises UserError."""
-    batches = torch.stack([network.transform(image) for image in queries]).split(args.batch_size_per_gpu)
+    """Print the nearest images of the `queries` of read_queries, and draw the contact sheet. Raises UserError."""
+    batches = torch.stack([image for image, _ in queries]).split(args.batch_size_per_gpu)
     vectors = torch.cat([network.extract(batch) for batch in batches]).to(network.device)  # [Q, D]
     if vectors.shape[1:] != found.shape:
         ours, theirs = ("x".join(map(str, shape)) for shape in (vectors.shape[1:], found.shape))
@@ -342,9 +359,9 @@ def answer(network, queries, found, args):
     nearest = dino_features.nearest_neighbors(vectors, found.blocks(), number)
     images = open_named({found.names[i] for i in nearest[1].flatten().tolist()}, found.settings, network.inputs)
     sheet = []
-    for path, query, *near in zip(args.query, queries, *(part.tolist() for part in nearest), strict=True):
+    for path, (_, tile), *near in zip(args.query, queries, *(part.tolist() for part in nearest), strict=True):
         utils.log(f"{utils.printable(path)}:")
-        sheet.append([(dino_images.shown(query), "query", path)])
+        sheet.append([(tile, "query", path)])
         for similarity, i in zip(*near, strict=True):
             name = found.names[i]
             utils.log(f"  {similarity:.4f}  {utils.printable(name)}")
@@ -354,7 +371,7 @@ def answer(network, queries, found, args):
 
 
 def open_named(names, settings, inputs):
-    """{name: image in RGB} of the images with these names that can still be read, as the `settings` of a file say."""
+    """{name: small PIL image} of the images with these names that can still be read, as `settings` of a file say."""
     exif, folder = bool(settings.get("exif")), str(settings.get("folder", ""))
     paths = {os.path.join(folder, name): name for name in names}
     opened = {path: functools.partial(dino_images.open_image, path, exif) for path in paths if os.path.isfile(path)}
@@ -369,7 +386,7 @@ def open_named(names, settings, inputs):
     found = {}
     for path, open_image in opened.items():
         try:
-            found[paths[path]] = dino_images.shown(dino_images.decode(open_image(), inputs))
+            found[paths[path]] = tile_of(dino_images.decode(open_image(), inputs))
         except dino_images.BadImage as e:
             utils.log(f"warning: {e}")
     return found
@@ -391,7 +408,7 @@ def main(args):
     if found and not utils.is_main_process():
         return
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights) if args.query or not found else None
-    queries = [dino_images.decode(dino_images.open_image(path, args.exif), inputs) for path in args.query or ()]
+    queries = read_queries(args, inputs)
     if not found:
         how = {"exif": args.exif, "in_chans": inputs.in_chans, "columns": args.list_columns}
         images = dino_data.find_images(args.data_path, "train", **how)
@@ -399,7 +416,8 @@ def main(args):
         utils.check_same_everywhere(digest, f"--data_path {args.data_path}", "It must be the same for all")
     if queries or not found:
         network = load_network(args, device)
-    parts = [f"{args.output}.rank{rank}.tmp" for rank in range(utils.get_world_size())]
+    ranks = () if found else range(utils.get_world_size())
+    parts = [f"{os.path.realpath(args.output)}.rank{rank}.tmp" for rank in ranks]  # where a link points to
     try:
         found = found or embed_images(network, images, args, parts)
         if utils.is_main_process():

@@ -388,6 +388,42 @@ def test_a_query_with_other_weights_or_tokens_is_warned_about(vectors, photos, t
         assert words in said if words else "warning" not in said
 
 
+def test_queries_that_are_very_long_or_of_one_pixel_are_drawn(vectors, tmp_path):
+    for name, size in (("long.png", (4000, 2)), ("dot.png", (1, 1))):
+        Image.new("RGB", size, (200, 0, 0)).save(tmp_path / name)
+    queries = ["--query", tmp_path / "long.png", tmp_path / "dot.png", "--contact_sheet", tmp_path / "s.png"]
+    embed.main(arguments_of(embed, "--device", "cpu", "--embeddings", vectors, *queries))
+    drawn = np.asarray(Image.open(tmp_path / "s.png"))
+    red = (drawn[:, 8:136] == (200, 0, 0)).all(axis=2)
+    assert red[8 + 64, 64]
+    assert (red[:166].sum(), red[166:].sum()) == (128 * 8, 128 * 128)
+
+
+def test_a_query_on_another_machine_needs_neither_the_precision_nor_the_folder_of_the_file(
+    vectors, photos, tmp_path, monkeypatch
+):
+    settings = {**dino_vectors.read(vectors).settings, "amp_dtype": "tf32", "folder": "/none", "data_path": "/none"}
+    dino_vectors.write(tmp_path / "v.npz", dino_vectors.read(vectors)._replace(settings=settings))
+    flags = ["--embeddings", tmp_path / "v.npz", "--query", paths_of(photos)[0], "--device", "cpu"]
+    embed.main(arguments_of(embed, *flags))
+    assert (tmp_path / "v-neighbors.png").exists()
+
+
+def test_images_of_other_channels_are_embedded_and_drawn(tmp_path, capsys):
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", np.random.RandomState(i).rand(40, 40, 2).astype(np.float32))
+    how = {"arch": "vit_nano", "patch_size": 8, "global_crops_size": 32, "in_chans": 2, "mean": [0.5] * 2}
+    state = dino_backbones.build_backbone("vit_nano", 8, 32, in_chans=2)[0].state_dict()
+    torch.save({"teacher": state, "args": {**how, "std": [0.3] * 2}}, tmp_path / "checkpoint.pth")
+    flags = ["--pretrained_weights", tmp_path, "--data_path", tmp_path, "--output", tmp_path / "v.npz"]
+    flags += ["--query", tmp_path / "1.npy", "--device", "cpu", "--num_workers", 0]
+    embed.main(arguments_of(embed, *flags))
+    assert f"  1.0000  {tmp_path}/1.npy" in capsys.readouterr().out
+    drawn = np.asarray(Image.open(tmp_path / "v-neighbors.png"))
+    np.testing.assert_array_equal(drawn[8:136, 8:136], drawn[8:136, 144:272])  # the query finds itself
+    np.testing.assert_array_equal(drawn[8:136, 8:136, 0], drawn[8:136, 8:136, 2])  # gray: the first channel
+
+
 def test_names_below_a_picture_fit_its_width():
     font = ImageFont.load_default()
     assert dino_features.shorten("photos/cat.jpg", font) == "cat.jpg"
