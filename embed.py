@@ -157,9 +157,8 @@ def load_network(args, device):
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
     model, _ = dino_backbones.frozen_backbone(args, device, args.image_size, inputs=inputs, amp_dtype=amp_dtype)
-    settings = {name: getattr(args, name) for name in (*OF_NETWORK, "normalize", "amp_dtype")} | utils.plain_args(
-        inputs._asdict()
-    )
+    settings = {name: getattr(args, name) for name in (*OF_NETWORK, "normalize", "amp_dtype")}
+    settings |= utils.plain_args(inputs._asdict())
     if os.path.exists(args.pretrained_weights):
         settings["pretrained_weights"] = os.path.abspath(args.pretrained_weights)
     settings["weights"] = dino_features.digest_of_weights(model)
@@ -333,11 +332,8 @@ def neighbors_of_all(found, number, device):
 
 def read_queries(args, inputs):
     """[(input of the network [C, H, W], small PIL image)] of the images of --query. Raises UserError."""
-    transform, found = dino_crops.eval_transform(args.image_size, inputs), []
-    for path in args.query or ():
-        image = dino_images.decode(dino_images.open_image(path, args.exif), inputs)
-        found.append((transform(image), tile_of(image)))
-    return found
+    images = (dino_images.decode(dino_images.open_image(path, args.exif), inputs) for path in args.query or ())
+    return [(dino_crops.eval_transform(args.image_size, inputs)(image), tile_of(image)) for image in images]
 
 
 def tile_of(image):

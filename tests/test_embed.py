@@ -396,7 +396,7 @@ def test_queries_that_are_very_long_or_of_one_pixel_are_drawn(vectors, tmp_path)
     drawn = np.asarray(Image.open(tmp_path / "s.png"))
     red = (drawn[:, 8:136] == (200, 0, 0)).all(axis=2)
     assert red[8 + 64, 64]
-    assert (red[:166].sum(), red[166:].sum()) == (128 * 8, 128 * 128)
+    assert (red[:166].sum(), red[166:].sum()) == (128 * 64, 128 * 128)  # the middle: 4 x 2
 
 
 def test_a_query_on_another_machine_needs_neither_the_precision_nor_the_folder_of_the_file(
