@@ -236,8 +236,6 @@ def write_rows(network, images, args, path):
                 vectors = network.extract(batch)
                 shape = tuple(vectors.shape[1:])
                 file.write(vectors.contiguous().numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
     return shape, unreadable
 
 
