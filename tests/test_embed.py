@@ -229,16 +229,19 @@ def test_a_file_is_converted_to_what_would_have_been_written_at_once(run, vector
     np.testing.assert_array_equal(one.neighbors[0], other.neighbors[0])
 
 
-def test_the_code_in_the_docs_loads_each_format(vectors, tmp_path, monkeypatch):
-    shutil.copy(vectors, tmp_path / "vectors.npz")
+@pytest.mark.parametrize("suffix", ["npz", "pt", "parquet"])
+def test_the_code_in_the_docs_loads_each_format(vectors, tmp_path, monkeypatch, suffix):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
     monkeypatch.chdir(tmp_path)
-    embed.main(arguments_of(embed, "--embeddings", "vectors.npz", "--output", "vectors.pt"))
-    of_numpy, of_torch, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/embeddings.md").read_text(), re.S)
-    for code in (of_numpy, of_torch):
-        names = {}
-        exec(code, names)
-        assert names["features"].shape == (20, 128)
-        assert list(names["names"]) == dino_vectors.read(vectors).names
+    embed.main(arguments_of(embed, "--embeddings", vectors, "--output", f"vectors.{suffix}"))
+    (code,) = re.findall(rf"```python\n([^`]*vectors\.{suffix}[^`]*)```", (ROOT / "docs/embeddings.md").read_text())
+    found = {}
+    exec(code, found)
+    names = found["table"]["name"].to_pylist() if suffix == "parquet" else list(found["names"])
+    assert names == np.load(vectors)["names"].tolist()
+    if suffix != "parquet":
+        np.testing.assert_array_equal(found["features"], np.load(vectors)["features"])
 
 
 # ---- neighbors ----
