@@ -1,14 +1,17 @@
-"""Frozen features and what they tell: extraction, attention, nearest neighbors, retrieval."""
+"""Frozen features and what they tell: extraction, attention, nearest neighbors, retrieval, pictures."""
 
 import functools
+import hashlib
 import itertools
 import math
+import os
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 import dino_backbones
@@ -115,6 +118,14 @@ def check_finite_features(*features):
         raise UserError(
             "the features contain NaN or infinite numbers: the network has diverged, or its weights are damaged"
         )
+
+
+def digest_of_weights(model):
+    """A digest of all tensors of a network, which changes with any of them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # ---- attention ----
@@ -236,6 +247,28 @@ def rank_of_target(similarities, neighbor_labels, target, T, classes):
     before = (votes > votes_of_target) | (voted & lower & (votes == votes_of_target))
     lower_without_votes = classes[target[:, 0]] - (voted & lower).sum(dim=1)
     return before.sum(dim=1) + torch.where(votes_of_target[:, 0] > 0, 0, lower_without_votes)
+
+
+@torch.no_grad()
+def nearest_neighbors(queries, blocks, k, own=None):
+    """The k rows that are most similar to each query: (cosine similarities, indices), [Q, k] each, best first.
+
+    `queries` [Q, D] are on the device that computes. `blocks` yields all rows in order, float32 [b, D] at a time, of
+    which there must be k. If the queries are rows themselves, `own` is the index of the first: none finds itself.
+    """
+    queries, first = F.normalize(queries, dim=1), 0
+    best = queries.new_full((len(queries), k), -math.inf)
+    places = torch.zeros_like(best, dtype=torch.long)
+    for block in blocks:
+        block = F.normalize(torch.as_tensor(block).to(queries.device), dim=1)
+        similarity = queries @ block.T  # [Q, b]
+        if own is not None:
+            similarity.diagonal(own - first).fill_(-math.inf)
+        values, found = similarity.topk(min(k, len(block)), dim=1)
+        best, order = torch.cat((best, values), dim=1).topk(k, dim=1)
+        places = torch.cat((places, found + first), dim=1).gather(1, order)
+        first += len(block)
+    return best, places
 
 
 # ---- k-NN during training ----
@@ -395,3 +428,34 @@ def draw_mask(pixels, mask, divisor, outline=None):
 
         drawn[find_boundaries(mask, mode="thick")] = outline
     return drawn
+
+
+# ---- contact sheets ----
+
+TILE, GAP, CAPTION = 128, 8, 30  # pixels: side of an image, margin, height of the two lines below an image
+
+
+def draw_sheet(rows):
+    """A PIL image of rows of (PIL image or None, first line, name), each drawn whole in a square with text below."""
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", (columns * (TILE + GAP) + GAP, len(rows) * (TILE + CAPTION + GAP) + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for row, tiles in enumerate(rows):
+        for column, (image, line, name) in enumerate(tiles):
+            left, top = GAP + column * (TILE + GAP), GAP + row * (TILE + CAPTION + GAP)
+            square = Image.new("RGB", (TILE, TILE), "lightgray")
+            sheet.paste(square if image is None else ImageOps.pad(image, (TILE, TILE), color="white"), (left, top))
+            draw.text((left, top + TILE + 2), line, "black", font)
+            draw.text((left, top + TILE + 2 + CAPTION // 2), shorten(name, font), "black", font)
+    return sheet
+
+
+def shorten(name, font):
+    """The end of a path, at most TILE pixels wide: its middle becomes dots."""
+    name = os.path.basename(name).encode("latin-1", errors="replace").decode("latin-1")  # what the font has
+    short = name
+    for kept in range(len(name) // 2, 0, -1):
+        if font.getlength(short) <= TILE:
+            break
+        short = f"{name[:kept]}...{name[-kept:]}"
+    return short

@@ -253,6 +253,14 @@ def planes(image, inputs):
         raise bad_image(name, one_line(e)) from e
 
 
+def shown(image):
+    """A decoded image as people see it, a PIL image in RGB: the first three channels, or the first of one or two."""
+    if not isinstance(image, torch.Tensor):
+        return image
+    levels = (255 * image[: 3 if len(image) > 2 else 1]).round().byte()  # [3 or 1, H, W]
+    return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+
+
 TOLERANCE = 1e-3  # interpolation can overshoot 0 and 1 by this
 
 

@@ -11,7 +11,6 @@ Run the same command again to resume; the result is bit-identical to an uninterr
 
 import argparse
 import functools
-import hashlib
 import math
 import os
 
@@ -295,8 +294,7 @@ def main(args):
     # ---- frozen network, classifier ----
     amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
     model, width = build_model(args, device, amp_dtype)
-    tensors = b"".join(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values())
-    args.weights = hashlib.blake2b(tensors, digest_size=8).hexdigest()
+    args.weights = dino_features.digest_of_weights(model)
     blocks = {"n_last_blocks": args.n_last_blocks, "avgpool": args.avgpool_patchtokens}
     network = functools.partial(frozen_features, model, **blocks)
     extract = functools.partial(dino_features.features_in, network, amp_dtype=amp_dtype)

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.transforms.functional import to_pil_image
 
 import dino_backbones
 import dino_checkpoints
@@ -345,12 +344,8 @@ class Sample(NamedTuple):
         return dino_images.decode(self.images.open(self.number), self.inputs)
 
     def photo(self, size):
-        """The image for people, uint8 [3, size, size]: the first three channels, or the first of one or two."""
-        image = self.load()
-        if isinstance(image, torch.Tensor):
-            shown = image[: 3 if len(image) > 2 else 1]
-            image = to_pil_image((255 * shown).round().byte()).convert("RGB")
-        return dino_crops.eval_transform(size)(image)
+        """The image for people, uint8 [3, size, size]."""
+        return dino_crops.eval_transform(size)(dino_images.shown(self.load()))
 
 
 def images_of_runs(runs, number, inputs):

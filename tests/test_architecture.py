@@ -28,6 +28,7 @@ ARROWS = {
     "dino_data": BELOW_DATA,
     "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "dino_layouts", "utils"},
     "dino_features": {"dino_data", "dino_crops", "dino_backbones", "utils"},
+    "dino_vectors": {"dino_checkpoints", "utils"},
     "dino_health": {"utils"},
     "dino_signals": {"utils"},
     "dino_run": {
@@ -44,6 +45,7 @@ ARROWS = {
 SCRIPTS = {name for name in MODULES if name.startswith("eval_")}
 SCRIPTS |= {"visualize_attention", "video_generation", "export", "report"}
 ARROWS |= dict.fromkeys(SCRIPTS, BELOW_FEATURES)
+ARROWS["embed"] = {"dino_vectors", *BELOW_FEATURES}
 
 
 def imported(tree):
@@ -82,7 +84,7 @@ def test_no_file_has_a_name_that_users_need():
 
 # ---- budgets ----
 
-LINES = {"main_dino": 420, "vision_transformer": 380, "utils": 850, "benchmark": 600}
+LINES = {"main_dino": 420, "vision_transformer": 380, "utils": 850, "benchmark": 600, "embed": 450}
 
 
 def budget(name):
