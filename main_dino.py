@@ -235,9 +235,8 @@ class DINOLoss(nn.Module):
         # avoids a K-wide log-softmax for each pair.
         log_norm = logits.logsumexp(dim=-1).mean(dim=-1)  # [ncrops]
         cross_entropy = log_norm - probs.flatten(1) @ logits.flatten(1).T / logits.shape[1]  # [2, ncrops]
-        if logits.shape[-1] == 1:  # its softmax is 1: leave no rounding
-            cross_entropy = 0 * cross_entropy
-        pairs = torch.ones_like(cross_entropy).fill_diagonal_(0)  # a view does not teach itself (eq. 3)
+        # A view does not teach itself (eq. 3). Of one prototype, nothing can be learned: no rounding is left either.
+        pairs = torch.full_like(cross_entropy, float(logits.shape[-1] > 1)).fill_diagonal_(0)
         loss = (cross_entropy * pairs).sum() / (2 * self.ncrops - 2)
 
         entropy = (sharpened.logsumexp(dim=-1) - torch.linalg.vecdot(probs.flatten(0, 1), sharpened)).mean()
