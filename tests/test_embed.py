@@ -445,7 +445,8 @@ def test_two_processes_write_the_file_of_one(weights, spoiled, tmp_path):
     flags = ["--pretrained_weights", weights, "--data_path", folder, "--batch_size_per_gpu", 3, "--neighbors", 2]
     for processes in (1, 2):
         output = tmp_path / f"of{processes}" / "v.npz"
-        run_script("embed.py", *NETWORK, *flags, "--output", output, processes=processes)
+        said = run_script("embed.py", *NETWORK, *flags, "--output", output, processes=processes).stdout
+        assert f"[0/{7 // processes}]" in said  # of seven batches, the first process has its share
         assert sorted(os.listdir(output.parent)) == ["v.npz", "v.npz.unreadable.txt"]
     assert (tmp_path / "of1/v.npz").read_bytes() == (tmp_path / "of2/v.npz").read_bytes()
 
