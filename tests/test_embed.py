@@ -270,7 +270,7 @@ def test_neighbors_in_chunks_of_bounded_memory_are_the_same(monkeypatch):
     monkeypatch.setattr(dino_features, "NUMBERS_AT_ONCE", 4 * 130)  # for 13 queries on a CPU
     with sizes_of_results() as sizes:
         indices, similarities = embed.neighbors_of_all(found, 12, torch.device("cpu"))
-    assert max(sizes) <= 13 * (12 + 10)  # best so far and a block
+    assert max(set(sizes) - {101 * 12}) <= 13 * (12 + 10)  # but for the result: best so far, and a block
     wanted = slow_neighbors(features, 12)
     assert indices.tolist() == [[j for _, j in row] for row in wanted]
     np.testing.assert_allclose(similarities, [[value for value, _ in row] for row in wanted], atol=1e-6)
