@@ -17,7 +17,6 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ImageOps
@@ -311,18 +310,17 @@ def report_unreadable(unreadable, images, args):
 
 def neighbors_of_all(found, number, device):
     """(indices int64, cosine similarities float32) of the nearest other images of each, [N, K]. Memory is bounded."""
-    similarities = dino_features.NUMBERS_AT_ONCE // (
-        4 if device.type == "cpu" else 1
-    )  # larger ones are no faster there
-    total, at_once = len(found.names), max(similarities // dino_vectors.rows_at_once(found.shape), 1)
+    numbers = dino_features.NUMBERS_AT_ONCE // (4 if device.type == "cpu" else 1)  # CPUs gain nothing from more
+    total, at_once = len(found.names), max(numbers // dino_vectors.rows_at_once(found.shape), 1)
+    # Not one small array per chunk: these would break up the large blocks of memory that the chunks use in turn.
+    indices = torch.empty(total, min(number, total - 1), dtype=torch.long)
+    similarities = torch.empty(indices.shape)
     starts = utils.MetricLogger().log_every(range(0, total, at_once), 10, "Neighbors:")
-    parts = []
     for first, queries in zip(starts, found.rows(at_once), strict=True):
-        queries = torch.from_numpy(queries).to(device)
-        nearest = dino_features.nearest_neighbors(queries, found.blocks(), min(number, total - 1), first)
-        parts.append([part.cpu().numpy() for part in nearest])
-    similarities, indices = map(np.concatenate, zip(*parts, strict=True))
-    return indices, similarities
+        queries, here = torch.from_numpy(queries).to(device), slice(first, first + len(queries))
+        nearest = dino_features.nearest_neighbors(queries, found.blocks(), indices.shape[1], first)
+        similarities[here], indices[here] = nearest
+    return indices.numpy(), similarities.numpy()
 
 
 # ---- queries ----

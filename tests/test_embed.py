@@ -270,7 +270,7 @@ def test_neighbors_in_chunks_of_bounded_memory_are_the_same(monkeypatch):
     monkeypatch.setattr(dino_features, "NUMBERS_AT_ONCE", 4 * 130)  # for 13 queries on a CPU
     with sizes_of_results() as sizes:
         indices, similarities = embed.neighbors_of_all(found, 12, torch.device("cpu"))
-    assert max(sizes) <= 13 * (12 + 10)  # best so far and a block
+    assert max(set(sizes) - {101 * 12}) <= 13 * (12 + 10)  # but for the result: best so far, and a block
     wanted = slow_neighbors(features, 12)
     assert indices.tolist() == [[j for _, j in row] for row in wanted]
     np.testing.assert_allclose(similarities, [[value for value, _ in row] for row in wanted], atol=1e-6)
@@ -445,7 +445,8 @@ def test_two_processes_write_the_file_of_one(weights, spoiled, tmp_path):
     flags = ["--pretrained_weights", weights, "--data_path", folder, "--batch_size_per_gpu", 3, "--neighbors", 2]
     for processes in (1, 2):
         output = tmp_path / f"of{processes}" / "v.npz"
-        run_script("embed.py", *NETWORK, *flags, "--output", output, processes=processes)
+        said = run_script("embed.py", *NETWORK, *flags, "--output", output, processes=processes).stdout
+        assert f"[0/{7 // processes}]" in said  # of seven batches, the first process has its share
         assert sorted(os.listdir(output.parent)) == ["v.npz", "v.npz.unreadable.txt"]
     assert (tmp_path / "of1/v.npz").read_bytes() == (tmp_path / "of2/v.npz").read_bytes()
 
