@@ -139,7 +139,9 @@ def check_layers(state, wanted, source, arch=None):
     foreign = [key for key in unused if not HARMLESS.fullmatch(key)]
     kinds = {kind: [key for key in foreign if re.search(pattern, key)] for kind, pattern in KINDS.items()}
     kinds = {kind: keys for kind, keys in kinds.items() if keys}
-    if foreign and (kinds or any(key in state for key in wanted)):
+    shared = [key for key in wanted if key in state and key != "pos_embed"]
+    same_width = all(state[key].shape == wanted[key].shape for key in shared)  # else that is the simpler reason
+    if kinds or (foreign and shared and same_width):
         what = f" ({', '.join(kinds)})" if kinds else ""
         named = [key for keys in kinds.values() for key in keys] or foreign
         raise UserError(
@@ -148,7 +150,7 @@ def check_layers(state, wanted, source, arch=None):
             "of timm's weights, or export the features from there"
         )
     unused = [key for key in unused if not key.startswith(("head.", "fc."))]
-    if unused and any(key in state for key in wanted):
+    if unused and shared:
         utils.log(f"warning: {source} has tensors that the model does not have: {utils.summarize(unused)}")
 
 
