@@ -80,7 +80,8 @@ def _download(url):
     be read; the message then names the file to delete.
     """
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        how = {"map_location": "cpu", "weights_only": True, "progress": sys.stderr.isatty()}  # no bar in log files
+        return torch.hub.load_state_dict_from_url(url, **how)
     except Exception as e:  # torch raises many types for a damaged file
         path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         if not os.path.exists(path):  # the download failed
