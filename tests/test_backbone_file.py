@@ -95,7 +95,7 @@ def test_convnets_are_written_in_the_usual_memory_format(tmp_path):
 def test_a_full_disk_is_a_warning_and_leaves_no_part_of_a_file(tiny_root, tmp_path, monkeypatch, capsys):
     write = utils.write_whole
 
-    def write_whole(path, act, previous=None):
+    def write_whole(path, act):
         def run_full(file):
             file.write(b"part of it")
             raise OSError(errno.ENOSPC, "No space left on device")
