@@ -100,7 +100,7 @@ def test_a_full_disk_is_a_warning_and_leaves_no_part_of_a_file(tiny_root, tmp_pa
             file.write(b"part of it")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        return write(path, run_full if str(path).endswith("backbone.pth") else act, previous)
+        return write(path, run_full if str(path).endswith("backbone.pth") else act)
 
     monkeypatch.setattr(utils, "write_whole", write_whole)
     train(tiny_root, tmp_path)
