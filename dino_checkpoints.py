@@ -557,7 +557,9 @@ def are_totals(totals):
     """Whether a value is {name: (total, count)}, as utils.MetricLogger.totals returns it."""
 
     def is_total(pair):
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and is_count(pair[1])):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and type(pair[1]) in (int, float)):
+            return False
+        if not 0 <= pair[1] < 2**53:  # a fraction if the number of processes has changed
             return False
         return type(pair[0]) is float or (type(pair[0]) is int and abs(pair[0]) < 2**53)
 

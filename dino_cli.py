@@ -15,6 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import yaml
 from tqdm import tqdm
@@ -273,14 +274,18 @@ def run(main, flags, description):
             getattr(sys, name).reconfigure(errors="replace")  # terminals that know ASCII only
     if threading.current_thread() is threading.main_thread():
         for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            if not utils.is_nohup(number):
                 signal.signal(number, utils.terminate)  # an exception, so that half-written files are removed
     parser = OneLineParser(description=description, parents=[flags], formatter_class=HelpFormatter)
     try:
         args = parse_args(parser)
         if getattr(args, "print_config", False):
             if utils.rank_from_environment("")[0] == 0:
-                print_config(args)
+                try:
+                    print_config(args)
+                    sys.stdout.flush()
+                except BrokenPipeError:  # of `| head`
+                    utils.mute()
             return
         main(args)
     except UserError as e:
@@ -310,12 +315,8 @@ def run(main, flags, description):
 
 def say_error(message):
     """Print an error that several processes may have: once, by the first of them. torchrun repeats it at the end."""
-    if dist.is_initialized():
-        rank = f" (rank {utils.get_rank()})"
-        first = is_first_to_say(message)
-    else:  # what fails before the processes meet fails in all of a machine
-        rank, first = "", int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
+    rank = f" (rank {utils.get_rank()})" if dist.is_initialized() else ""
+    if dist.is_initialized() and not is_first_to_say(message):
         return
     print(f"error{rank}: {message}", file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -337,6 +338,19 @@ def is_first_to_say(message, patience=2.0):
     except RuntimeError:  # rank 0 has ended
         return True
     return first
+
+
+def reduce_dict(input_dict, average=True):
+    """{name: tensor} summed, or averaged, over all processes. For code of the release."""
+    if utils.get_world_size() == 1:
+        return input_dict
+    with torch.no_grad():
+        names = sorted(input_dict)  # the same order on every rank
+        values = torch.stack([input_dict[name] for name in names])
+        dist.all_reduce(values)
+        if average:
+            values /= utils.get_world_size()
+        return dict(zip(names, values, strict=True))
 
 
 def setup_for_distributed(is_master):

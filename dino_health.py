@@ -219,8 +219,8 @@ class HealthMonitor:
             if stats["epoch"] + 1 == self.args.epochs and self.best_knn <= stats.get("knn_start", -1):
                 self.warn(
                     "no gain",
-                    f"the features are no better than before training: top-1 {describe_knn(stats, self.args)}. Train "
-                    "longer (--epochs), and see `The loss does not fall` in docs/troubleshooting.md",
+                    f"the features are no better than before training: top-1 {describe_knn(stats, self.args)}. Start a "
+                    "longer run in another --output_dir, and see docs/troubleshooting.md (k-NN accuracy falls)",
                 )
         return self.best_epoch == stats["epoch"]
 
@@ -232,9 +232,13 @@ BASELINES = ("knn_start", "knn_raw_pixels")
 
 def describe_knn(stats, args):
     """A k-NN accuracy and its baselines, from a line of the log: `53.12 % (untrained 24.03, raw pixels 22.00)`."""
+    known = describe_baselines(stats, args)
+    return f"{stats['knn_top1']:.2f} %" + (f" ({known})" if known else "")
+
+
+def describe_baselines(stats, args):
     words = ("start weights" if args.init_from else "untrained", "raw pixels")
-    known = [f"{word} {stats[name]:.2f}" for word, name in zip(words, BASELINES, strict=True) if name in stats]
-    return f"{stats['knn_top1']:.2f} %" + (f" ({', '.join(known)})" if known else "")
+    return ", ".join(f"{word} {stats[name]:.2f}" for word, name in zip(words, BASELINES, strict=True) if name in stats)
 
 
 def changed_settings(args, parser):
@@ -280,11 +284,14 @@ def describe_end(args, stats, path, seconds):
     if "knn_top1" in stats:
         result.append(f"k-NN top-1 {describe_knn(stats, args)}")
     labeled = args.knn_data or (args.data_path if args.data_path == "sample" else None)
-    data = shlex.quote(labeled) if labeled else "FOLDER_WITH_TRAIN_AND_VAL"
     folder = shlex.quote(args.output_dir)
+    command = f"eval_knn.py --pretrained_weights {folder} --data_path {shlex.quote(labeled or '')}"
+    if not labeled:
+        data = shlex.quote(args.data_path)
+        command = f"embed.py --pretrained_weights {folder} --data_path {data} --output vectors.npz"
     return (
         f"finished{': ' * bool(result)}{', '.join(result)}. This run took {seconds:.0f} s; weights are in {path}\n"
-        f"next: python eval_knn.py --pretrained_weights {folder} --data_path {data}\n"
+        f"next: python {command}\n"
         f"      python report.py {folder}"
     )
 

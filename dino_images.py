@@ -127,7 +127,15 @@ def to_rgb(image):
 
 
 def has_three_pages(image):
-    return image.format == "TIFF" and image.n_frames == 3 and len(image.getbands()) == 1
+    """Whether a TIFF has three gray pages of one size: channels, not a document or a pyramid."""
+    if image.format != "TIFF" or image.n_frames != 3:
+        return False
+    pages = set()
+    for number in range(3):
+        image.seek(number)
+        pages.add((image.size, image.mode))
+    image.seek(0)
+    return len(pages) == 1 and pages.pop()[1] in ("L", "I;16", "I;16B", "I", "F")
 
 
 def float_levels(values):
@@ -180,7 +188,7 @@ def with_retries(act, path, name):
             number = getattr(e, "errno", None)
             if number in (errno.EMFILE, errno.ENFILE):
                 raise UserError(f"too many open files, at {name}. Raise `ulimit -n`, or lower --num_workers") from e
-            gone = number == errno.ENOENT and not os.path.isdir(os.path.dirname(path))
+            gone = number == errno.ENOENT and not os.path.isdir(os.path.dirname(os.path.abspath(path)))
             if not (gone or number in PASSING) or retry_budget_used >= PATIENCE:
                 reason = getattr(e, "strerror", None) or one_line(e)
                 raise bad_image(name, reason) from e

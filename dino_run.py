@@ -245,7 +245,6 @@ class Run(Bare):
         self.epoch = epoch
         self.data_loader.sampler.set_epoch(epoch, self.images_done)
         if self.neighbors and not self.loaded and epoch == 0:
-            utils.log("before the first step: k-NN accuracy of the start weights and of raw pixels, to compare with")
             self.measure_neighbors("before the first step")
 
     def steps(self, data_loader, epoch):
@@ -397,6 +396,7 @@ class Run(Bare):
         try:
             if not self.stats:
                 self.monitor.baselines = self.neighbors.baselines(backbone, self.stop)
+                utils.log(f"{when}: {dino_health.describe_baselines(self.monitor.baselines, self.args)}")
                 return
             found = self.neighbors.accuracies(backbone, self.stop)
         except Stopped:

@@ -296,10 +296,9 @@ def shard_index(paths, extensions):
 
 
 def class_of(label, name):
-    """The class of an image: its label, else a WordNet number or a word in front of its name; else it is unknown."""
-    folder, _, file = name.rpartition(b"/")
-    word = folder.rpartition(b"/")[2] or re.split(rb"[_-]", file)[0]
-    return label or (word if re.fullmatch(rb"n\d{8}|\D+", word) else name)
+    """The class of an image: its label, else the WordNet number in its name; else it is unknown."""
+    found = re.match(rb"(?:.*/)?(n\d{8})[_/]", name)
+    return label or (found[1] if found else name)
 
 
 class TarShards:
@@ -388,7 +387,7 @@ class TarShards:
     def are_sorted(self):
         """Whether shards contain one or two classes each, of more: by labels or else names, in about twenty of them.
 
-        Names tell the class of images without labels: n01440764_18.JPEG, cat/18.jpg.
+        Without labels, names as in ImageNet's own tar files tell: n01440764_18.JPEG.
         """
         some = range(0, len(self.paths), max(len(self.paths) // 20, 1))
         tables = [load_index(self.paths[k], self.states[k], self.extensions) for k in some]

@@ -24,11 +24,11 @@ class Watched:
         return len(self.loader)
 
     def __iter__(self):
-        self.stop.waiting = True
+        self.stop.wait()
         for batch in self.loader:
             self.stop.waiting = False
             yield batch
-            self.stop.waiting = True
+            self.stop.wait()
         self.stop.waiting = False
 
 
@@ -44,7 +44,7 @@ class StopRequest:
         self.children = set(multiprocessing.active_children())
         if threading.current_thread() is threading.main_thread():  # only the main thread can handle signals
             for number in utils.STOP_SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                if not utils.is_nohup(number):
                     self.before[number] = signal.signal(number, self.note)
         return self
 
@@ -80,7 +80,14 @@ class StopRequest:
         self.noted.add(number)
         if number == getattr(signal, "SIGHUP", None):  # the terminal is gone
             utils.mute()
-        if self.waiting and hasattr(signal, "setitimer"):
+        if self.waiting:
+            self.wait()
+
+    def wait(self):
+        """A wait for a batch begins, or a signal has come in it. Several processes can't give up one by one."""
+        self.waiting = True
+        alone = utils.get_world_size() == 1 and threading.current_thread() is threading.main_thread()
+        if self.signal and alone and hasattr(signal, "setitimer"):
             signal.signal(signal.SIGALRM, self.give_up)
             signal.setitimer(signal.ITIMER_REAL, GRACE)
 

@@ -39,8 +39,15 @@ class Embeddings(NamedTuple):
     neighbors: tuple | None = None
 
     def blocks(self):
-        """All vectors in order, in blocks of at most NUMBERS_AT_ONCE numbers."""
-        return self.rows(rows_at_once(self.shape))
+        """All vectors in order, in blocks of at most NUMBERS_AT_ONCE numbers. Raises UserError if some are missing."""
+        number = 0
+        for block in self.rows(rows_at_once(self.shape)):
+            number += len(block)
+            yield block
+        if number != len(self.names):
+            raise UserError(
+                f"{number} of {len(self.names)} vectors are there. Does another run write to this --output?"
+            )
 
 
 def rows_at_once(shape):

@@ -38,7 +38,7 @@ from utils import UserError, bool_flag
 # ---- arguments ----
 
 TOKENS = ("cls", "patch_mean", "both", "patches")
-NEIGHBORS = 10  # of a query
+NEIGHBORS, MOST_TILES = 10, 30  # of a query; in a row of the contact sheet
 
 
 def get_args_parser():
@@ -49,7 +49,7 @@ def get_args_parser():
     parser.add_argument("--data_path", default="sample", metavar="PATH", help="""Images: a folder, with images in it or
         in sub-folders; a list of paths (.txt, .csv, .tsv); tar shards; torchvision:NAME; or `sample`. Labels are not
         needed. If there are any, such as class folders, they are written too.""")
-    parser.add_argument("--list_columns", default=(), nargs="+", metavar="NAME", help="""Of a list with a header: the
+    parser.add_argument("--list_columns", default=None, nargs="+", metavar="NAME", help="""Of a list with a header: the
         columns with the paths and, if there are any, with the labels. Default: recognized by their names.""")
     parser.add_argument("--strict_images", default=False, type=bool_flag, metavar="BOOL", help="""End at the first
         unreadable image. false: unreadable images get no vector and are listed in OUTPUT.unreadable.txt.""")
@@ -83,6 +83,10 @@ def check_args(args):
         raise UserError("where should the vectors go? Set --output vectors.npz, or read others with --embeddings")
     if args.output is None and not args.query:
         raise UserError(f"--embeddings {args.embeddings}: nothing to do. Add --query IMAGE, or --output FILE")
+    for path in args.query or ():
+        if not os.path.isfile(path):
+            what = "is a folder" if os.path.isdir(path) else "does not exist"
+            raise UserError(f"--query {path} {what}. Name image files")
     if args.contact_sheet is not None and not args.query:
         raise UserError(f"--contact_sheet {args.contact_sheet} shows neighbors of --query. Name query images")
     if args.embeddings is not None and (args.normalize or "data_path" in getattr(args, "given", ())):
@@ -348,6 +352,8 @@ def answer(network, queries, found, args):
             f"{theirs}. Name the network that they are from: --pretrained_weights, --tokens"
         )
     number = min(args.neighbors or NEIGHBORS, len(found.names))
+    if number > MOST_TILES:
+        utils.log(f"note: the contact sheet shows {MOST_TILES} of {number} neighbors")
     nearest = dino_features.nearest_neighbors(vectors, found.blocks(), number)
     images = open_named({found.names[i] for i in nearest[1].flatten().tolist()}, found.settings, network.inputs)
     sheet = []
@@ -357,7 +363,7 @@ def answer(network, queries, found, args):
         for similarity, i in zip(*near, strict=True):
             name = found.names[i]
             utils.log(f"  {similarity:.4f}  {utils.printable(name)}")
-            sheet[-1].append((images.get(name), f"{similarity:.3f}", name))
+            sheet[-1] += [(images.get(name), f"{similarity:.3f}", name)] * (len(sheet[-1]) <= MOST_TILES)
     utils.write_whole(args.contact_sheet, lambda file: dino_features.draw_sheet(sheet).save(file, "PNG"))
     utils.log(f"contact sheet: {args.contact_sheet}")
 
@@ -423,6 +429,8 @@ def finish(found, network, queries, args, device):
     """Write Embeddings to --output, if there is one, and answer the queries, if there are any."""
     if args.output is not None:
         if args.neighbors:
+            if args.neighbors >= len(found.names):
+                utils.log(f"note: --neighbors {args.neighbors}, but there are {len(found.names) - 1} other images")
             found = found._replace(neighbors=neighbors_of_all(found, args.neighbors, device))
         dino_vectors.write(args.output, found)
         shape = " x ".join(map(str, (len(found.names), *found.shape)))

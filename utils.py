@@ -37,7 +37,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:  # for editors
     from dino_backbones import load_pretrained_linear_weights, load_pretrained_weights  # noqa: F401
     from dino_checkpoints import restart_from_checkpoint  # noqa: F401
-    from dino_cli import setup_for_distributed  # noqa: F401
+    from dino_cli import reduce_dict, setup_for_distributed  # noqa: F401
     from dino_crops import GaussianBlur, Solarization  # noqa: F401
     from dino_features import PCA, accuracy, compute_ap, compute_map, load_run, multi_scale  # noqa: F401
     from dino_health import get_sha  # noqa: F401
@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # for editors
 ELSEWHERE = {
     "dino_backbones": ("load_pretrained_weights", "load_pretrained_linear_weights"),
     "dino_checkpoints": ("restart_from_checkpoint",),
-    "dino_cli": ("setup_for_distributed",),
+    "dino_cli": ("reduce_dict", "setup_for_distributed"),
     "dino_crops": ("GaussianBlur", "Solarization"),
     "dino_features": ("PCA", "accuracy", "compute_ap", "compute_map", "load_run", "multi_scale"),
     "dino_health": ("get_sha",),
@@ -71,8 +71,8 @@ class UserError(ValueError):
         self.exit_code = exit_code
 
 
-class Stopped(Exception):
-    """Work that a signal has ended on all ranks; `signal` is its number."""
+class Stopped(BaseException):
+    """Work that a signal has ended on all ranks; `signal` is its number. No `except Exception` may swallow it."""
 
     def __init__(self, number):
         super().__init__(number)
@@ -254,19 +254,6 @@ def gather_objects(value):
     return values
 
 
-def reduce_dict(input_dict, average=True):
-    """{name: tensor} summed, or averaged, over all processes."""
-    if get_world_size() == 1:
-        return input_dict
-    with torch.no_grad():
-        names = sorted(input_dict)  # the same order on every rank
-        values = torch.stack([input_dict[name] for name in names])
-        dist.all_reduce(values)
-        if average:
-            values /= get_world_size()
-        return dict(zip(names, values, strict=True))
-
-
 def check_same_everywhere(value, what, remedy="--output_dir must be one folder for all"):
     """Raise UserError on every rank if the ranks do not agree on a value."""
     values = gather_objects(value)
@@ -275,14 +262,15 @@ def check_same_everywhere(value, what, remedy="--output_dir must be one folder f
 
 
 # Settings that may differ between processes: places, and what the machine decides.
-OF_A_PROCESS = {"rank", "gpu", "local_rank", "num_workers", "dist_url", "data_path", "knn_data", "given"}
+OF_A_PROCESS = {"rank", "gpu", "local_rank", "num_workers", "dist_url", "config", "data_path", "knn_data", "init_from"}
 
 
 def check_same_args(args):
     """Raise UserError on every rank if the processes were started with different flags: they would hang, or diverge."""
-    mine = {name: repr(value) for name, value in plain_args(args).items() if name not in OF_A_PROCESS}
-    for name in sorted(set().union(*gather_objects(set(mine)))):
-        check_same_everywhere(mine.get(name), f"--{name}", "Start all processes with the same flags")
+    everyones = gather_objects({k: repr(v) for k, v in plain_args(args).items() if k not in OF_A_PROCESS})
+    for name in sorted(set().union(*everyones)):
+        if len(values := {str(each.get(name)) for each in everyones}) > 1:
+            raise UserError(f"--{name} differs between processes: {', '.join(sorted(values))}. Use the same for all")
 
 
 def terminate(number, _):
@@ -298,6 +286,11 @@ def ignore_signals(_):
 # What asks a run to save and end. Windows has the first two.
 STOP_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
+
+
+def is_nohup(number):
+    """Whether a signal is SIGHUP, and ignored, as under nohup."""
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
 
 
 class HostCopy:
@@ -425,7 +418,7 @@ def read_together(meters, *others):
     The tensors `others` travel with it. Returns each as a flat list.
     """
     unread = [value for meter in meters for value, _ in meter.unread if isinstance(value, torch.Tensor)]
-    flat = [value.detach().float().flatten() for value in (*others, *unread)]
+    flat = [value.detach().float().flatten() for value in others] + [value.float().reshape(1) for value in unread]
     numbers = iter(torch.cat([value.to(flat[0].device) for value in flat]).tolist() if flat else ())
     fetched = [list(itertools.islice(numbers, value.numel())) for value in others]
     for meter in meters:
@@ -467,7 +460,7 @@ class MetricLogger:
     def restore(self, everyones):
         """Continue from what `totals` returned. If the number of processes has changed, rank 0 gets all of it, scaled
         so that all steps count alike."""
-        as_before, share = len(everyones) == get_world_size(), get_world_size() / len(everyones)
+        share = 1 if (as_before := len(everyones) == get_world_size()) else get_world_size() / max(len(everyones), 1)
         for rank, totals in enumerate(everyones):
             mine = rank == get_rank() if as_before else is_main_process()
             for name, (total, count) in totals.items():
@@ -726,7 +719,7 @@ def clip_gradients(model, clip):
 def scale_each(tensors, factors):
     """Multiply each tensor, in place, by its own factor; `factors` [n] stay on the device."""
     factors = list(factors.unbind())
-    if factors[0].device.type == "cuda":  # with scalars, _foreach_mul_ would launch a kernel for each tensor
+    if factors[0].device.type == "cuda":  # a copy as large as all tensors, instead of a kernel launch for each
         sizes = [tensor.numel() for tensor in tensors]
         factors = torch.cat([f.expand(n) for f, n in zip(factors, sizes, strict=True)]).split(sizes)
         factors = [f.view(tensor.shape) for f, tensor in zip(factors, tensors, strict=True)]

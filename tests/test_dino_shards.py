@@ -547,8 +547,8 @@ def test_shards_sorted_by_class_give_a_warning(tmp_path, capsys, labels, are_sor
     [
         ("n0144076{k}_{i}", True),  # as in ImageNet's own tar files
         ("n0144076{i}_{k}", False),
-        ("{word}/{i}", True),
-        ("{word}-{i}", True),
+        ("n0144076{k}/{i}", True),
+        ("{word}_{i}", False),  # a camera, a source
         ("train_{k}{i}", False),
         ("shard{k}_{i}", False),  # a number that is no class
         ("{k}/{i}", False),

@@ -652,7 +652,7 @@ def test_a_run_that_can_not_print_goes_on(whole, flags, run, kind):
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("lr", 0.1, "--lr differs between processes: 0.0005, 0.1. Start all processes with the same flags"),
+        ("lr", 0.1, "--lr differs between processes: 0.0005, 0.1. Use the same for all"),
         ("arch", "vit_tiny", "--arch differs between processes: 'vit_nano', 'vit_tiny'"),
         ("data_path", "val", r"the training images (number, digest of names) differs between processes: (40, "),
     ],
