@@ -211,9 +211,13 @@ def check_parts(data_path, images):
         train, val = (named_part(data_path, part)[0] for part in dino_files.PARTS)
         path = os.path.join(data_path, f"*{train}*.tar")
     else:
-        found = [[name for name in images.classes if name.lower() in words] for words in dino_files.PARTS.values()]
+        classes = [images.classes[i] for i in images.targets.unique().tolist()] if images.classes else []
+        found = [[name for name in classes if name.lower() in words] for words in dino_files.PARTS.values()]
         train, val = (names[0] if names else None for names in found)
         path = os.path.join(data_path, train or "")
+        if train and val and sum(map(len, found)) < len(classes):
+            utils.log(f"warning: --data_path {data_path} contains {train} and {val}. Both are trained on")
+            return
     if train and val:
         raise UserError(
             f"--data_path {data_path} contains {train} and {val}. Train on {train} alone: --data_path {path}"
@@ -236,8 +240,8 @@ def labeled_part(data_path, part, exif=False, flag="--data_path", in_chans=3, co
     images = find_images(path, part, labeled_format(path), exif, flag, in_chans, columns)
     if images.targets is None:
         raise UserError(
-            f"{flag} {path} has no labels. Sort the images into one folder per class, or write a list with labels; in "
-            "shards, add key.cls files"
+            f"{flag} {path} has no labels. Sort the images into one folder per class, or write a list with labels "
+            "(--list_columns PATH LABEL names its columns); in shards, add key.cls files"
         )
     return images
 
@@ -270,11 +274,13 @@ def find_labeled(path, transform, exif, flag, inputs=utils.RGB, columns=()):
     parts = [find_part(path, part) for part in ("train", "val")]
     if all(parts):
         return labeled_images(path, transform, exif, flag, inputs, columns)
-    if any(parts) and not dino_shards.are_shards(os.fspath(path)):
+    images = find_images(path, "", labeled_format(path), exif, flag, inputs.in_chans, columns)
+    known = {word for words in dino_files.PARTS.values() for word in words}
+    if any(parts) and not images.sharded and all(name.lower() in known for name in images.classes):
         raise UserError(
             f"{flag} {path} has only one of train and val. Name a folder with both, or one of class folders"
         )
-    images = find_images(path, "", labeled_format(path), exif, flag, inputs.in_chans, columns)
+    utils.log(f"note: {path} has no train and val: every tenth image per class is held out")
     return split_every_tenth(images, transform, f"{flag} {path}", inputs)
 
 
@@ -292,32 +298,18 @@ def split_every_tenth(images, transform, source, inputs=utils.RGB):
     targets = images.targets
     if targets is None or len(targets.unique()) < 2:
         raise UserError(
-            f"{source} has one class folder or none, but k-NN needs labels. Set --knn_data, or remove --knn_every (if "
-            "there are single images beside class folders: --data_format folder)"
+            f"{source} has one class folder or none, but labels are needed. Name class folders, a folder with train "
+            "and val, or a list with labels (if there are single images beside class folders: --data_format folder)"
         )
     order, counts = targets.argsort(stable=True), targets.bincount()
     number_in_class = torch.empty_like(targets)
     number_in_class[order] = torch.arange(len(targets)) - (counts.cumsum(0) - counts)[targets[order]]
     is_val = (number_in_class % 10 == 0) & (counts[targets] > 1)
     if not is_val.any():
-        raise UserError(f"{source} has one image per class: none is left for k-NN. Set --knn_data")
+        raise UserError(f"{source} has one image per class: none is left for k-NN. Name more images")
     parts = [wanted.nonzero()[:, 0] for wanted in (~is_val, is_val)]
     sets = (EvalImages(images.take(part.tolist()), transform, inputs=inputs) for part in parts)
     return *sets, *(targets[part] for part in parts)
-
-
-def recheck_bad_images(health, images, inputs=utils.RGB):
-    """{name: reason} of the unreadable images that a checkpoint remembers and that can't be read now, either."""
-    before = health.get("bad_images") if isinstance(health, dict) else None
-    found = {}
-    for i in range(len(images)) if before and isinstance(before, dict) else ():
-        name = images.name(i)
-        if name in before:
-            try:
-                dino_images.decode(images.open(i), inputs)
-            except dino_images.BadImage as e:
-                found[name] = e.reason
-    return found
 
 
 # ---- mean and standard deviation ----

@@ -109,6 +109,20 @@ def digest_of_names(images):
     return digest.hexdigest()
 
 
+def recheck_bad_images(health, images, inputs=utils.RGB):
+    """{name: reason} of the unreadable images that a checkpoint remembers and that can't be read now, either."""
+    before = health.get("bad_images") if isinstance(health, dict) else None
+    found = {}
+    for i in range(len(images)) if before and isinstance(before, dict) else ():
+        name = images.name(i)
+        if name in before:
+            try:
+                dino_images.decode(images.open(i), inputs)
+            except dino_images.BadImage as e:
+                found[name] = e.reason
+    return found
+
+
 def random_order(number, seed, epoch, first=0):
     """The indices of `number` images in the order of an epoch, a function of (seed, epoch), from position `first`."""
     generator = torch.Generator().manual_seed(utils.derive_seed(seed, utils.ORDER, epoch))
@@ -317,7 +331,8 @@ def read_list(path, flag, columns=()):
 
 WITH_ARRAYS = (*EXTENSIONS, ".npy")
 PATH_COLUMNS = ("path", "image", "file", "filename", "image_path", "file_name", "filepath", "img", "img_path")
-LABEL_COLUMNS = ("label", "class", "target", "category", "class_name", "label_name")
+PATH_COLUMNS += ("image_name", "image_id", "name")
+LABEL_COLUMNS = ("label", "class", "target", "category", "class_name", "label_name", "labels", "class_id")
 
 
 def is_file(root, name):
@@ -341,7 +356,7 @@ def choose_columns(header, columns, source):
         if len(header) <= 2:
             path = (known[0] or [i for i in range(len(header)) if [i] != known[1]])[0]
             chosen = [path, *(i for i in range(len(header)) if i != path)]
-        elif all(known):
+        elif known[0]:
             chosen = known[0] + known[1]
         else:
             raise UserError(
@@ -349,7 +364,8 @@ def choose_columns(header, columns, source):
                 "--list_columns PATH LABEL"
             )
     if len(header) > 2:
-        labels = f", labels from {header[chosen[1]]!r}" if len(chosen) > 1 else ", no labels"
+        unlabeled = ", no labels (--list_columns PATH LABEL would name them)"
+        labels = f", labels from {header[chosen[1]]!r}" if len(chosen) > 1 else unlabeled
         utils.log(f"{source}: paths from the column {header[chosen[0]]!r}{labels}")
     return chosen
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 import dino_checkpoints
 import dino_cli
-import dino_data
 import dino_features
 import dino_files
 import dino_health
@@ -195,7 +194,7 @@ class Run(Bare):
             self.monitor = dino_health.HealthMonitor(args, self.steps_per_epoch, self.curves, progress["health"])
             if utils.plain_args(progress["args"]).get("knn_data") != args.knn_data:
                 self.monitor.forget_best()  # it was measured on other images
-            self.bad_images = dino_data.recheck_bad_images(progress["health"], images, utils.inputs_of(args))
+            self.bad_images = dino_files.recheck_bad_images(progress["health"], images, utils.inputs_of(args))
             dino_health.write_environment(args, self.parser)
             self.monitor.check_settings()
             self.stop = stack.enter_context(dino_signals.StopRequest())

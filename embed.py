@@ -83,10 +83,6 @@ def check_args(args):
         raise UserError("where should the vectors go? Set --output vectors.npz, or read others with --embeddings")
     if args.output is None and not args.query:
         raise UserError(f"--embeddings {args.embeddings}: nothing to do. Add --query IMAGE, or --output FILE")
-    for path in args.query or ():
-        if not os.path.isfile(path):
-            what = "is a folder" if os.path.isdir(path) else "does not exist"
-            raise UserError(f"--query {path} {what}. Name image files")
     if args.contact_sheet is not None and not args.query:
         raise UserError(f"--contact_sheet {args.contact_sheet} shows neighbors of --query. Name query images")
     if args.embeddings is not None and (args.normalize or "data_path" in getattr(args, "given", ())):
@@ -108,7 +104,9 @@ def check_args(args):
 
 
 def check_files(args):
-    """Raise UserError if a file can't be written. Creates its folder."""
+    """Raise UserError if a file can't be written, or a query is not there. Creates the folders."""
+    if missing := [path for path in args.query or () if not os.path.isfile(path)]:
+        raise UserError(f"--query {missing[0]} is not a file. Name images")
     written = {"--output": args.output, "--contact_sheet": args.contact_sheet if args.query else None}
     for flag, path in written.items():
         if path is not None:
@@ -269,7 +267,12 @@ def embed_images(network, images, args, parts):
     labels = None if images.targets is None else images.targets[kept].numpy()
     at_home = args.data_path == "sample" or args.data_path.startswith("torchvision:")
     path = args.data_path if at_home else os.path.abspath(args.data_path)
-    settings = {**network.settings, "data_path": path, "list_columns": list(args.list_columns), "folder": os.getcwd()}
+    settings = {
+        **network.settings,
+        "data_path": path,
+        "list_columns": list(args.list_columns or ()),
+        "folder": os.getcwd(),
+    }
     rows = dino_vectors.rows_of_file(parts[0], shape)
     return dino_vectors.Embeddings([images.name(i) for i in kept], shape, rows, settings, labels, images.classes)
 

@@ -4,8 +4,9 @@
     python eval_knn.py --pretrained_weights runs/vits16 --data_path imagenet
     python eval_knn.py --load_features features                         # reuse the files of --dump_features
 
---data_path holds train/<class>/* and val/<class>/*, or train.csv and val.csv. Each validation image is classified by
-the k training images with the most similar features. Prints top-1 and top-5 accuracy in percent for each k.
+--data_path holds train/<class>/* and val/<class>/*, or train.csv and val.csv; of class folders alone, every tenth image
+is held out. Each validation image is classified by the k training images with the most similar features. Prints top-1
+and top-5 accuracy in percent for each k.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def main(args):
         return
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     transform = dino_crops.eval_transform(args.image_size, inputs)
-    sets = dino_data.labeled_images(args.data_path, transform, args.exif, inputs=inputs, columns=args.list_columns)
+    sets = dino_data.find_labeled(args.data_path, transform, args.exif, "--data_path", inputs, args.list_columns)
     utils.log(f"{len(sets[0])} training and {len(sets[1])} validation images in {len(sets[0].images.classes)} classes")
     utils.fix_random_seeds(0)  # an untrained network has the same weights in every run
     amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)

@@ -213,6 +213,14 @@ def test_three_planes_are_a_photograph_or_keep_their_bits(tmp_path, kind):
     assert_near(crop[:, 1, 1], want, 1e-4)
 
 
+def test_a_document_or_a_pyramid_of_three_pages_is_its_first_page(tmp_path):
+    sizes, pages = [(8, 8), (4, 4), (2, 2)], [Image.new("1", (8, 8), white) for white in (1, 0, 0)]
+    for name, kept in {"pyramid": [Image.new("L", size, 7) for size in sizes], "fax": pages}.items():
+        kept[0].save(tmp_path / f"{name}.tif", save_all=True, append_images=kept[1:])
+    assert dino_images.load_image(tmp_path / "pyramid.tif").getpixel((1, 1)) == (7, 7, 7)
+    assert dino_images.load_image(tmp_path / "fax.tif").getpixel((1, 1)) == (255, 255, 255)
+
+
 def test_a_run_on_three_planes_keeps_their_range(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()

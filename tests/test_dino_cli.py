@@ -299,3 +299,10 @@ def test_torchrun_repeats_an_error_at_the_end(tmp_path):
     first, last = re.findall(r"error \(rank [01]\): --data_path \S+ does not exist", done.stderr)
     assert first == last
     assert "Traceback" not in done.stderr.partition(first)[0]
+
+
+def test_an_error_of_one_process_alone_is_printed(tmp_path, monkeypatch):
+    """Before the processes meet, such as a machine with one GPU for two of them."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done = run_script("main_dino.py", *SMALL_RUN, "--data_path", tmp_path / "none", check=False)
+    assert "does not exist" in done.stderr

@@ -207,6 +207,7 @@ def test_train_and_val_can_be_lists(tmp_path):
         ("Path,Sex,Age,No Finding", ("Path", "No Finding"), "sb"),
         ("Path,Sex,Age,No Finding", ("Path", "Sex"), "xy"),
         ("Path,Sex,Age,No Finding", ("Path",), None),
+        ("Path,Sex,Age,No Finding", (), None),  # training needs no labels
     ],
 )
 def test_the_columns_of_a_table_are_known_by_its_header(tmp_path, capsys, header, columns, chosen):
@@ -224,7 +225,7 @@ def test_the_columns_of_a_table_are_known_by_its_header(tmp_path, capsys, header
 @pytest.mark.parametrize(
     ("text", "columns", "message"),
     [
-        ("Path,Sex,Age,No Finding\n1.png,x,40,s\n", (), r"\(Path, Sex, Age, No Finding\).*--list_columns PATH LABEL"),
+        ("Foto,Sex,Age,No Finding\n1.png,x,40,s\n", (), r"\(Foto, Sex, Age, No Finding\).*--list_columns PATH LABEL"),
         ("id,Path,y\n7,1.png,x\n", ("Pat", "y"), "has no column 'Pat'; did you mean Path"),
         ("1.png,x,40,s\n", ("Path", "y"), "has no header with the columns --list_columns Path y"),
     ],
@@ -255,6 +256,7 @@ def test_parts_have_other_names_too(tmp_path, monkeypatch, capsys, parts, used):
     for i, part in enumerate(parts.split()):
         for name in "ab":
             draw(tmp_path / part / name / "1.png", i)
+    (tmp_path / "devkit").mkdir()  # without images
     _, val, _, _ = dino_data.labeled_images(tmp_path, dino_crops.eval_transform(8))
     assert names(val.images, tmp_path) == [f"{used}/a/1.png", f"{used}/b/1.png"]
     said = capsys.readouterr().out
@@ -264,6 +266,29 @@ def test_parts_have_other_names_too(tmp_path, monkeypatch, capsys, parts, used):
     code, line = ending(monkeypatch, capsys, main_dino, *flags)
     assert code == 2
     assert line.endswith(f"Train on {train} alone: --data_path {tmp_path / train}")
+
+
+def test_a_part_among_other_classes_is_a_class(tmp_path, capsys):
+    for name in ("Bus", "Car", "Train"):
+        for i in range(11):
+            draw(tmp_path / "vehicles" / name / f"{i:02}.png", i)
+    train, val, _, _ = dino_data.find_labeled(tmp_path / "vehicles", dino_crops.eval_transform(8), False, "--knn_data")
+    assert (len(train), len(val)) == (27, 6)
+    assert "has no train and val: every tenth image per class is held out" in capsys.readouterr().out
+    for name in ("train", "test", "unlabeled"):
+        draw(tmp_path / "stl" / name / "1.png")
+    args = arguments_of(main_dino, *SMALL_RUN, "--data_path", tmp_path / "stl")
+    assert len(dino_data.training_images(args)) == 3
+    assert "contains train and test. Both are trained on" in capsys.readouterr().out
+
+
+def test_knn_holds_out_every_tenth_image_of_class_folders(tmp_path, capsys):
+    for name in ("a", "b"):
+        for i in range(10):
+            draw(tmp_path / name / f"{i}.png", 20 * i)
+    flags = ["--arch", "vit_nano", "--pretrained_weights", "random", "--image_size", 32, "--num_workers", 0]
+    eval_knn.main(arguments_of(eval_knn, *flags, "--nb_knn", 1, "--device", "cpu", "--data_path", tmp_path))
+    assert "18 training and 2 validation images in 2 classes" in capsys.readouterr().out
 
 
 def test_flat_test_images_are_told_to_be_labeled(tmp_path):

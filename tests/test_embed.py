@@ -525,7 +525,7 @@ def no_network(monkeypatch):
         (["--output", "OUT/folder.npz"], "the folder of --output OUT has a folder named folder.npz"),
         (["--output", "OUT/file/v.npz"], "can't write to the folder of --output OUT/file: a file is in its way"),
         (["--output", "OUT/v.npz", "--contact_sheet", "OUT/s.png"], "OUT/s.png shows neighbors of --query"),
-        (["--output", "OUT/v.npz", "--query", "OUT/none.jpg"], "OUT/none.jpg: No such file or directory"),
+        (["--output", "OUT/v.npz", "--query", "OUT/none.jpg"], "OUT/none.jpg is not a file"),
         (["--output", "OUT/v.npz", "--query", "OUT/file", "--contact_sheet", "x.gif"], "x.gif must end in .png"),
         (["--output", "OUT/v.npz", "--tokens", "patches", "--neighbors", 3], "patches has no single vector per image"),
         (["--output", "OUT/v.parquet", "--tokens", "patches"], "a table has one vector per image"),

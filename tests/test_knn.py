@@ -197,7 +197,8 @@ def test_the_untrained_network_and_raw_pixels_are_measured_before_the_first_step
     knn = f"top-1 {lines[0]['knn_top1']:.2f} % {both}"
     assert len(re.findall(rf"20-NN of the teacher, \d+ validation images among \d+: {re.escape(knn)}", said)) == 2
     assert f"finished: loss {lines[1]['train_loss']:.4f}, k-NN {knn}" in said
-    assert f"warning: the features are no better than before training: {knn}. Train longer (--epochs)" in said
+    assert f"warning: the features are no better than before training: {knn}. Start a longer run" in said
+    assert f"before the first step: {both[1:-1]}\n" in said
 
 
 def test_a_resumed_run_keeps_what_it_compares_with(tiny_root, tmp_path):

@@ -718,7 +718,7 @@ RUN = argparse.Namespace(batch_size_per_gpu=8)
         *(("images_done", value) for value in (1.5, True, 2**70)),
         *(
             ("meters", value)
-            for value in (None, [{"loss": 3}], [{"loss": (1.0, 1.0)}], [{"loss": (10**400, 1)}], [{3: (1.0, 1)}])
+            for value in (None, [{"loss": 3}], [{"loss": (1.0, -1.0)}], [{"loss": (10**400, 1)}], [{3: (1.0, 1)}])
         ),
     ],
 )

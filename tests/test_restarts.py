@@ -100,6 +100,20 @@ def hanging_image(number):
     dino_images.open_image, dino_signals.GRACE = load_or_hang, 0.3
 
 
+def hanging_image_after_signal(number):
+    """A signal at the end of the step before the one that waits forever."""
+    hanging_image(number)
+    clip, steps = utils.clip_gradients, []
+
+    def clip_and_signal(*args):
+        steps.append(1)
+        if 8 * len(steps) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(*args)
+
+    utils.clip_gradients = clip_and_signal
+
+
 def lost_stdout(kind):
     """From step 1 on, nobody reads what is printed, or there is no room for it."""
 
@@ -337,6 +351,8 @@ def train(flags, spoil="nothing", *args):
 def enter(screen, environment, *args):
     """The first function of a forked process: a session and a screen of its own."""
     os.setsid()
+    for number in utils.STOP_SIGNALS:  # runs in the process that started this one leave them ignored
+        signal.signal(number, signal.SIG_DFL)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's processes, which are spoiled too
     with open(screen, "wb") as file:
         os.dup2(file.fileno(), 1)
@@ -631,6 +647,20 @@ def test_a_signal_while_the_loader_hangs_saves_what_is_done(whole, flags, run, w
     assert progress(run / "checkpoint.pth") == 2
     finish(*flags)
     assert_same(result(run), whole)
+
+
+def test_a_run_stopped_twice_in_an_epoch_resumes(whole, flags, run):
+    for at in (1, 3):
+        assert Run(*flags, spoil=("signal_in_step", at, signal.SIGTERM)).end()[0] == [143]
+    finish(*flags)
+    assert_same(result(run), whole)
+
+
+def test_a_signal_just_before_the_loader_hangs_saves_what_is_done(flags, run):
+    """After the vote of a step, which is where a run looks for signals."""
+    stuck = Run(*flags, spoil=("hanging_image_after_signal", 16))
+    codes, (said,) = stuck.end(timeout=20)
+    assert (codes, progress(run / "checkpoint.pth")) == ([128 + signal.SIGTERM], 2), said
 
 
 def test_a_signal_before_the_first_batch_saves_too(whole, flags, run):
