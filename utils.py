@@ -333,7 +333,7 @@ def say(*words):
 
 def mute():
     """Drop all that is printed from now on."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not every stream has a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -729,6 +729,44 @@ def test_sigterm_does_not_change_the_exit_code_of_a_user_error(error, deaf):
             signal.signal(number, handler)
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_a_wait_for_a_batch_ends_some_time_after_a_signal(monkeypatch, early):
+    monkeypatch.setattr(dino_signals, "GRACE", 0.05)
+    seen = []
+
+    class Loader:
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            yield "a batch"
+            if not early:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(20)
+
+    def use_all(batches):
+        for batch in batches:
+            seen.append(batch)
+            if early:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    with dino_signals.StopRequest() as stop:
+        watched = stop.watch(Loader())
+        assert len(watched) == 2
+        with pytest.raises(utils.Stopped) as stopped:
+            use_all(watched)
+        assert (stopped.value.signal, stop.signal, seen) == (signal.SIGUSR1, signal.SIGUSR1, ["a batch"])
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with dino_signals.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.interrupted -= 2  # seconds ago
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+
+
 def test_ctrl_c_reaches_loaders_without_harm(whole, flags, run):
     """Ctrl-C reaches the loader's processes too."""
     flags += ["--num_workers", 2]

@@ -769,3 +769,16 @@ def test_get_sha_names_the_commit():
 def test_public_names_of_other_files_are_found_in_utils():
     assert utils.PCA is dino_features.PCA
     assert utils.load_pretrained_weights is dino_backbones.load_pretrained_weights
+
+
+def test_a_line_that_can_not_be_printed_is_dropped(monkeypatch):
+    class Full:
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    utils.say("warning: a line")
+    utils.say("another")
