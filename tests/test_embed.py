@@ -465,7 +465,8 @@ def test_a_run_killed_half_way_leaves_no_output(weights, sample_root, photos, tm
     how = [*NETWORK, "--pretrained_weights", weights, "--tokens", "patches", "--batch_size_per_gpu", 1]
     words = ["embed.py", *how, "--data_path", sample_root / "train", "--output", output]
     start_forks()
-    how_to_run = (list(map(str, words)), dict(os.environ), [os.devnull] * 2, None)
+    screen = tmp_path.parent / f"{tmp_path.name}-screen"
+    how_to_run = (list(map(str, words)), dict(os.environ), [os.devnull, screen], None)
     process = FORKS.Process(target=become, args=how_to_run)
     process.start()
     part, until = tmp_path / "v.npz.rank0.tmp", time.monotonic() + 60
@@ -475,7 +476,8 @@ def test_a_run_killed_half_way_leaves_no_output(weights, sample_root, photos, tm
         time.sleep(0.01)
     os.kill(process.pid, number)
     process.join()
-    assert process.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM)
+    code = -signal.SIGKILL if number == signal.SIGKILL else 128 + signal.SIGTERM
+    assert process.exitcode == code, screen.read_text()
     assert output.read_bytes() == b"of an earlier run"
     assert part.exists() == (number == signal.SIGKILL)
     args = arguments_of(embed, *how, "--data_path", photos, "--output", output)
