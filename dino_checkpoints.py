@@ -508,7 +508,7 @@ def check_numbers(ours, theirs, whose):
                 raise ValueError(f"{whose}{name} is {str(theirs[name])[:100]}, here it is {value}")
 
 
-# What each parameter has in the state of an optimizer, besides what is optional.
+# The required entries of each parameter in the state of an optimizer.
 MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, utils.LARS: {"mu"}}
 
 

@@ -143,7 +143,7 @@ class HealthMonitor:
     `state` what `state_dict` returned.
     """
 
-    # What a checkpoint keeps, and what it must look like there. Anything else is left out.
+    # The attributes that a checkpoint keeps. Values of other types are left out.
     REMEMBERED: ClassVar = {
         "seen": lambda value: type(value) is list and all(type(name) is str for name in value),
         "warnings": lambda value: type(value) is list and all(type(what) is str for what in value),

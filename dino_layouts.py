@@ -123,7 +123,7 @@ KINDS = {
     "register tokens": r"(^|\.)(reg|register|storage)_tokens?$",
     "SwiGLU": r"\.mlp\.(w12|w[1-3]|weights_in|fc1_[gx]|gate_proj)\.",
 }
-# Heads, what is used in training alone, and buffers that are computed again: no feature depends on them.
+# Heads, parts for training alone, and buffers that are computed again: no feature depends on them.
 HARMLESS = re.compile(
     r"(\w*head\w*|fc|\w*classifier\w*|pooler|aux\w*|AuxLogits|prototypes|(decoder|projector|predictor|loss)\w*)(\..*)?"
     r"|(.*\.)?(mask_token|masked_embed|num_batches_tracked|relative_position_index|relative_coords_table|attn_mask)"
@@ -133,7 +133,7 @@ HARMLESS = re.compile(
 def check_layers(state, wanted, source, arch=None):
     """Raise UserError if tensors in `state` belong to layers that the network with the tensors `wanted` lacks.
 
-    Its features would be wrong without them. Heads and what is used only in training are a warning.
+    Its features would be wrong without them. Heads and parts for training alone are a warning.
     """
     unused = [key for key in state if key not in wanted]
     foreign = [key for key in unused if not HARMLESS.fullmatch(key)]

@@ -83,7 +83,7 @@ class Batches:
 class OurTraining:
     """What train_dino sets up for its arguments, and train_one_epoch on crops in memory.
 
-    `wrap` is called with student and teacher and returns what is trained.
+    `wrap` is called with student and teacher and returns the two networks to train.
     """
 
     def __init__(self, args, wrap=lambda *networks: networks):

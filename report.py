@@ -145,7 +145,7 @@ def is_number(value):
 
 
 def names_of(runs):
-    """The names of the runs' folders, with as many of their parents as tell them apart."""
+    """The names of the runs' folders, with the parents that tell them apart."""
     folders = [run.folder.resolve() for run in runs]
     common = os.path.commonpath([folder.parent for folder in folders])
     return [str(folder.relative_to(common)) for folder in folders]

@@ -44,7 +44,7 @@ def shipped(run_dir, tmp_path):
     return tmp_path
 
 
-# ---- what is written ----
+# ---- output ----
 
 
 def test_a_run_ends_with_the_teachers_backbone_as_plain_tensors(run_dir):

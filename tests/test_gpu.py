@@ -116,5 +116,5 @@ def test_meters_and_other_numbers_are_read_with_one_wait(device):
         torch.cuda.set_sync_debug_mode("warn")
         found = utils.read_together(logger.meters.values(), *others)
         torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchroniz" in str(warning.message) for warning in seen) == 1
+    assert sum("called a synchronizing" in str(warning.message) for warning in seen) == 1
     assert (found, logger.loss.value, logger.entropy.value) == ([[0, 1, 2], [1, 1]], 2, 1.5)

@@ -211,7 +211,7 @@ class Tools:
         return {"images_s": batch / seconds, "ms": seconds * 1e3, "peak_mb": peak_mb}
 
     def has_time(self, what, seconds):
-        """Whether this section may run for that long. If not, print what is left out."""
+        """Whether this section may run for that long. If not, print its name."""
         if self.given.until - time.monotonic() > seconds:
             return True
         print(f"  left out, no time: {what}", flush=True)
@@ -862,7 +862,9 @@ def two_ranks(tools):
                 finally:
                     utils.get_world_size = before
                 error, worst, where = relative(gradients, wanted)
-                found.check(f"ranks_gradients_{arch}", error < 1e-3, f"{error:.1e}, worst {worst:.1e} of {where}")
+                # Batch norms on small maps enlarge rounding: 0.7e-3 and 1.5e-3 were measured. Not synchronized: 0.8.
+                most = 1e-3 if arch == "vit_nano" else 1e-2
+                found.check(f"ranks_gradients_{arch}", error < most, f"{error:.1e}, worst {worst:.1e} of {where}")
             together.train(mine, 3)
             totals = torch.stack([p.detach().double().sum() for p in together.parts.student.parameters()]).sum().cpu()
             everyone = [torch.zeros_like(totals) for _ in range(2)]
