@@ -39,6 +39,7 @@ from PIL import Image
 
 import dino_backbones
 import dino_cli
+import dino_cpu
 import dino_crops
 import dino_data
 import dino_features
@@ -325,7 +326,7 @@ def precisions(kind):
     """What this device computes in hardware."""
     if kind == "cuda":
         return ["float32", "tf32", "bf16", "fp16"]
-    return ["float32"] + ["bf16"] * dino_backbones.cpu_computes_bf16()
+    return ["float32"] + ["bf16"] * dino_cpu.cpu_computes_bf16()
 
 
 def pace(kind, warm_up=1):
@@ -336,7 +337,7 @@ def pace(kind, warm_up=1):
 def matrix_product(kind, precision):
     """The work of a product of two square matrices."""
     device, amp_dtype, *_ = dino_steps.start(dino_steps.training_args(device=kind, **PRECISION_FLAGS[precision]))
-    dino_backbones.multiply_by_onednn()  # on CPUs where that is faster
+    dino_cpu.multiply_by_onednn()  # on CPUs where that is faster
     shape = (SIDES[kind], SIDES[kind])
     a, b, c = (torch.randn(shape, device=device).to(amp_dtype or torch.float32) for _ in range(3))
     return repeat(partial(torch.mm, a, b, out=c))
@@ -475,7 +476,7 @@ def inference(args):
 def solve(function, task, kind, *shape):
     """The work of calling a function with what `task(kind, *shape)` returns."""
     if kind == "cpu" and not function.__name__.startswith("plain"):
-        dino_backbones.tune_cpu()  # as in the evaluations
+        dino_cpu.tune_cpu()  # as in the evaluations
     return repeat(partial(function, *task(kind, *shape)))
 
 

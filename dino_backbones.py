@@ -1,21 +1,19 @@
 """A network by its name, and weights into it."""
 
 import argparse
-import ctypes
 import inspect
 import math
 import os
 import re
 import shutil
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dino_checkpoints
+import dino_cpu
 import dino_layouts
 import utils
 import vision_transformer as vits
@@ -227,7 +225,7 @@ def pick_amp_dtype(device, use_fp16, amp_dtype):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_computes_bf16() else None
+    return torch.bfloat16 if device.type == "cpu" and dino_cpu.cpu_computes_bf16() else None
 
 
 def training_dtype(args, device):
@@ -265,27 +263,10 @@ def sees_only_padding(conv, images, out):
     return any((h - 1) * stride < pad or (k - 1) * step - pad >= height for k, stride, pad, step, height, h in sides)
 
 
-def cpu_computes_bf16():
-    """Whether this CPU multiplies bf16 faster than float32. Intel's without AMX have slower instructions for it.
-
-    Not measured: a busy machine gives another answer now and then, and a run has to resume in the same precision.
-    """
-    flags = cpu_flags()
-    return bool(flags & {"amx_bf16", "bf16"}) or {"avx512_bf16", "AuthenticAMD"} <= flags
-
-
-def cpu_flags():
-    """The words of /proc/cpuinfo, vendor and instruction sets among them; none where there is no such file."""
-    try:
-        return frozenset(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return frozenset()
-
-
 def prepare_for_training(student, teacher, args, device, amp_dtype):
     """Switch two MultiCropWrappers to what trains fastest. Raises UserError for flags that they can't follow."""
     if device.type == "cpu":
-        tune_cpu()
+        dino_cpu.tune_cpu()
         warn_of_size(student.backbone, args, amp_dtype)
     if args.local_crops_number:  # global crops were tried when the network was built
         features_width(teacher.backbone, args.local_crops_size, args.arch, args.in_chans)
@@ -305,7 +286,7 @@ def prepare_for_training(student, teacher, args, device, amp_dtype):
 def prepare_for_evaluation(model, device, amp_dtype=None):
     """The network on the device in evaluation mode, without gradients, switched to the fastest kernels there."""
     if device.type == "cpu":
-        tune_cpu()
+        dino_cpu.tune_cpu()
     use_fused_attention(model, device, amp_dtype)
     return model.to(device).eval().requires_grad_(False)
 
@@ -342,43 +323,6 @@ def distribute(student, teacher, device):
     device_ids = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(student, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
     return wrapped, teacher
-
-
-def tune_cpu():
-    """Make training on CPUs faster: keep freed memory, and use oneDNN where it beats MKL. Settings of the process."""
-    keep_freed_memory()
-    multiply_by_onednn()
-
-
-def keep_freed_memory():
-    """Let glibc keep large blocks that are freed, as torch does on GPUs.
-
-    By default they are returned to the system, and each step has its activations mapped and zeroed again, page by page:
-    a third of the time of a step. The price is that the process stays at its peak.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # other C libraries have none
-        trim_threshold, mmap_max = -1, -4
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
-
-
-def multiply_by_onednn():
-    """Multiply float32 matrices with oneDNN on AMD CPUs with AVX-512: as exact as MKL, torch's choice, twice as fast.
-
-    torch uses oneDNN only where it may round to bf16, which oneDNN does only on CPUs with AMX; these are left alone. If
-    a product is rounded nevertheless, the setting is undone. torch.get_float32_matmul_precision() raises after this.
-    """
-    flags, settings = cpu_flags(), getattr(torch.backends.mkldnn, "matmul", None)
-    if not hasattr(settings, "fp32_precision") or "AuthenticAMD" not in flags or "avx512f" not in flags:
-        return
-    if any(flag.startswith("amx") for flag in flags):
-        return
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    ramp = torch.linspace(1, 2, 2**16).view(256, 256)  # numbers that bf16 does not have
-    exact = ramp.double() @ ramp.double()
-    if not torch.allclose((ramp @ ramp).double(), exact, rtol=1e-5, atol=0):
-        settings.fp32_precision = before
 
 
 def use_fused_attention(model, device, amp_dtype=None):

@@ -12,13 +12,14 @@ SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.item
 
 BELOW_DATA = {"dino_shards", "dino_files", "dino_images", "dino_crops", "dino_checkpoints", "dino_cli", "utils"}
 BELOW_FEATURES = {"dino_features", "dino_data", "dino_backbones", "dino_layouts", "hubconf", "vision_transformer"}
-BELOW_FEATURES |= BELOW_DATA
+BELOW_FEATURES |= BELOW_DATA | {"dino_cpu"}
 # A file imports only these files of ours. utils imports none: its __getattr__ finds public names when they are needed.
 ARROWS = {
     "vision_transformer": set(),
     "hubconf": {"vision_transformer"},
     "utils": set(),
     "dino_cli": {"utils"},
+    "dino_cpu": set(),
     "dino_layouts": {"vision_transformer", "utils"},
     "dino_checkpoints": {"dino_layouts", "utils"},
     "dino_images": {"utils"},
@@ -26,7 +27,7 @@ ARROWS = {
     "dino_crops": {"dino_images", "utils"},
     "dino_shards": {"dino_files", "dino_images", "utils"},
     "dino_data": BELOW_DATA,
-    "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "dino_layouts", "utils"},
+    "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "dino_cpu", "dino_layouts", "utils"},
     "dino_features": {"dino_data", "dino_crops", "dino_backbones", "utils"},
     "dino_vectors": {"dino_checkpoints", "utils"},
     "dino_health": {"utils"},

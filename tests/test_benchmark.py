@@ -17,6 +17,7 @@ from conftest import FORKS, arguments_of, assert_near, ending, start_forks
 
 import benchmark
 import dino_backbones
+import dino_cpu
 import dino_data
 import dino_features
 import dino_images
@@ -511,7 +512,7 @@ def test_networks_have_tables(here, monkeypatch, capsys):
 def test_inference_measures_the_networks_of_table_1(monkeypatch):
     tables = []
     monkeypatch.setattr(benchmark, "compare", lambda title, unit, rows, *_, **how: tables.append(list(rows)))
-    monkeypatch.setattr(dino_backbones, "cpu_computes_bf16", lambda: True)
+    monkeypatch.setattr(dino_cpu, "cpu_computes_bf16", lambda: True)
     benchmark.inference(arguments_of(benchmark, "--device", "cpu"))
     names = ["vit_small/16", "vit_small/8", "vit_base/16", "vit_base/8", "resnet50"]
     assert tables == [[f"{name} {precision}" for name in names for precision in ("float32", "bf16")]]

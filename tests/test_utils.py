@@ -20,6 +20,7 @@ from PIL import Image
 from torchvision import models, transforms
 
 import dino_backbones
+import dino_cpu
 import dino_features
 import utils
 from utils import UserError
@@ -208,7 +209,7 @@ def test_a_process_without_a_gpu_of_its_own_is_a_user_error(monkeypatch):
     ],
 )
 def test_amp_dtype_is_as_requested_or_what_the_hardware_has(monkeypatch, device, fast, use_fp16, amp_dtype, want):
-    monkeypatch.setattr(dino_backbones, "cpu_computes_bf16", lambda: fast)
+    monkeypatch.setattr(dino_cpu, "cpu_computes_bf16", lambda: fast)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if fast else (7, 5))
     assert dino_backbones.pick_amp_dtype(torch.device(device), use_fp16, amp_dtype) is want
 
@@ -246,24 +247,24 @@ def test_tf32_needs_a_gpu():
     ],
 )
 def test_cpus_that_are_fast_in_bf16_are_known_from_cpuinfo(monkeypatch, text, want):
-    monkeypatch.setattr(utils.Path, "read_text", lambda self: text)
-    assert dino_backbones.cpu_computes_bf16() is want
+    monkeypatch.setattr(dino_cpu.Path, "read_text", lambda self: text)
+    assert dino_cpu.cpu_computes_bf16() is want
 
 
 def test_a_machine_without_cpuinfo_has_no_bf16(monkeypatch):
     def missing(self):
         raise FileNotFoundError
 
-    monkeypatch.setattr(utils.Path, "read_text", missing)
-    assert dino_backbones.cpu_computes_bf16() is False
+    monkeypatch.setattr(dino_cpu.Path, "read_text", missing)
+    assert dino_cpu.cpu_computes_bf16() is False
 
 
 FAULTS = """
 import resource, sys, torch
 sys.path.insert(0, {root!r})
-import dino_backbones
+import dino_cpu
 torch.set_num_threads(1)
-dino_backbones.tune_cpu() if {keep} else None
+dino_cpu.tune_cpu() if {keep} else None
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(8):
@@ -303,9 +304,9 @@ def product_precision():
     ],
 )
 def test_onednn_is_used_where_it_is_exact_and_faster(monkeypatch, product_precision, cpu, exact, want):
-    monkeypatch.setattr(dino_backbones, "cpu_flags", lambda: frozenset(cpu.split()))
+    monkeypatch.setattr(dino_cpu, "cpu_flags", lambda: frozenset(cpu.split()))
     monkeypatch.setattr(torch, "allclose", lambda *_, **__: exact)
-    dino_backbones.multiply_by_onednn()
+    dino_cpu.multiply_by_onednn()
     assert product_precision.fp32_precision == want
 
 
