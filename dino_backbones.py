@@ -22,6 +22,7 @@ from utils import UserError
 # ---- names ----
 
 ALIASES = dino_checkpoints.ARCH_ALIASES
+CIFAR = "_cifar"
 
 
 def vit_names():
@@ -35,9 +36,11 @@ def vit_factory(arch):
 
 
 def convnet_names():
+    """torchvision's classification networks, and its ResNets for small images: resnet18_cifar and so on."""
     from torchvision import models
 
-    return models.list_models(module=models)
+    names = models.list_models(module=models)
+    return [*names, *(name + CIFAR for name in names if name.startswith(("resnet", "resnext", "wide_resnet")))]
 
 
 def import_timm(arch):
@@ -125,7 +128,10 @@ def build_convnet(arch, drop_path_rate=0.0, in_chans=3):
 
     # Auxiliary classifiers are not used: their parameters would never get a gradient.
     no_extras = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
-    model = take_off_classifier(models.get_model(arch, weights=None, **no_extras), arch)
+    model = take_off_classifier(models.get_model(arch.removesuffix(CIFAR), weights=None, **no_extras), arch)
+    if arch.endswith(CIFAR):  # the usual change for 32 x 32 pixels: stride 1 and no pooling keep their detail
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
     if in_chans != 3:
         replace_first_conv(model, in_chans)
     return model

@@ -4,10 +4,10 @@ Drawing consumes random numbers exactly as the release's transforms do. Renderin
 views can be rendered exactly (`pil`) or faster (`fast`).
 """
 
+import argparse
 import contextlib
 import functools
 import math
-import operator
 import random
 from typing import NamedTuple
 
@@ -19,7 +19,64 @@ from torchvision import transforms
 
 import dino_images
 import utils
+from dino_cli import between, share
 from utils import UserError
+
+# ---- flags ----
+
+
+class Strengths(NamedTuple):
+    """How strongly crops are augmented, as the flags below say. The defaults are BYOL's, which the paper uses."""
+
+    color_jitter: tuple = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    color_jitter_p: float = 0.8
+    gray_p: float = 0.2
+    blur_p: tuple = (1.0, 0.1, 0.5)  # of the first global, the second global, and a local crop
+    blur_radius: tuple = (0.1, 2.0)  # in pixels of the crop
+    solarize_p: float = 0.2  # of the second global crop
+
+
+PAPER = Strengths()
+
+
+def flags():
+    """The flags of the augmentation, as a parser for `parents=[...]`."""
+    p = {"type": share, "metavar": "P"}
+    parser = argparse.ArgumentParser(add_help=False)
+    # fmt: off
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--augmentation", default="pil", choices=["pil", "fast"], help="""pil: the paper's
+        pixels, bit for bit. fast: OpenCV, the same crops to within a level or two, several times as fast.""")
+    group.add_argument("--color_jitter", default=PAPER.color_jitter, type=between(0, 10, float), nargs=4,
+        metavar=("B", "C", "S", "H"), help="""Largest change of brightness, contrast and saturation (0.4: factors from
+        0.6 to 1.4), and of hue (at most 0.5, half the color wheel). 0 turns one off.""")
+    group.add_argument("--color_jitter_p", default=PAPER.color_jitter_p, **p, help="Share of crops with color jitter.")
+    group.add_argument("--gray_p", default=PAPER.gray_p, **p, help="Share of crops that become gray.")
+    group.add_argument("--blur_p", default=PAPER.blur_p, type=share, nargs=3, metavar=("FIRST", "SECOND", "LOCAL"),
+        help="Share of blurred crops: of first and second global crops, and of local ones. 0 0 0 turns blur off.")
+    group.add_argument("--blur_radius", default=PAPER.blur_radius, type=between(0, 1e4, float), nargs=2,
+        metavar=("MIN", "MAX"), help="Gaussian blur in pixels of the crop; for crops up to 64 pixels use 0.1 0.5.")
+    group.add_argument("--solarize_p", default=PAPER.solarize_p, **p,
+        help="Share of second global crops whose bright values are inverted.")
+    # fmt: on
+    return parser
+
+
+def check_flags(args):
+    """Raise UserError for flags of the augmentation that cannot be followed."""
+    if args.augmentation == "fast":
+        opencv()  # is it installed?
+    if args.color_jitter[3] > 0.5:
+        raise UserError(f"--color_jitter: a hue of {args.color_jitter[3]} is more than half the color wheel. Use 0.5")
+    low, high = args.blur_radius
+    if low > high:
+        raise UserError(f"--blur_radius {low} {high}: put the smaller number first")
+
+
+def strengths_of(args):
+    """The Strengths that a run's arguments name."""
+    return Strengths(*(getattr(args, name) for name in Strengths._fields))
+
 
 # ---- what is drawn ----
 
@@ -40,35 +97,60 @@ class RandomView:
     """PIL image -> a crop of it, resized to `size` and augmented, as uint8 [3, size, size].
 
     `draw` consumes torch's random numbers as torchvision's transforms do, in their order, and Python's as blur and
-    solarization do.
+    solarization do. Each is drawn into the same tensor: for small crops, torchvision's own drawing takes as long as all
+    of the rendering.
     """
 
-    def __init__(self, size, scale, blur, solarization=None, augmentation="pil"):
+    def __init__(self, size, scale, blur, solarization=None, augmentation="pil", strengths=PAPER):
         self.size, self.scale, self.blur, self.solarization = size, scale, blur, solarization
         self.render = RENDERERS[augmentation]
-        self.colors = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-        self.jitter_p = torch.tensor(0.8).item()  # as float32, since torch compares it with a float32 number
+        colors = transforms.ColorJitter(*strengths.color_jitter)
+        self.jitter, self.gray_p = [getattr(colors, name) for name in JITTER], strengths.gray_p  # None: turned off
+        # As float32, since torch compares it with a float32 number.
+        self.jitter_p = torch.tensor(strengths.color_jitter_p).item()
 
     def __call__(self, image):
         return self.render(image, [self.draw(image)])[0]
 
     def draw(self, image):
         """A View for an image, of which only the size matters."""
-        top, left, height, width = transforms.RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
+        _, height, width = transforms.functional.get_dimensions(image)
+        number = torch.empty(1)
         return View(
             size=self.size,
-            box=(left, top, left + width, top + height),
-            flip=torch.rand(1).item() < 0.5,
-            jitter=self.draw_jitter() if torch.rand(1).item() <= self.jitter_p else (),
-            gray=torch.rand(1).item() < 0.2,
+            box=draw_box(width, height, self.scale, number),
+            flip=number.uniform_().item() < 0.5,
+            jitter=self.draw_jitter(number) if number.uniform_().item() <= self.jitter_p else (),
+            gray=number.uniform_().item() < self.gray_p,
             blur=self.blur.draw(),
             solarize=self.solarization is not None and self.solarization.draw(),
         )
 
-    def draw_jitter(self):
-        j = self.colors
-        order, *factors = j.get_params(j.brightness, j.contrast, j.saturation, j.hue)
-        return tuple((("brightness", "contrast", "saturation", "hue")[i], factors[i]) for i in order.tolist())
+    def draw_jitter(self, number):
+        order = torch.randperm(4).tolist()
+        factors = [limits and number.uniform_(*limits).item() for limits in self.jitter]
+        return tuple((JITTER[i], factors[i]) for i in order if factors[i] is not None)
+
+
+JITTER = ("brightness", "contrast", "saturation", "hue")
+# torchvision's limits of a crop's width divided by its height, as it stores them: logarithms in float32.
+LOG_RATIO = torch.log(torch.tensor((3 / 4, 4 / 3))).tolist()
+
+
+def draw_box(width, height, scale, number):
+    """RandomResizedCrop's (left, top, right, bottom) in an image. `number` is a float32 tensor [1] to draw into."""
+    whole = torch.empty(1, dtype=torch.int64)
+    for _ in range(10):
+        area = width * height * number.uniform_(*scale).item()
+        ratio = number.uniform_(*LOG_RATIO).exp_().item()
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = whole.random_(0, height - h + 1).item(), whole.random_(0, width - w + 1).item()
+            return left, top, left + w, top + h
+    # No box fits: the middle, as wide or as high as allowed.
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width / (3 / 4)))
+    top, left = (height - h) // 2, (width - w) // 2
+    return left, top, left + w, top + h
 
 
 class GaussianBlur:
@@ -156,24 +238,25 @@ def render_pil_view(image, view):
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for operation, factor in view.jitter:
         crop = PIL_JITTER[operation](crop, factor)
-    bands = [crop.convert("L")] if view.gray else crop.split()  # bands: blur and conversion are faster
+    if view.gray:
+        crop = crop.convert("L")
     if view.blur is not None:
-        bands = [band.filter(ImageFilter.GaussianBlur(view.blur)) for band in bands]
+        crop = crop.filter(ImageFilter.GaussianBlur(view.blur))
+    pixels = np.array(crop)  # [size, size, 3] or, gray, [size, size]
     if view.solarize:
-        bands = [ImageOps.solarize(band) for band in bands]
-    return bands_to_tensor([band.tobytes() for band in bands] * (3 // len(bands)), view.size)
+        pixels = np.minimum(pixels, ~pixels)  # ~ is 255 - value
+    return torch.from_numpy(planes_of(pixels))
 
 
-def bands_to_tensor(channels, size):
-    """The bytes of three channels -> tensor [3, size, size]."""
-    return torch.frombuffer(bytearray().join(channels), dtype=torch.uint8).view(3, size, size)
+def planes_of(pixels):
+    """uint8 [H, W, 3], or [H, W] for gray, -> [3, H, W]."""
+    return np.stack([pixels] * 3) if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def pil_contrast(image, factor):
     """ImageEnhance.Contrast: blend with the mean gray of the image."""
-    counts = image.convert("L").histogram()
-    mean = sum(map(operator.mul, counts, range(256))) / (image.width * image.height)
-    return Image.blend(Image.new("RGB", image.size, (int(mean + 0.5),) * 3), image, factor)
+    mean = int(np.asarray(image.convert("L")).sum() / (image.width * image.height) + 0.5)
+    return Image.blend(Image.new("RGB", image.size, (mean,) * 3), image, factor)
 
 
 def pil_hue(image, factor):
@@ -182,28 +265,28 @@ def pil_hue(image, factor):
     Back from HSV to RGB, PIL's formula is applied to all pixels at once, in a third of PIL's time: a channel is
     v * (1 - s * w), where w from 0 to 1 is a function of the hue. Equal to PIL for each of the 256^3 colors.
     """
-    hue, saturation, value = image.convert("HSV").split()
-    value = np.asarray(value).astype(np.float32).ravel()
-    drop = np.asarray(saturation).ravel() * value / (-255 * 255)
+    pixels = np.array(image.convert("HSV"))
+    levels, shift = pixels[..., 0].tobytes(), int(factor * 255) % 256
+    value = pixels[..., 2].astype(np.float32).ravel()
+    drop = pixels[..., 1].ravel() * value / (-255 * 255)
     value += 0.5  # rounds
-    levels = hue.tobytes()
-    channels = []
-    for table in np.roll(hue_weights(), -int(factor * 255), axis=1):  # the table shifts the hue
-        weight = np.frombuffer(levels.translate(table.tobytes()), np.uint8)
-        channels.append((weight * drop + value).astype(np.uint8))
-    return Image.merge("RGB", [Image.frombytes("L", image.size, channel) for channel in channels])
+    colors = pixels.reshape(-1, 3)  # the same memory
+    for channel, table in enumerate(hue_weights()):
+        weight = np.frombuffer(levels.translate(table[shift : shift + 256]), np.uint8)
+        colors[:, channel] = weight * drop + value
+    return Image.fromarray(pixels)
 
 
 @functools.cache
 def hue_weights():
-    """[3, 256]: w * 255 of each channel for each hue."""
+    """w * 255 of each channel for each hue, twice around the color wheel: 3 x 512 bytes."""
     sixth, within = np.divmod(np.arange(256) * 6, 255)
     zero, one = np.zeros_like(within), np.full_like(within, 255)
     up, down = within, 255 - within
     red = np.choose(sixth % 6, [zero, up, one, one, down, zero])
     green = np.choose(sixth % 6, [down, zero, zero, up, one, one])
     blue = np.choose(sixth % 6, [one, one, down, zero, zero, up])
-    return np.stack([red, green, blue]).astype(np.uint8)
+    return [np.tile(weights, 2).astype(np.uint8).tobytes() for weights in (red, green, blue)]
 
 
 PIL_JITTER = {
@@ -281,6 +364,8 @@ def render_fast_view(pixels, view):
     crop = crop[0].permute(1, 2, 0).numpy()  # [size, size, 3]
     for operation, factor in view.jitter:
         crop = FAST_JITTER[operation](cv2, crop, factor)
+    if view.flip:
+        crop = cv2.flip(crop, 1)
     if view.gray:
         crop = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)  # [size, size]
     if view.blur is not None:
@@ -288,10 +373,12 @@ def render_fast_view(pixels, view):
         crop = cv2.sepFilter2D(crop, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
     if view.solarize:
         crop = np.minimum(crop, ~crop)  # ~ is 255 - value
-    channels = [crop] * 3 if view.gray else cv2.split(crop)
-    if view.flip:
-        channels = [cv2.flip(channel, 1) for channel in channels]
-    return torch.from_numpy(np.stack(channels))
+    planes = np.empty((3, view.size, view.size), np.uint8)
+    if view.gray:
+        planes[:] = crop
+    else:
+        cv2.split(crop, list(planes))  # into them
+    return torch.from_numpy(planes)
 
 
 def fast_contrast(cv2, crop, factor):
@@ -323,9 +410,9 @@ def blur_kernel(radius):
 
     In steps of 1/256, as OpenCV computes, with a sum of exactly 1.
     """
-    kernel = np.round(256 * exact_blur_kernel(radius))
-    kernel[len(kernel) // 2] += 256 - kernel.sum()
-    return kernel[kernel > 0] / 256
+    kernel = [round(256 * weight) for weight in exact_blur_kernel(radius).tolist()]
+    kernel[len(kernel) // 2] += 256 - sum(kernel)
+    return np.array([weight / 256 for weight in kernel if weight > 0])
 
 
 def exact_blur_kernel(radius):

@@ -8,10 +8,13 @@ import inspect
 import io
 import json
 import math
+import mmap
+import multiprocessing
 import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision import datasets
@@ -99,6 +102,43 @@ class TorchvisionImages:
         part.numbers = [self.numbers[i] for i in numbers]
         part.targets = None if self.targets is None else self.targets[numbers]
         return part
+
+
+class DecodedImages:
+    """Images of one small size, decoded once for all loader processes: `open(i)` is a PIL image in RGB.
+
+    The processes are forked, so that anonymous memory is theirs in common. It is not counted as /dev/shm, which is 64
+    MB in many containers.
+    """
+
+    def __init__(self, images, size):
+        self.images, self.size, shape = images, size, (len(images), *size[::-1], 3)
+        self.pixels = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+        self.are_known = np.frombuffer(mmap.mmap(-1, len(images)), np.bool_)
+
+    def open(self, i):
+        if not self.are_known[i]:
+            image = dino_images.to_rgb(self.images.open(i))
+            if image.size != self.size:
+                return image
+            self.pixels[i], self.are_known[i] = image, True
+        return Image.fromarray(self.pixels[i])
+
+
+SMALL_SIDE, SMALL_SET = 64, 2 * 2**30  # pixels and bytes, up to which images stay decoded in memory
+
+
+def keep_small_decoded(images):
+    """DecodedImages if the first photograph is small and a set of its size fits in memory; else None.
+
+    Opening and decoding a small image takes as long as two crops of it.
+    """
+    try:
+        size = images.open(0).size
+    except dino_images.BadImage:
+        return None
+    small = max(size) <= SMALL_SIDE and 3 * math.prod(size) * len(images) <= SMALL_SET
+    return DecodedImages(images, size) if small and multiprocessing.get_start_method() == "fork" else None
 
 
 def digest_of_names(images):

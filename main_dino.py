@@ -35,14 +35,14 @@ from vision_transformer import DINOHead
 
 
 def get_args_parser():
-    """All flags, as a parser for `parents=[...]`: of the method here, of data and run in dino_data and dino_run."""
-    parents = [dino_data.training_flags(), dino_run.flags()]
+    """All flags, as a parser for `parents=[...]`; augmentation, data and run have theirs in their own files."""
+    parents = [dino_crops.flags(), dino_data.training_flags(), dino_run.flags()]
     parser = argparse.ArgumentParser("DINO", add_help=False, parents=parents)
     # fmt: off
     model = parser.add_argument_group("model")
     model.add_argument("--arch", default="vit_small", metavar="NAME", help="""vit_nano (ours, for CPUs), vit_tiny,
         vit_small, vit_base; an XCiT such as xcit_small_12_p16; a torchvision classification network such as resnet50;
-        or timm:<name>. --list_archs prints them all.""")
+        resnet18_cifar (for crops of 32 pixels) and the like; or timm:<name>. --list_archs prints them all.""")
     model.add_argument("--list_archs", action=dino_backbones.ListArchs, nargs=0, default=argparse.SUPPRESS,
         help="Print every name that --arch knows, and exit.")
     model.add_argument("--patch_size", default=16, type=at_least(1), metavar="PIXELS", help="""Side of a ViT's patches.
@@ -109,10 +109,6 @@ def get_args_parser():
         metavar=("MIN", "MAX"), help="Area of a local crop. Best set MAX to the MIN of --global_crops_scale.")
     crops.add_argument("--local_crops_size", default=96, type=at_least(1), metavar="PIXELS",
         help="Side of a local crop.")
-    crops.add_argument("--blur_radius", default=(0.1, 2.0), type=between(0, 1e4, float), nargs=2,
-        metavar=("MIN", "MAX"), help="Gaussian blur in pixels of the crop; for crops up to 64 pixels use 0.1 0.5.")
-    crops.add_argument("--augmentation", default="pil", choices=["pil", "fast"], help="""pil: the paper's
-        pixels, bit for bit. fast: OpenCV, the same crops to within a level or two, several times as fast.""")
     # fmt: on
     return parser
 
@@ -126,12 +122,11 @@ def check_args(args):
                 f"--{flag} {getattr(args, flag)} is longer than the run (--epochs {args.epochs}). Lower --{flag} or "
                 "train longer"
             )
-    for flag in ("global_crops_scale", "local_crops_scale", "blur_radius"):
+    for flag in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, flag)
         if low > high:
             raise UserError(f"--{flag} {low} {high}: put the smaller number first")
-    if args.augmentation == "fast":
-        dino_crops.opencv()  # is it installed?
+    dino_crops.check_flags(args)
     dino_data.check_flags(args)
     dino_run.check_flags(args)
     dino_backbones.check_arch(args.arch)
@@ -159,21 +154,22 @@ class DataAugmentationDINO:
         *,
         global_crops_size=224,
         local_crops_size=96,
-        blur_radius=(0.1, 2.0),
         augmentation="pil",
+        strengths=dino_crops.PAPER,
         as_uint8=False,
         inputs=utils.RGB,
     ):
         kind = augmentation if inputs.photographs else "planes"
 
         def transform(size, scale, blur_p, solarization=None):
-            blur = dino_crops.GaussianBlur(blur_p, *blur_radius)
-            return dino_crops.RandomView(size, scale, blur, solarization, kind)
+            blur = dino_crops.GaussianBlur(blur_p, *strengths.blur_radius)
+            return dino_crops.RandomView(size, scale, blur, solarization, kind, strengths)
 
         # As in BYOL, the global crops differ: the first is always blurred, the second rarely, but it may be solarized.
-        self.global_transfo1 = transform(global_crops_size, global_crops_scale, 1.0)
-        self.global_transfo2 = transform(global_crops_size, global_crops_scale, 0.1, dino_crops.Solarization(0.2))
-        self.local_transfo = transform(local_crops_size, local_crops_scale, 0.5)
+        blur_p, solarization = strengths.blur_p, dino_crops.Solarization(strengths.solarize_p)
+        self.global_transfo1 = transform(global_crops_size, global_crops_scale, blur_p[0])
+        self.global_transfo2 = transform(global_crops_size, global_crops_scale, blur_p[1], solarization)
+        self.local_transfo = transform(local_crops_size, local_crops_scale, blur_p[2])
         self.local_crops_number, self.as_uint8, self.inputs = local_crops_number, as_uint8, inputs
         self.render = dino_crops.RENDERERS[kind]
 
@@ -380,8 +376,8 @@ def train_dino(args):
         args.local_crops_number,
         global_crops_size=args.global_crops_size,
         local_crops_size=args.local_crops_size,
-        blur_radius=args.blur_radius,
         augmentation=args.augmentation,
+        strengths=dino_crops.strengths_of(args),
         as_uint8=True,
         inputs=utils.inputs_of(args),
     )

@@ -24,7 +24,7 @@ ARROWS = {
     "dino_checkpoints": {"dino_layouts", "utils"},
     "dino_images": {"utils"},
     "dino_files": {"dino_images", "utils"},
-    "dino_crops": {"dino_images", "utils"},
+    "dino_crops": {"dino_cli", "dino_images", "utils"},
     "dino_shards": {"dino_files", "dino_images", "utils"},
     "dino_data": BELOW_DATA,
     "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "dino_cpu", "dino_layouts", "utils"},

@@ -36,11 +36,10 @@ def photographs():
     return images + [images[2].transpose(Image.Transpose.ROTATE_90)]
 
 
-def augmentation(kind="pil", sizes=(224, 96), number=8, as_uint8=True):
+def augmentation(kind="pil", sizes=(224, 96), number=8, as_uint8=True, strengths=dino_crops.PAPER):
+    how = {"augmentation": kind, "strengths": strengths, "as_uint8": as_uint8}
     sizes = {"global_crops_size": sizes[0], "local_crops_size": sizes[1]}
-    return main_dino.DataAugmentationDINO(
-        (0.4, 1.0), (0.05, 0.4), number, **sizes, augmentation=kind, as_uint8=as_uint8
-    )
+    return main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), number, **sizes, **how)
 
 
 def crops_of(image, seed, kind="pil", **settings):
@@ -76,23 +75,25 @@ def mean_differences(some, others):
 class PublishedBlur:
     """The blur of the release, as a transform."""
 
-    def __init__(self, p):
-        self.p = p
+    def __init__(self, p, radius):
+        self.p, self.radius = p, radius
 
     def __call__(self, image):
         if random.random() <= self.p:
-            image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+            image = image.filter(ImageFilter.GaussianBlur(random.uniform(*self.radius)))
         return image
 
 
-def torchvision_view(size, scale, blur_p, solarize_p=None):
+def torchvision_view(
+    size, scale, blur_p, solarize_p=None, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, radius=(0.1, 2.0)
+):
     """A view of the release, composed of torchvision's transforms."""
     chain = [
         transforms.RandomResizedCrop(size, scale, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-        transforms.RandomGrayscale(0.2),
-        PublishedBlur(blur_p),
+        transforms.RandomApply([transforms.ColorJitter(*jitter)], p=jitter_p),
+        transforms.RandomGrayscale(gray_p),
+        PublishedBlur(blur_p, radius),
     ]
     if solarize_p is not None:
         chain.append(lambda image: ImageOps.solarize(image) if random.random() < solarize_p else image)
@@ -116,6 +117,54 @@ def test_crops_equal_torchvisions_pixel_by_pixel(photographs):
             assert crop.is_contiguous()
 
 
+def test_crops_of_other_strengths_equal_torchvisions(photographs):
+    strengths = dino_crops.Strengths((0.8, 0.5, 0.0, 0.3), 0.6, 0.4, (0.3, 0.9, 0.2), (0.2, 0.6), 0.7)
+    how = {"jitter": (0.8, 0.5, 0.0, 0.3), "jitter_p": 0.6, "gray_p": 0.4, "radius": (0.2, 0.6)}
+    views = [torchvision_view(32, (0.4, 1), 0.3, **how), torchvision_view(32, (0.4, 1), 0.9, 0.7, **how)]
+    views.append(torchvision_view(16, (0.05, 0.4), 0.2, **how))
+    for seed in range(40):
+        image = photographs[seed % len(photographs)]
+        got = crops_of(image, seed, sizes=(32, 16), number=1, strengths=strengths)
+        utils.fix_random_seeds(seed)
+        assert all(torch.equal(crop, view(image)) for crop, view in zip(got, views, strict=True)), seed
+
+
+def test_boxes_of_very_long_images_are_torchvisions():
+    for seed, size in enumerate([(600, 3), (3, 600), (40, 30), (1, 1), (7, 5)] * 20):
+        image, scale = Image.new("RGB", size), (0.05 + 0.009 * seed, 1.0)
+        utils.fix_random_seeds(seed)
+        top, left, height, width = transforms.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
+        utils.fix_random_seeds(seed)
+        box = dino_crops.draw_box(*size, scale, torch.empty(1))
+        assert box == (left, top, left + width, top + height)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flags_turn_each_augmentation_off(photographs, kind):
+    flags = ["--color_jitter_p", "0", "--gray_p", "0", "--blur_p", "0", "0", "0", "--solarize_p", "0"]
+    args = arguments_of(main_dino, *SMALL_RUN, *flags, "--augmentation", kind)
+    strengths = dino_crops.strengths_of(args)
+    plain = augmentation(kind, sizes=(32, 16), strengths=strengths)
+    for seed in range(20):
+        utils.fix_random_seeds(seed)
+        for transform in (plain.global_transfo1, plain.global_transfo2, plain.local_transfo):
+            view = transform.draw(photographs[0])
+            assert view == view_of(view.size, view.box, flip=view.flip)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--color_jitter 0.4 0.4 0.2 0.7", "--color_jitter: a hue of 0.7 is more than half the color wheel. Use 0.5"),
+        ("--blur_radius 2 1", "--blur_radius 2.0 1.0: put the smaller number first"),
+    ],
+)
+def test_strengths_that_make_no_sense_are_errors(flags, says):
+    with pytest.raises(UserError) as raised:
+        main_dino.check_args(arguments_of(main_dino, *SMALL_RUN, *flags.split()))
+    assert says in str(raised.value)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_numbers_are_consumed_as_by_torchvision(photographs, kind):
     crops_of(photographs[0], 5, kind, sizes=(32, 16), number=1)
@@ -127,8 +176,8 @@ def test_random_numbers_are_consumed_as_by_torchvision(photographs, kind):
 
 
 def test_jitter_is_skipped_above_its_probability_in_float32(monkeypatch, photographs):
-    number = torch.tensor(0.8)  # torch.rand can return it
-    monkeypatch.setattr(torch, "rand", lambda n: number[None])
+    number = torch.tensor(0.8)  # can be drawn
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda *_: number.clone())
     assert augmentation().local_transfo.draw(photographs[0]).jitter  # like torchvision, which skips if 0.8 < number
     number = torch.nextafter(number, torch.tensor(1.0))
     assert not augmentation().local_transfo.draw(photographs[0]).jitter

@@ -28,6 +28,24 @@ def test_convnets_are_built_without_their_classifier(arch, width):
     assert not dino_backbones.is_vit(model)
 
 
+@pytest.mark.parametrize(("arch", "width"), [("resnet18_cifar", 512), ("resnet50_cifar", 2048)])
+def test_resnets_for_small_images_keep_detail_and_torchvisions_keys(arch, width):
+    model, features = dino_backbones.build_backbone(arch, img_size=32)
+    maps = {}
+    model.layer1.register_forward_hook(lambda module, images, out: maps.update(first=out.shape))
+    model.layer4.register_forward_hook(lambda module, images, out: maps.update(last=out.shape))
+    with torch.no_grad():
+        assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, features)
+    assert (maps["first"], maps["last"]) == ((2, width // 8, 32, 32), (2, width, 4, 4))
+    plain = dino_backbones.build_backbone(arch.removesuffix("_cifar"), img_size=32)[0].state_dict()
+    assert model.state_dict().keys() == plain.keys()
+    changed = [key for key, tensor in model.state_dict().items() if tensor.shape != plain[key].shape]
+    assert changed == ["conv1.weight"]
+    assert model.conv1.weight.shape == (64, 3, 3, 3)
+    # He et al.: the variance is 2 / fan-out.
+    assert model.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("arch", "width"),
     [
@@ -74,6 +92,7 @@ def test_drop_path_reaches_networks_of_timm_that_have_it():
     [
         ("vit_smal", 96, "unknown --arch vit_smal; did you mean vit_small"),
         ("qwertz", 96, "vit_small or resnet50"),
+        ("vgg11_cifar", 32, "unknown --arch vgg11_cifar"),
         ("timm:convit_tiny", 96, "--arch timm:convit_tiny does not take images of 96 pixels"),
         ("timm:sam2_hiera_tiny_", 96, "unknown --arch timm:sam2_hiera_tiny_; did you mean timm:sam2_hiera_tiny"),
         ("vit_b_16", 96, "--arch vit_b_16 does not take images of 96 pixels"),

@@ -72,6 +72,54 @@ def test_crops_are_a_function_of_seed_epoch_and_index(tiny_root):
         assert not torch.equal(crops[0], other[0][0])
 
 
+def photographs_of(root, sizes):
+    """Noise in the given sizes, as PNG files of one class."""
+    (root / "train" / "a").mkdir(parents=True)
+    numbers = np.random.RandomState(0)
+    for i, (width, height) in enumerate(sizes):
+        noise = numbers.randint(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(root / "train" / "a" / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_small_images_stay_decoded_for_all_workers_and_give_the_same_crops(tmp_path, workers):
+    root = photographs_of(tmp_path, [(20, 30)] * 11 + [(40, 30)])
+    loader = loader_of(root, "--batch_size_per_gpu", 6, "--num_workers", workers)
+    plain = dino_data.MultiCropDataset(loader.dataset.images, loader.dataset.augment, loader.dataset.seed)
+    first = [(crops, indices) for crops, indices, _ in loader]
+    for i in range(11):  # of one size: they are not read again
+        (root / "train" / "a" / f"{i}.png").write_bytes(b"")
+    loader.sampler.set_epoch(0)
+    for (crops, indices), (again, same, unreadable) in zip(first, loader, strict=True):
+        assert torch.equal(indices, same)
+        assert unreadable == []
+        assert all(map(torch.equal, crops, again))
+    (tmp_path / "again").mkdir()
+    photographs_of(tmp_path / "again", [(20, 30)] * 11 + [(40, 30)])
+    plain.images.paths = [path.replace(str(root), str(tmp_path / "again")) for path in plain.images.paths]
+    for crops, indices in first:
+        for place, i in enumerate(indices.tolist()):
+            assert all(torch.equal(mine[place], other) for mine, other in zip(crops, plain[0, i][0], strict=True))
+
+
+@pytest.mark.parametrize(("size", "flags"), [((65, 20), ()), ((20, 20), ("--in_chans", 1, "--mean", 0, "--std", 1))])
+def test_large_images_and_other_channels_are_read_again_each_epoch(tmp_path, size, flags):
+    loader = loader_of(photographs_of(tmp_path, [size] * 8), "--batch_size_per_gpu", 2, *flags)
+    assert loader.dataset.decoded is loader.dataset.images
+
+
+def test_a_small_image_that_is_damaged_is_reported_in_each_epoch(tmp_path):
+    root = photographs_of(tmp_path, [(20, 20)] * 8)
+    loader = loader_of(root, "--batch_size_per_gpu", 8)
+    file = root / "train" / "a" / "3.png"
+    file.write_bytes(file.read_bytes()[:200])
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        (_, _, unreadable), *_ = loader
+        assert [bad.name for bad in unreadable] == [str(file)]
+
+
 def test_training_batches_are_uint8_and_of_equal_size(tiny_root):
     loader = loader_of(tiny_root, "--batch_size_per_gpu", 6, "--grad_accum_steps", 2)
     batches = list(loader)
