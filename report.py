@@ -3,6 +3,7 @@
     python report.py runs/vits16                        # writes runs/vits16/report.html
     python report.py runs/demo --data_path photos       # shows your own images, in class folders or in one folder
     python report.py runs/a runs/b --output a-and-b.html
+    python report.py runs/seed0 runs/seed1 runs/seed2 --curves seeds.png  # only loss and k-NN accuracy, as a picture
 
 Reads run.json, log.txt and checkpoint.pth, which main_dino.py writes to its --output_dir. Parts that are missing, as in
 a run of the authors' code, are left out, and the page says so. Results come first: a verdict, loss and k-NN accuracy,
@@ -48,6 +49,8 @@ def get_args_parser():
     # fmt: off
     parser.add_argument("run_dir", nargs="+", metavar="RUN_DIR",
         help="The --output_dir of a run. Two runs are shown side by side.")
+    parser.add_argument("--curves", default=None, metavar="FILE", help="""Write a picture (.png or .svg) of loss and
+        k-NN accuracy instead of a page. Of any number of runs.""")
     parser.add_argument("--output", default=None, metavar="FILE",
         help="The page to write. Default: report.html in the folder of the (first) run.")
     parser.add_argument("--data_path", default=None, metavar="DIR", help="""Images to show: a folder of images or of
@@ -63,8 +66,17 @@ def get_args_parser():
 
 
 def check_args(args):
-    if len(args.run_dir) > 2:
-        raise UserError(f"{len(args.run_dir)} runs are too many for one page. Name one or two")
+    """Raise UserError for more runs than a page has room for, and for pages or pictures that can't be written."""
+    if args.curves:
+        if args.output:
+            raise UserError("--curves writes a picture and --output a page. Give one of them")
+        if Path(args.curves).suffix not in (".png", ".svg"):
+            raise UserError(f"--curves {args.curves} must end in .png or .svg")
+        dino_cli.check_output_dir(Path(args.curves).parent, "--curves", [Path(args.curves).name])
+    elif len(args.run_dir) > 2:
+        raise UserError(f"{len(args.run_dir)} runs are too many for one page. Name one or two, or use --curves")
+    elif importlib.util.find_spec("bokeh") is None:
+        raise UserError("report.py needs Bokeh for its charts: pip install bokeh")
 
 
 # ---- reading a run ----
@@ -83,9 +95,8 @@ class Run(NamedTuple):
     source: str  # file of the checkpoint, or the reason why there is no teacher
 
 
-def read_run(name, folder):
-    """Read a Run from its folder. Raises UserError if there is no such folder, or nothing of a run in it."""
-    folder = Path(folder) if Path(folder).name else Path(folder).resolve()  # the page shows a name, not `.`
+def read_texts(folder):
+    """(lines of log.txt as dicts, one per epoch, in order; content of run.json). Raises UserError without a folder."""
     if not folder.is_dir():
         raise UserError(f"RUN_DIR {folder} is not a folder. Name the --output_dir of a run")
     try:
@@ -94,7 +105,14 @@ def read_run(name, folder):
         raise UserError(f"can't read {e.filename}: {e.strerror}") from e
     lines = [parse(line) for line in log.splitlines()]
     epochs = {line["epoch"]: line for line in lines if type(line.get("epoch")) is int and 0 <= line["epoch"] < 1e9}
-    info, checkpoint, teacher = parse(info), None, None
+    return [epochs[epoch] for epoch in sorted(epochs)], parse(info)
+
+
+def read_run(name, folder):
+    """Read a Run from its folder. Raises UserError if there is no such folder, or nothing of a run in it."""
+    folder = Path(folder) if Path(folder).name else Path(folder).resolve()  # the page shows a name, not `.`
+    log, info = read_texts(folder)
+    checkpoint, teacher = None, None
     try:
         checkpoint, source = dino_checkpoints.load_newest(str(folder / "checkpoint.pth"))
         if checkpoint is None:
@@ -103,10 +121,10 @@ def read_run(name, folder):
     except UserError as e:
         source = str(e)
         utils.log(f"note: the page will have no pictures: {source}")
-    if not (epochs or info or teacher):
+    if not (log or info or teacher):
         raise UserError(f"RUN_DIR {folder} has no readable log.txt, run.json or checkpoint.pth. Name another folder")
     args = utils.plain_args(as_dict(checkpoint).get("args")) | as_dict(info.get("changed"))
-    return Run(name, folder, [epochs[epoch] for epoch in sorted(epochs)], info, args, teacher, source)
+    return Run(name, folder, log, info, args, teacher, source)
 
 
 def parse(text):
@@ -316,6 +334,32 @@ def empty_figure(runs, scale, height):
     plot.xaxis.ticker = BasicTicker(min_interval=1, desired_num_ticks=5)
     plot.yaxis.formatter = PrintfTickFormatter(format="%.5g")
     return plot
+
+
+def write_curves(folders, output):
+    """A picture of loss and, if measured, k-NN accuracy by epoch, one color per run. Raises UserError without a log."""
+    from matplotlib.figure import Figure
+
+    logs = {folder.name: read_texts(folder)[0] for folder in map(Path, folders)}
+    for name, log in logs.items():
+        if not columns(log, "train_loss")["epoch"]:
+            raise UserError(f"RUN_DIR {name} has no log.txt with a loss. Name another folder")
+    drawn = {"train_loss": "loss", "knn_top1": "k-NN top-1 (%)"}
+    drawn = [(key, label) for key, label in drawn.items() if any(columns(log, key)["epoch"] for log in logs.values())]
+    figure = Figure(figsize=(3.6 * len(drawn), 2.4), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        for name, log in logs.items():
+            data = columns(log, key)
+            axes.plot([epoch + 1 for epoch in data["epoch"]], data.get(key, []), marker=".", label=name)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+    for key, name, style in (("knn_raw_pixels", "raw pixels", "dotted"), ("knn_start", "before training", "dashed")):
+        if levels := columns(log, key).get(key):  # of the last run: they are the same for all seeds, or nearly
+            axes.axhline(levels[-1], color=GRAY, linestyle=style, label=name)
+    axes.legend(fontsize="small")
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(output).suffix[1:], dpi=110)
+    utils.write_whole(output, lambda file: file.write(content.getvalue()))
 
 
 # ---- pictures ----
@@ -583,10 +627,11 @@ def build_page(runs, sections):
 
 
 def main(args):
-    """Write the page as `args` say (see get_args_parser). Raises UserError."""
+    """Write the page or the picture as `args` say (see get_args_parser). Raises UserError."""
     check_args(args)
-    if importlib.util.find_spec("bokeh") is None:
-        raise UserError("report.py needs Bokeh for its charts: pip install bokeh")
+    if args.curves:
+        write_curves(args.run_dir, args.curves)
+        return print(args.curves)
     runs = [read_run(name, folder) for name, folder in zip("AB", args.run_dir, strict=False)]
     output = Path(args.output or runs[0].folder / "report.html")
     dino_cli.check_output_dir(output.parent, "--output", [output.name])

@@ -409,6 +409,9 @@ def test_everything_is_in_the_page(page):
         (["{run}", "--output", "{run}/log.txt/out.html"], "can't write to --output"),
         (["{empty}"], "has no readable log.txt"),
         (["{folder_as_log}"], "can't read"),
+        (["{run}", "--curves", "curves.pdf"], "--curves curves.pdf must end in .png or .svg"),
+        (["{run}", "--curves", "c.png", "--output", "page.html"], "Give one of them"),
+        (["{empty}", "--curves", "{empty}/c.png"], "RUN_DIR empty has no log.txt with a loss"),
     ],
 )
 def test_a_mistake_is_one_line(monkeypatch, capsys, run_folder, tmp_path, flags, line):
@@ -418,6 +421,22 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, run_folder, tmp_path, flags,
     code, said = ending(monkeypatch, capsys, report, *(flag.format(**places) for flag in flags))
     assert code == 2
     assert line in said
+
+
+def test_curves_of_several_runs_are_one_picture(tmp_path):
+    for seed in range(3):
+        lines = [{"epoch": epoch, "train_loss": 5 - epoch + seed / 10} for epoch in range(3)]
+        lines[2] |= {"knn_top1": 40.0 + seed, "knn_start": 20.0, "knn_raw_pixels": 30.0}
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}" / "log.txt").write_text("\n".join(map(json.dumps, lines)))
+    runs = [tmp_path / f"seed{seed}" for seed in range(3)]
+    report.main(arguments_of(report, *runs, "--curves", tmp_path / "curves.png"))
+    with Image.open(tmp_path / "curves.png") as picture:
+        colors = {color for _, color in picture.convert("RGB").getcolors(10**6)}
+    assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colors  # matplotlib's first three, one per run
+    report.main(arguments_of(report, *runs, "--curves", tmp_path / "curves.svg"))
+    text = (tmp_path / "curves.svg").read_text()
+    assert all(f"<!-- {word} -->" in text for word in ("seed2", "loss", "k-NN top-1 (%)", "raw pixels"))
 
 
 def test_without_bokeh_the_pip_command_is_named(monkeypatch, capsys, run_folder):
