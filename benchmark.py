@@ -46,7 +46,6 @@ import dino_features
 import dino_images
 import dino_steps
 import eval_video_segmentation
-import main_dino
 import utils
 from dino_cli import at_least, between
 from dino_steps import flags_of
@@ -360,26 +359,27 @@ def limits(args, gigabytes=0.5):
 # ---- crops ----
 
 
-def augment_files(make, paths):
-    """The work of making the crops of each file from its bytes, on one thread."""
+def augment_images(make, images):
+    """The work of making the crops of each image, bytes of a JPEG file or decoded, on one thread."""
     torch.set_num_threads(1)
     utils.fix_random_seeds(0)
-    augment, files = make(), [Path(path).read_bytes() for path in paths]
-    return repeat(lambda: [augment(Image.open(io.BytesIO(file), formats=["JPEG"])) for file in files])
+    augment = make()
+    return repeat(lambda: [augment(Image.open(io.BytesIO(i)) if isinstance(i, bytes) else i) for i in images])
 
 
 def crops(args, number=50):
-    """From the bytes of JPEG files to crops."""
-    makers = {"plain": dino_steps.PlainAugmentation}
-    for kind in sorted({"pil", fast_or_pil()}, reverse=True):
-        ours = partial(main_dino.DataAugmentationDINO, (0.4, 1.0), (0.05, 0.4), 8)
-        makers[f"this, --augmentation {kind}"] = partial(ours, as_uint8=True, augmentation=kind)
-    limit = "decoding alone"
-    makers[limit] = partial(operator.methodcaller, "convert", "RGB")
+    """From the bytes of JPEG files to crops; at 32 pixels from decoded images, since small ones stay decoded."""
     with tempfile.TemporaryDirectory() as root:
         paths = sorted(Path(image_folder(root, args.data_path, number)).rglob("*.jpg"))
-        rows = {name: Row(number, limit, partial(augment_files, make, paths)) for name, make in makers.items()}
-        compare("crops: JPEG files to 2 crops of 224 and 8 of 96 pixels, on one core", "images", rows, args.rounds)
+        files = [path.read_bytes() for path in paths]
+        small = [dino_images.load_image(path).resize((32, 32)) for path in paths * 4]
+    for sizes, local in (((224, 96), 8), ((32, 16), 0), ((32, 16), 6)):
+        images, kind = (files, "JPEG files") if sizes[0] == 224 else (small, "decoded images")
+        makers = dino_steps.augmentations(sorted({"pil", fast_or_pil()}, reverse=True), sizes, local)
+        makers |= {"decoding alone": partial(operator.methodcaller, "convert", "RGB")} if images is files else {}
+        rows = {name: Row(len(images), None, partial(augment_images, make, images)) for name, make in makers.items()}
+        title = f"crops: {kind} to 2 crops of {sizes[0]} pixels and {local} of {sizes[1]}, on one core"
+        compare(title, "images", rows, args.rounds)
 
 
 # ---- the networks ----

@@ -6,15 +6,18 @@ the plain augmentation, k-NN classifier and label propagation as our fast ones.
 """
 
 import contextlib
+import importlib.util
 import io
 import math
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
+from torchvision.transforms import v2
 
 import dino_backbones
 import dino_cli
@@ -202,16 +205,65 @@ def plain_view(size, scale, blur, solarize=False):
 
 
 class PlainAugmentation:
-    """PIL image -> 2 global and 8 local crops, normalized floats, with torchvision's transforms on PIL images."""
+    """PIL image -> 2 global and `number` local crops, normalized floats, by torchvision's transforms of PIL images."""
 
-    def __init__(self):
-        blur = dino_crops.GaussianBlur
-        first, second = plain_view(224, (0.4, 1.0), blur(1.0)), plain_view(224, (0.4, 1.0), blur(0.1), solarize=True)
-        self.views = [first, second] + [plain_view(96, (0.05, 0.4), blur(0.5))] * 8
+    view = staticmethod(plain_view)
+
+    def __init__(self, sizes=(224, 96), number=8):
+        (size, small), scale, blur = sizes, (0.4, 1.0), dino_crops.GaussianBlur
+        self.views = [self.view(size, scale, blur(1.0)), self.view(size, scale, blur(0.1), solarize=True)]
+        self.views += [self.view(small, (0.05, 0.4), blur(0.5))] * number
 
     def __call__(self, image):
         image = image.convert("RGB")
         return [view(image) for view in self.views]
+
+
+def v2_view(size, scale, blur, solarize=False):
+    """`plain_view` on tensors, as the documentation of torchvision's v2 transforms advises for speed."""
+    return v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(2 * round(size / 20) + 1, (0.1, 2.0))], p=blur.p),
+            *[v2.RandomSolarize(128, p=0.2)] * solarize,
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(utils.IMAGENET_MEAN, utils.IMAGENET_STD),
+        ]
+    )
+
+
+class V2Augmentation(PlainAugmentation):
+    """The same with torchvision's v2 transforms on tensors. Their blur and jitter differ a little in the pixels."""
+
+    view = staticmethod(v2_view)
+
+
+def lightly_augmentation(sizes, number):
+    """The same with lightly's transform, which has other defaults for color jitter."""
+    from lightly.transforms import DINOTransform
+
+    names = ("global_crop_size", "local_crop_size")
+    return DINOTransform(**dict(zip(names, sizes, strict=True)), n_local_views=number)
+
+
+def augmentations(kinds, sizes, number):
+    """{name: function that makes an augmentation}: plain, torchvision v2, lightly if installed, ours of these `kinds`.
+
+    `sizes` are the sides of global and local crops, `number` is that of local crops.
+    """
+    makers = {
+        "plain": partial(PlainAugmentation, sizes, number),
+        "torchvision v2": partial(V2Augmentation, sizes, number),
+    }
+    if importlib.util.find_spec("lightly"):
+        makers["lightly"] = partial(lightly_augmentation, sizes, number)
+    how = {"global_crops_size": sizes[0], "local_crops_size": sizes[1], "as_uint8": True}
+    ours = partial(main_dino.DataAugmentationDINO, (0.4, 1.0), (0.05, 0.4), number, **how)
+    return makers | {f"this, --augmentation {kind}": partial(ours, augmentation=kind) for kind in kinds}
 
 
 def plain_epoch(folder, output_dir, arch, patch_size, batch_size):

@@ -162,6 +162,16 @@ def test_plain_crops_have_the_pixels_of_augmentation_pil():
         assert [tuple(crop.shape) for crop in wanted] == [(3, 224, 224)] * 2 + [(3, 96, 96)] * 8
 
 
+def test_crops_of_torchvisions_v2_transforms_are_nearly_the_plain_ones():
+    image = dino_images.load_image(dino_data.find_photographs(["coffee.png"])[0])
+    plain, v2 = (make((64, 32), 1) for make in (dino_steps.PlainAugmentation, dino_steps.V2Augmentation))
+    assert [tuple(crop.shape) for crop in v2(image)] == [(3, 64, 64)] * 2 + [(3, 32, 32)]
+    utils.fix_random_seeds(0)
+    means = [torch.stack([crop.mean() for _ in range(100) for crop in make(image)]) for make in (plain, v2)]
+    assert means[1].mean().item() == pytest.approx(means[0].mean().item(), abs=0.2)
+    assert means[1].std().item() == pytest.approx(means[0].std().item(), rel=0.3)
+
+
 def test_the_plain_classifier_has_the_accuracies_of_ours():
     task = benchmark.knn_task("cpu", 600, 200, 48, 20, [2, 10, 40])
     plain, ours = dino_steps.plain_knn(*task), dino_features.knn_accuracies(*task)
@@ -439,11 +449,20 @@ def test_crops_without_opencv_have_a_row_less(here, monkeypatch, capsys):
 
     args = tiny()
     benchmark.crops(args, number=1)
-    assert "this, --augmentation fast" in table(capsys.readouterr().out)
+    assert capsys.readouterr().out.count("this, --augmentation fast") == 3
     monkeypatch.setattr(benchmark.dino_crops, "opencv", missing)
     benchmark.crops(args, number=1)
-    rows = table(capsys.readouterr().out)
-    assert list(rows)[-3:] == ["plain", "this, --augmentation pil", "decoding alone"]
+    out = capsys.readouterr().out
+    assert "fast" not in out
+    sizes = (
+        "2 crops of 224 pixels and 8 of 96",
+        "2 crops of 32 pixels and 0 of 16",
+        "2 crops of 32 pixels and 6 of 16",
+    )
+    for title, part in zip(sizes, out.split("crops: ")[1:], strict=True):
+        assert title in part
+        rows = list(table(part))
+        assert [name for name in rows if name in ("plain", "torchvision v2", "this, --augmentation pil")] == rows[1:4]
 
 
 def test_limits_are_rates(here, monkeypatch, capsys):
