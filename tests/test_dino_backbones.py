@@ -46,6 +46,15 @@ def test_resnets_for_small_images_keep_detail_and_torchvisions_keys(arch, width)
     assert model.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.1)
 
 
+def test_the_resnet_for_cpus_has_eight_layers_and_torchvisions_keys():
+    model, width = dino_backbones.build_backbone("resnet8", img_size=32)
+    weights = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
+    assert (len(weights) + 1, width) == (8, 256)  # with a classifier
+    assert sum(p.numel() for p in model.parameters()) == 1_225_024
+    assert model.state_dict().keys() < dino_backbones.build_backbone("resnet18")[0].state_dict().keys()
+    assert model.eval()(torch.randn(2, 3, 16, 16)).shape == (2, 256)
+
+
 @pytest.mark.parametrize(
     ("arch", "width"),
     [
