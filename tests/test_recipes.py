@@ -33,6 +33,16 @@ LARGE = {
     "local_crops_number": 10,
     "use_fp16": False,
 }
+TWO_SMALL_CROPS = {
+    "global_crops_size": 32,
+    "global_crops_scale": [0.2, 1.0],
+    "local_crops_number": 0,
+    "blur_p": [0.0, 0.0, 0.0],
+    "use_bn_in_head": True,
+    "momentum_teacher": 0.99,
+    "momentum_teacher_end": 0.99,
+    "saveckp_freq": 0,
+}
 # The number of training images, and the settings that differ from the defaults (ViT-S/16, 100 epochs).
 IMAGENET = 1_281_167
 CHANGES = {
@@ -61,20 +71,54 @@ CHANGES = {
         },
     ),
     "imagenet_xcits12_16": (IMAGENET, {**BOOSTED, "arch": "xcit_small_12_p16"}),
-    "cifar": (
+    "cifar10_resnet18": (
+        50_000,
+        {
+            **TWO_SMALL_CROPS,
+            "arch": "resnet18_cifar",
+            "out_dim": 2048,
+            "epochs": 70,
+            "warmup_epochs": 5,
+            "batch_size_per_gpu": 256,
+            "lr": 0.002,
+        },
+    ),
+    "cifar10_vit": (
         50_000,
         {
             "arch": "vit_tiny",
             "patch_size": 4,
             "global_crops_size": 32,
+            "global_crops_scale": [0.3, 1.0],
             "local_crops_size": 16,
-            "local_crops_scale": [0.1, 0.4],
-            "local_crops_number": 6,
-            "blur_radius": [0.1, 0.5],
+            "local_crops_scale": [0.1, 0.3],
+            "local_crops_number": 4,
+            "blur_p": [0.0, 0.0, 0.0],
+            "augmentation": "fast",
+            "num_workers": 16,
             "out_dim": 4096,
-            "epochs": 500,
-            "batch_size_per_gpu": 256,
-            "saveckp_freq": 50,
+            "use_bn_in_head": True,
+            "drop_path_rate": 0.0,
+            "momentum_teacher": 0.99,
+            "epochs": 70,
+            "batch_size_per_gpu": 512,
+            "lr": 0.001,
+            "saveckp_freq": 0,
+        },
+    ),
+    "cifar10_cpu": (
+        50_000,
+        {
+            **TWO_SMALL_CROPS,
+            "arch": "resnet8",
+            "augmentation": "fast",
+            "out_dim": 1024,
+            "epochs": 16,
+            "warmup_epochs": 1,
+            "freeze_last_layer": 0,
+            "lr": 0.004,
+            "knn_every": 4,
+            "num_workers": 1,
         },
     ),
     "own_photos": (
@@ -209,12 +253,15 @@ def test_the_run_on_one_gpu_is_the_run_on_eight_in_eight_passes():
     assert {**one, "grad_accum_steps": 1, "num_workers": eight["num_workers"]} == eight
 
 
-def test_the_recipe_for_small_images_trains(tiny_root, tmp_path):
+@pytest.mark.parametrize("name", ["resnet18", "vit", "cpu"])
+def test_the_recipes_for_small_images_train(tiny_root, tmp_path, name):
     few = ["--epochs", 1, "--warmup_epochs", 1, "--batch_size_per_gpu", 8, "--num_workers", 0, "--tensorboard", "off"]
-    where = ["--data_path", tiny_root / "train", "--output_dir", tmp_path, "--device", "cpu"]
-    run_script("main_dino.py", "--config", ROOT / "recipes" / "cifar.yaml", *few, *where)
+    where = ["--data_path", tiny_root / "train", "--output_dir", tmp_path, "--device", "cpu", "--knn_every", 0]
+    recipe = ROOT / "recipes" / f"cifar10_{name}.yaml"
+    run_script("main_dino.py", "--config", recipe, *few, *where)
     (line,) = map(json.loads, (tmp_path / "log.txt").read_text().splitlines())
-    assert line["train_loss"] == pytest.approx(math.log(4096), rel=0.05)  # an untrained network
+    prototypes = settings_of("--config", recipe)["out_dim"]
+    assert line["train_loss"] == pytest.approx(math.log(prototypes), rel=0.05)  # an untrained network
 
 
 # ---- reading a recipe ----
