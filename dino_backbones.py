@@ -22,7 +22,6 @@ from utils import UserError
 # ---- names ----
 
 ALIASES = dino_checkpoints.ARCH_ALIASES
-CIFAR = "_cifar"
 
 
 def vit_names():
@@ -36,11 +35,11 @@ def vit_factory(arch):
 
 
 def convnet_names():
-    """torchvision's classification networks, and ResNets for small images (`small_resnet`)."""
+    """torchvision's classification networks, and ResNets for small images (hubconf.resnet8, hubconf.resnet18_cifar)."""
     from torchvision import models
 
     names = models.list_models(module=models)
-    return ["resnet8", *names, *(n + CIFAR for n in names if n.startswith(("resnet", "resnext", "wide_resnet")))]
+    return ["resnet8", *names, *(f"{n}_cifar" for n in names if n.startswith(("resnet", "resnext", "wide_resnet")))]
 
 
 def import_timm(arch):
@@ -126,31 +125,16 @@ def build_convnet(arch, drop_path_rate=0.0, in_chans=3):
     """A network of `convnet_names` without its classifier. None of them has an argument for the drop path rate."""
     from torchvision import models
 
+    import hubconf
+
     # Auxiliary classifiers are not used: their parameters would never get a gradient.
     no_extras = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
-    known = arch in models.list_models(module=models)
-    model = models.get_model(arch, weights=None, **no_extras) if known else small_resnet(arch)
-    model = take_off_classifier(model, arch)
+    if arch in models.list_models(module=models):
+        model = take_off_classifier(models.get_model(arch, weights=None, **no_extras), arch)
+    else:
+        model = hubconf._small_resnet(arch)
     if in_chans != 3:
         replace_first_conv(model, in_chans)
-    return model
-
-
-def small_resnet(arch):
-    """A ResNet for 32 x 32 pixels with torchvision's keys: a 3 x 3 stem and no pooling keep their detail.
-
-    resnet18_cifar and the like are torchvision's otherwise. resnet8 is ours, for CPUs: 1.2 M parameters, a stem of
-    stride 2, and one block in each of three stages.
-    """
-    from torchvision import models
-
-    if arch == "resnet8":
-        model, stride = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1]), 2
-        model.layer4 = nn.Identity()
-    else:
-        model, stride = models.get_model(arch.removesuffix(CIFAR), weights=None), 1
-    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, stride, padding=1, bias=False), nn.Identity()
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
     return model
 
 

@@ -3,8 +3,9 @@
     import torch
     model = torch.hub.load("path/to/this/checkout", "dino_vits16", source="local")    # images [B, 3, H, W] -> [B, 384]
 
-Each entry point takes (pretrained=True, **kwargs). The weights are downloaded once and cached by torch.hub;
-pretrained=False needs no network connection. kwargs are passed to the model's constructor.
+Each `dino_` entry point takes (pretrained=True, **kwargs). The weights are downloaded once and cached by torch.hub;
+pretrained=False needs no network connection. kwargs are passed to the model's constructor. Of resnet8 and
+resnet18_cifar no weights are published: load the backbone.pth of a run.
 
 This file imports torch, torchvision and vision_transformer only, and timm if an XCiT is asked for: torch.hub.load must
 not import a module called `utils` in place of a user's own. Users may have a vision_transformer, too, so ours is loaded
@@ -170,3 +171,32 @@ def dino_xcit_medium_24_p16(pretrained=True, **kwargs):
 def dino_xcit_medium_24_p8(pretrained=True, **kwargs):
     """XCiT-M24/8, [B, 512]: 77.9 % k-NN, 80.3 % linear on ImageNet."""
     return _xcit("dino_xcit_medium_24_p8", pretrained, **kwargs)
+
+
+# ---- ResNets for images of 32 x 32 pixels ----
+
+
+def _small_resnet(arch):
+    """`resnet8`, or a ResNet of torchvision followed by `_cifar`: a 3 x 3 stem and no pooling keep their detail."""
+    if arch == "resnet8":
+        model, stride = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1]), 2
+        model.layer4 = nn.Identity()
+    else:
+        model, stride = models.get_model(arch.removesuffix("_cifar"), weights=None), 1
+    model.conv1, model.maxpool, model.fc = (
+        nn.Conv2d(3, 64, 3, stride, padding=1, bias=False),
+        nn.Identity(),
+        nn.Identity(),
+    )
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+    return model
+
+
+def resnet8():
+    """Ours, for CPUs, [B, 256]: 1.2 M parameters, a stem of stride 2, and one block in each of three stages."""
+    return _small_resnet("resnet8")
+
+
+def resnet18_cifar():
+    """ResNet-18 for small images, [B, 512]: torchvision's but for the stem, with its keys."""
+    return _small_resnet("resnet18_cifar")

@@ -83,6 +83,18 @@ def test_the_file_fits_the_networks_of_torch_hub(tmp_path):
     assert same_state(model, source)
 
 
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18_cifar"])
+def test_resnets_for_small_images_load_through_the_hub(tmp_path, arch):
+    source, _ = dino_backbones.build_backbone(arch, img_size=32)
+    path = dino_checkpoints.write_backbone(tmp_path, source, arguments_of(main_dino, "--arch", arch))
+    model = torch.hub.load(str(ROOT), arch, source="local")
+    model.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), source.eval()(images))
+        assert torch.equal(utils.load_run(path)[0](images), source(images))
+
+
 def test_convnets_are_written_in_the_usual_memory_format(tmp_path):
     source, _ = dino_backbones.build_backbone("resnet18", img_size=32)
     source.to(memory_format=torch.channels_last)
