@@ -281,7 +281,7 @@ def prepare_for_training(student, teacher, args, device, amp_dtype):
         use_fused_attention(backbone, device, amp_dtype)
         if is_vit(backbone):
             backbone.set_cls_only(True)
-        elif device.type == "cuda":  # 1.8 times the speed of a ResNet-50 on an H100
+        elif device.type in ("cuda", "cpu"):  # 1.8 times the speed of a ResNet-50 on an H100, 1.15 of resnet8 on CPUs
             for p in (p for p in backbone.parameters() if p.ndim == 4):
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
     if args.grad_checkpointing:

@@ -228,7 +228,7 @@ def test_an_optimizer_state_of_an_older_torch_keeps_the_fused_kernels(tmp_path):
 
 @pytest.mark.parametrize(("saved", "resumed"), [("last", "first"), ("first", "last")])
 def test_optimizer_moments_follow_the_memory_layout_of_the_weights(tmp_path, saved, resumed):
-    """Convnets are in channels_last on GPUs alone. Fused AdamW reads moments in the order of the weights."""
+    """Convnets are not in channels_last on each device. Fused AdamW reads moments in the order of the weights."""
     layouts = {"first": torch.contiguous_format, "last": torch.channels_last}
 
     def training(layout):

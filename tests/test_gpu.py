@@ -87,7 +87,7 @@ def test_positions_have_the_same_gradients_twice(device):
     assert torch.equal(*gradients)
 
 
-@on_gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_convnets_train_in_channels_last(device):
     words = ["--arch", "resnet18", "--out_dim", "64", "--global_crops_size", "32", "--local_crops_number", "0"]
     args = main_dino.get_args_parser().parse_args(words)
