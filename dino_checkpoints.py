@@ -370,11 +370,11 @@ FREE_ARGS = (  # these do not change the result
     "compute_stats",
 )
 # fmt: on
-IN_WORDS = {
-    "images_per_step": "images per step",
-    "images": "training images",
-    "image_names": "names of the training images",
-}
+# What runs did before there was an argument for it, the authors' included.
+ADDED_ARGS = {"color_jitter": [0.4, 0.4, 0.2, 0.1], "color_jitter_p": 0.8, "gray_p": 0.2, "solarize_p": 0.2}
+ADDED_ARGS |= {"blur_p": [1.0, 0.1, 0.5], "blur_radius": [0.1, 2.0], "momentum_teacher_end": 1.0}
+IN_WORDS = {"images_per_step": "images per step", "images": "training images"}
+IN_WORDS |= {"image_names": "names of the training images"}
 
 
 def global_batch(args):
@@ -387,6 +387,7 @@ def comparable(args):
     """The arguments of a run as a dict, in one form for files of any age."""
     args = utils.plain_args(args)
     if args:
+        args = ADDED_ARGS | args
         args["arch"] = ARCH_ALIASES.get(str(args.get("arch")), args.get("arch"))
         args["images_per_step"] = global_batch(args)
     if args and args.get("mean") is None:

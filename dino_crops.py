@@ -71,6 +71,8 @@ def check_flags(args):
     low, high = args.blur_radius
     if low > high:
         raise UserError(f"--blur_radius {low} {high}: put the smaller number first")
+    if args.augmentation == "fast" and high > 20:  # its kernel has steps of 1/256
+        raise UserError(f"--augmentation fast has no blur of {high} pixels. Use --blur_radius up to 20, or pil")
 
 
 def strengths_of(args):
@@ -105,9 +107,9 @@ class RandomView:
         self.size, self.scale, self.blur, self.solarization = size, scale, blur, solarization
         self.render = RENDERERS[augmentation]
         colors = transforms.ColorJitter(*strengths.color_jitter)
-        self.jitter, self.gray_p = [getattr(colors, name) for name in JITTER], strengths.gray_p  # None: turned off
-        # As float32, since torch compares it with a float32 number.
-        self.jitter_p = torch.tensor(strengths.color_jitter_p).item()
+        self.jitter = [getattr(colors, name) for name in JITTER]  # None: turned off
+        # As float32, since torch compares them with float32 numbers.
+        self.jitter_p, self.gray_p = torch.tensor((strengths.color_jitter_p, strengths.gray_p)).tolist()
 
     def __call__(self, image):
         return self.render(image, [self.draw(image)])[0]

@@ -107,8 +107,8 @@ class TorchvisionImages:
 class DecodedImages:
     """Images of one small size, decoded once for all loader processes: `open(i)` is a PIL image in RGB.
 
-    The processes are forked, so that anonymous memory is theirs in common. It is not counted as /dev/shm, which is 64
-    MB in many containers.
+    Those of another size are opened as always. The processes are forked, so that anonymous memory is theirs in common.
+    It is not counted as /dev/shm, which is 64 MB in many containers.
     """
 
     def __init__(self, images, size):
@@ -118,10 +118,10 @@ class DecodedImages:
 
     def open(self, i):
         if not self.are_known[i]:
-            image = dino_images.to_rgb(self.images.open(i))
+            image = self.images.open(i)
             if image.size != self.size:
                 return image
-            self.pixels[i], self.are_known[i] = image, True
+            self.pixels[i], self.are_known[i] = dino_images.to_rgb(image), True
         return Image.fromarray(self.pixels[i])
 
 
@@ -131,14 +131,17 @@ SMALL_SIDE, SMALL_SET = 64, 2 * 2**30  # pixels and bytes, up to which images st
 def keep_small_decoded(images):
     """DecodedImages if the first photograph is small and a set of its size fits in memory; else None.
 
-    Opening and decoding a small image takes as long as two crops of it.
+    Opening and decoding a small image takes as long as two crops of it. torchvision has its small images in memory.
     """
-    try:
-        size = images.open(0).size
-    except dino_images.BadImage:
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if method != "fork" or isinstance(images, TorchvisionImages):
         return None
-    small = max(size) <= SMALL_SIDE and 3 * math.prod(size) * len(images) <= SMALL_SET
-    return DecodedImages(images, size) if small and multiprocessing.get_start_method() == "fork" else None
+    try:
+        size = getattr(images.open(0), "size", (math.inf, 1))  # arrays in files have none
+        small = max(size) <= SMALL_SIDE and 3 * math.prod(size) * len(images) <= SMALL_SET
+        return DecodedImages(images, size) if small else None
+    except (dino_images.BadImage, OSError):  # OSError: no memory for the pixels
+        return None
 
 
 def digest_of_names(images):

@@ -113,7 +113,11 @@ def suspicious_settings(args, steps):
             f"teacher averages over only {horizon:.0f} of the run's {args.epochs * images} images. Use 0.9995 for 256 "
             "images per step, and more for fewer"
         )
-    if args.global_crops_size <= 64 and args.blur_radius[1] > 1 and any(args.blur_p):
+    if (
+        args.global_crops_size <= 64
+        and args.blur_radius[1] > 1
+        and any(args.blur_p[: 3 if args.local_crops_number else 2])
+    ):
         found["blur"] = (
             f"blur of up to {args.blur_radius[1]} pixels removes all texture from crops of {args.global_crops_size}. "
             "Use --blur_radius 0.1 0.5"

@@ -223,7 +223,6 @@ def v2_view(size, scale, blur, solarize=False):
     """`plain_view` on tensors, as the documentation of torchvision's v2 transforms advises for speed."""
     return v2.Compose(
         [
-            v2.PILToTensor(),
             v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
             v2.RandomHorizontalFlip(),
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
@@ -240,6 +239,10 @@ class V2Augmentation(PlainAugmentation):
     """The same with torchvision's v2 transforms on tensors. Their blur and jitter differ a little in the pixels."""
 
     view = staticmethod(v2_view)
+
+    def __call__(self, image):
+        image = v2.functional.pil_to_tensor(image.convert("RGB"))
+        return [view(image) for view in self.views]
 
 
 def lightly_augmentation(sizes, number):

@@ -68,9 +68,10 @@ def get_args_parser():
 def check_args(args):
     """Raise UserError for more runs than a page has room for, and for pages or pictures that can't be written."""
     if args.curves:
-        if args.output:
-            raise UserError("--curves writes a picture and --output a page. Give one of them")
-        if Path(args.curves).suffix not in (".png", ".svg"):
+        for flag in ("output", "data_path"):
+            if getattr(args, flag):
+                raise UserError(f"--curves writes a picture, --{flag} is for a page. Remove one of them")
+        if Path(args.curves).suffix.lower() not in (".png", ".svg"):
             raise UserError(f"--curves {args.curves} must end in .png or .svg")
         dino_cli.check_output_dir(Path(args.curves).parent, "--curves", [Path(args.curves).name])
     elif len(args.run_dir) > 2:
@@ -340,25 +341,28 @@ def write_curves(folders, output):
     """A picture of loss and, if measured, k-NN accuracy by epoch, one color per run. Raises UserError without a log."""
     from matplotlib.figure import Figure
 
-    logs = {folder.name: read_texts(folder)[0] for folder in map(Path, folders)}
-    for name, log in logs.items():
-        if not columns(log, "train_loss")["epoch"]:
-            raise UserError(f"RUN_DIR {name} has no log.txt with a loss. Name another folder")
+    runs = [Run("", Path(folder).resolve(), *read_texts(Path(folder)), {}, None, "") for folder in folders]
+    for run in runs:
+        if not columns(run.log, "train_loss")["epoch"]:
+            raise UserError(f"RUN_DIR {run.folder} has no log.txt with a loss. Name another folder")
+    labels = names_of(runs) if len(runs) > 1 else [runs[0].folder.name]
+    # matplotlib would read $ as a formula, and leave out labels that start with _.
+    labels = [label.replace("$", r"\$") if label[0] != "_" else f" {label}" for label in labels]
     drawn = {"train_loss": "loss", "knn_top1": "k-NN top-1 (%)"}
-    drawn = [(key, label) for key, label in drawn.items() if any(columns(log, key)["epoch"] for log in logs.values())]
+    drawn = {key: label for key, label in drawn.items() if any(columns(run.log, key)["epoch"] for run in runs)}
     figure = Figure(figsize=(3.6 * len(drawn), 2.4), layout="constrained")
-    for axes, (key, label) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        for name, log in logs.items():
-            data = columns(log, key)
+    for axes, (key, label) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
+        for run, name in zip(runs, labels, strict=True):
+            data = columns(run.log, key)
             axes.plot([epoch + 1 for epoch in data["epoch"]], data.get(key, []), marker=".", label=name)
         axes.set(xlabel="epoch", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
     for key, name, style in (("knn_raw_pixels", "raw pixels", "dotted"), ("knn_start", "before training", "dashed")):
-        if levels := columns(log, key).get(key):  # of the last run: they are the same for all seeds, or nearly
+        if levels := [level for run in runs for level in last_of(run, key)]:  # nearly the same for all seeds
             axes.axhline(levels[-1], color=GRAY, linestyle=style, label=name)
     axes.legend(fontsize="small")
     content = io.BytesIO()
-    figure.savefig(content, format=Path(output).suffix[1:], dpi=110)
+    figure.savefig(content, format=Path(output).suffix[1:].lower(), dpi=110)
     utils.write_whole(output, lambda file: file.write(content.getvalue()))
 
 

@@ -152,9 +152,33 @@ def test_flags_turn_each_augmentation_off(photographs, kind):
             assert view == view_of(view.size, view.box, flip=view.flip)
 
 
+def test_the_flags_of_the_augmentation_reach_the_loader(monkeypatch, tiny_root, tmp_path):
+    class Built(Exception):
+        pass
+
+    def training_loader(images, augment, args, device):
+        raise Built(augment)
+
+    monkeypatch.setattr(dino_data, "training_loader", training_loader)
+    flags = ["--gray_p", 1, "--blur_p", 0, 1, 0, "--blur_radius", 0.5, 0.5, "--solarize_p", 1, "--color_jitter_p", 0]
+    args = arguments_of(main_dino, *SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path, *flags)
+    with pytest.raises(Built) as built:
+        main_dino.train_dino(args)
+    (augment,) = built.value.args
+    image = Image.new("RGB", (40, 40))
+    first, second, local = (
+        t.draw(image) for t in (augment.global_transfo1, augment.global_transfo2, augment.local_transfo)
+    )
+    assert [view.gray for view in (first, second, local)] == [True] * 3
+    assert [view.blur for view in (first, second, local)] == [None, 0.5, None]
+    assert [view.solarize for view in (first, second, local)] == [False, True, False]
+    assert [view.jitter for view in (first, second, local)] == [()] * 3
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        ("--augmentation fast --blur_radius 1 30", "--augmentation fast has no blur of 30.0 pixels"),
         ("--color_jitter 0.4 0.4 0.2 0.7", "--color_jitter: a hue of 0.7 is more than half the color wheel. Use 0.5"),
         ("--blur_radius 2 1", "--blur_radius 2.0 1.0: put the smaller number first"),
     ],

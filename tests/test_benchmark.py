@@ -170,6 +170,9 @@ def test_crops_of_torchvisions_v2_transforms_are_nearly_the_plain_ones():
     means = [torch.stack([crop.mean() for _ in range(100) for crop in make(image)]) for make in (plain, v2)]
     assert means[1].mean().item() == pytest.approx(means[0].mean().item(), abs=0.2)
     assert means[1].std().item() == pytest.approx(means[0].std().item(), rel=0.3)
+    # The first crop is always blurred, which halves the differences between neighbors.
+    edges = [sum(make(image)[0].diff().abs().mean().item() for _ in range(60)) for make in (plain, v2)]
+    assert edges[1] == pytest.approx(edges[0], rel=0.15)
 
 
 def test_the_plain_classifier_has_the_accuracies_of_ours():
@@ -461,7 +464,7 @@ def test_crops_without_opencv_have_a_row_less(here, monkeypatch, capsys):
     )
     for title, part in zip(sizes, out.split("crops: ")[1:], strict=True):
         assert title in part
-        rows = list(table(part))
+        rows = [name for name in table(part) if name != "lightly"]
         assert [name for name in rows if name in ("plain", "torchvision v2", "this, --augmentation pil")] == rows[1:4]
 
 

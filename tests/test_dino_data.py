@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision import transforms
 
 import dino_data
+import dino_files
 import main_dino
 import utils
 from utils import UserError
@@ -82,6 +83,12 @@ def photographs_of(root, sizes):
     return root
 
 
+FORKED = pytest.mark.skipif(
+    multiprocessing.get_all_start_methods()[0] != "fork", reason="small images are kept where processes are forked"
+)
+
+
+@FORKED
 @pytest.mark.parametrize("workers", [0, 2])
 def test_small_images_stay_decoded_for_all_workers_and_give_the_same_crops(tmp_path, workers):
     root = photographs_of(tmp_path, [(20, 30)] * 11 + [(40, 30)])
@@ -107,6 +114,47 @@ def test_small_images_stay_decoded_for_all_workers_and_give_the_same_crops(tmp_p
 def test_large_images_and_other_channels_are_read_again_each_epoch(tmp_path, size, flags):
     loader = loader_of(photographs_of(tmp_path, [size] * 8), "--batch_size_per_gpu", 2, *flags)
     assert loader.dataset.decoded is loader.dataset.images
+
+
+@FORKED
+def test_images_stay_decoded_only_where_processes_are_forked_and_memory_suffices(tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    images = dino_data.find_images(photographs_of(tmp_path, [(20, 30)] * 8) / "train")
+    assert dino_files.keep_small_decoded(images).pixels.shape == (8, 30, 20, 3)
+    for module, name, value in (
+        (dino_files, "SMALL_SET", 8 * 30 * 20 * 3 - 1),
+        (dino_files.mmap, "mmap", no_memory),
+        (multiprocessing, "get_start_method", lambda **_: "spawn"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert dino_files.keep_small_decoded(images) is None
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"")
+    assert dino_files.keep_small_decoded(images) is None
+
+
+@FORKED
+def test_large_images_after_a_small_one_are_opened_as_always(tmp_path):
+    root = photographs_of(tmp_path, [(20, 20)])
+    Image.open(dino_data.find_photographs(["coffee.png"])[0]).save(root / "train" / "a" / "1.jpg")
+    images = dino_data.find_images(root / "train")
+    image = dino_files.keep_small_decoded(images).open(1)
+    assert image.tile  # not decoded yet: a loader may decode it at half its size
+    assert image.size == (600, 400)
+
+
+def test_arrays_with_three_channels_train(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for i in range(4):
+        np.save(tmp_path / "train" / "a" / f"{i}.npy", np.full((32, 32, 3), 60 * i, np.uint8))
+    (tmp_path / "list.txt").write_text("".join(f"train/a/{i}.npy\n" for i in range(4)))
+    args = arguments_of(main_dino, *SMALL_RUN, "--batch_size_per_gpu", 4)
+    augment = main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 0, global_crops_size=32, as_uint8=True)
+    images = dino_data.find_images(tmp_path / "list.txt")
+    ((crops, _, unreadable),) = dino_data.training_loader(images, augment, args, torch.device("cpu"))
+    assert (crops[0].shape, unreadable) == ((4, 3, 32, 32), [])
 
 
 def test_a_small_image_that_is_damaged_is_reported_in_each_epoch(tmp_path):

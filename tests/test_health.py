@@ -214,6 +214,7 @@ def test_a_frozen_teacher_is_a_warning(capsys):
 # 2,500 steps per epoch of ImageNet.
 PUBLISHED = ["--out_dim", 65536, "--warmup_epochs", 10, "--batch_size_per_gpu", 512]
 SMALL = ("--global_crops_size", 64, "--local_crops_size", 32)
+TWO = (*SMALL, "--local_crops_number", 0, "--global_crops_scale", 0.14, 1)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,8 @@ SMALL = ("--global_crops_size", 64, "--local_crops_size", 32)
         (("--batch_size_per_gpu", 64), ("--momentum_teacher", 0.9995), "--momentum_teacher 0.996 is low for 64 images"),
         (("--momentum_teacher", 1), ("--momentum_teacher", 0.996), "--momentum_teacher 1 freezes the teacher"),
         (SMALL, ("--blur_radius", 0.1, 1), "blur of up to 2.0 pixels removes all texture from crops of 64"),
+        (SMALL, ("--blur_p", 0, 0, 0), "blur of up to 2.0 pixels removes all texture from crops of 64"),
+        (TWO, ("--blur_p", 0, 0, 1), "blur of up to 2.0 pixels removes all texture from crops of 64"),
         (("--amp_dtype", "fp16", "--patch_size", 8), ("--patch_size", 16), "fp16 is known to be unstable"),
         (("--local_crops_number", 0), ("--global_crops_scale", 0.14, 1), "without local crops, two global crops"),
     ],

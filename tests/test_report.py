@@ -410,8 +410,9 @@ def test_everything_is_in_the_page(page):
         (["{empty}"], "has no readable log.txt"),
         (["{folder_as_log}"], "can't read"),
         (["{run}", "--curves", "curves.pdf"], "--curves curves.pdf must end in .png or .svg"),
-        (["{run}", "--curves", "c.png", "--output", "page.html"], "Give one of them"),
-        (["{empty}", "--curves", "{empty}/c.png"], "RUN_DIR empty has no log.txt with a loss"),
+        (["{run}", "--curves", "c.png", "--output", "page.html"], "--output is for a page. Remove one of them"),
+        (["{run}", "--curves", "c.png", "--data_path", "x"], "--data_path is for a page. Remove one of them"),
+        (["{empty}", "--curves", "{empty}/c.png"], "/empty has no log.txt with a loss"),
     ],
 )
 def test_a_mistake_is_one_line(monkeypatch, capsys, run_folder, tmp_path, flags, line):
@@ -437,6 +438,22 @@ def test_curves_of_several_runs_are_one_picture(tmp_path):
     report.main(arguments_of(report, *runs, "--curves", tmp_path / "curves.svg"))
     text = (tmp_path / "curves.svg").read_text()
     assert all(f"<!-- {word} -->" in text for word in ("seed2", "loss", "k-NN top-1 (%)", "raw pixels"))
+
+
+def test_curves_of_runs_with_odd_and_equal_names_are_all_drawn(tmp_path, monkeypatch):
+    folders = ["a/seed0", "b/seed0", "b/$x_$y", "b/_z"]
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        line = {"epoch": 0, "train_loss": 4.5} | (
+            {"knn_top1": 40.0, "knn_raw_pixels": 30.0} if folder[0] == "a" else {}
+        )
+        (tmp_path / folder / "log.txt").write_text(json.dumps(line))
+    report.main(arguments_of(report, *(tmp_path / f for f in folders), "--curves", tmp_path / "curves.SVG"))
+    text = (tmp_path / "curves.SVG").read_text()
+    assert all(text.count(f"<!-- {word} -->") == 1 for word in ("a/seed0", "b/seed0", "b/$x_$y", "b/_z", "raw pixels"))
+    monkeypatch.chdir(tmp_path / "a" / "seed0")
+    report.main(arguments_of(report, ".", "--curves", tmp_path / "one.svg"))
+    assert "<!-- seed0 -->" in (tmp_path / "one.svg").read_text()
 
 
 def test_without_bokeh_the_pip_command_is_named(monkeypatch, capsys, run_folder):

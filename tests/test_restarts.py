@@ -597,6 +597,24 @@ def test_a_changed_setting_that_changes_the_result_must_be_allowed(refusal, stop
     assert (run / "checkpoint.pth").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("flag", "then"),
+    [
+        ("--gray_p 1", "--gray_p 0.2"),
+        ("--blur_p 0 0 0", "--blur_p [1.0, 0.1, 0.5]"),
+        ("--momentum_teacher_end 0.99", "--momentum_teacher_end 1.0"),
+    ],
+)
+def test_a_checkpoint_from_before_an_argument_has_what_runs_did_then(refusal, stopped, flags, run, flag, then):
+    shutil.copytree(stopped, run)
+    checkpoint = torch.load(run / "checkpoint.pth", weights_only=True)
+    for name in dino_checkpoints.ADDED_ARGS:
+        del checkpoint["args"][name]
+    torch.save(checkpoint, run / "checkpoint.pth")
+    assert f"was made with {then}; this run has" in refusal(main_dino, *flags, *flag.split())
+    assert "note: resuming with" not in finish(*flags)
+
+
 def test_another_number_of_images_must_be_allowed(refusal, stopped, flags, run, tmp_path, tiny_root):
     shutil.copytree(stopped, run)
     shutil.copytree(tiny_root / "train", tmp_path / "grown", symlinks=True)
