@@ -107,7 +107,7 @@ class TorchvisionImages:
 class DecodedImages:
     """Images of one small size, decoded once for all loader processes: `open(i)` is a PIL image in RGB.
 
-    Those of another size are opened as always. The processes are forked, so that anonymous memory is theirs in common.
+    Images of another size are opened as always. The processes are forked, so that anonymous memory is theirs in common.
     It is not counted as /dev/shm, which is 64 MB in many containers.
     """
 
