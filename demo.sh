@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Train a small ViT with DINO on photographs that are installed with the requirements. Then compare its k-NN accuracy with
-# raw pixels and with the untrained network. Needs no GPU and no data. Usage: ./demo.sh [OUTPUT_DIR]
+# Train a small ViT with DINO on photographs that are installed with the requirements. Then draw what it attends to, and
+# compare its k-NN accuracy with raw pixels and with the untrained network. Needs no GPU and no data.
+# Usage: ./demo.sh [OUTPUT_DIR]
 set -euo pipefail
 output=${1:-runs/demo}
 case $output in /*) ;; *) [ $# -eq 0 ] || output=$PWD/$output ;; esac
@@ -11,4 +12,6 @@ cd "$(dirname "$0")"
 # on a machine with other load.
 export OMP_WAIT_POLICY=PASSIVE
 "$python" main_dino.py --config recipes/demo.yaml --output_dir "$output"
+"$python" visualize_attention.py --pretrained_weights "$output" --image_size 320 --output_dir "$output/attention"
 "$python" eval_knn.py --pretrained_weights "$output" --nb_knn 5 10 20 50 --num_workers 2 --baselines true
+echo "attention maps: $output/attention/overview.png"
