@@ -102,7 +102,7 @@ def hanging_image(number):
 
 def hanging_image_after_signal(number):
     """A signal at the end of the step before the one that waits forever."""
-    hanging_image(number)
+    hanging_image(number + 1)  # one is opened before the first step, to see if images are small
     clip, steps = utils.clip_gradients, []
 
     def clip_and_signal(*args):
@@ -892,9 +892,11 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_runs(refusal, who
 
 
 def flip(path, place):
-    """Turn over a bit of the byte at this place, a share of the file's length."""
+    """Turn over a bit in each of 200 bytes from this place on, a share of the file's length. Padding is shorter."""
     content = bytearray(path.read_bytes())
-    content[int(place * (len(content) - 1))] ^= 16
+    start = int(place * (len(content) - 200))
+    for i in range(start, start + 200):
+        content[i] ^= 16
     path.write_bytes(content)
 
 
