@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a small ViT with DINO on photographs that are installed with the requirements. Then draw what it attends to, and
+# Train a small ViT with DINO on photographs that are installed with the requirements. Then draw its attention maps, and
 # compare its k-NN accuracy with raw pixels and with the untrained network. Needs no GPU and no data.
 # Usage: ./demo.sh [OUTPUT_DIR]
 set -euo pipefail

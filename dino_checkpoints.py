@@ -370,7 +370,7 @@ FREE_ARGS = (  # these do not change the result
     "compute_stats",
 )
 # fmt: on
-# What runs did before there was an argument for it, the authors' included.
+# Behavior of runs that are older than these arguments, and of the authors' runs.
 ADDED_ARGS = {"color_jitter": [0.4, 0.4, 0.2, 0.1], "color_jitter_p": 0.8, "gray_p": 0.2, "solarize_p": 0.2}
 ADDED_ARGS |= {"blur_p": [1.0, 0.1, 0.5], "blur_radius": [0.1, 2.0], "momentum_teacher_end": 1.0}
 IN_WORDS = {"images_per_step": "images per step", "images": "training images"}

@@ -52,7 +52,10 @@ def test_the_resnet_for_cpus_has_eight_layers_and_torchvisions_keys():
     assert (len(weights) + 1, width) == (8, 256)  # with a classifier
     assert sum(p.numel() for p in model.parameters()) == 1_225_024
     assert model.state_dict().keys() < dino_backbones.build_backbone("resnet18")[0].state_dict().keys()
-    assert model.eval()(torch.randn(2, 3, 16, 16)).shape == (2, 256)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert model.layer1(model.maxpool(model.conv1(images))).shape == (2, 64, 16, 16)  # stride 2, no pooling
+        assert model.eval()(images).shape == (2, 256)
 
 
 @pytest.mark.parametrize(
