@@ -53,8 +53,8 @@ def test_a_local_job_of_two_processes_resumes_after_a_signal_and_trains_as_witho
     slow = tmp_path / "slow"
     slow.mkdir()
     (slow / "sitecustomize.py").write_text(
-        "import time\nimport PIL.Image\nopened = PIL.Image.open\n"
-        "PIL.Image.open = lambda *args, **more: time.sleep(0.1) or opened(*args, **more)\n"
+        "import time\nimport PIL.Image\ncropped = PIL.Image.Image.crop\n"
+        "PIL.Image.Image.crop = lambda *args, **more: time.sleep(0.05) or cropped(*args, **more)\n"
     )
     flags = [ROOT / LOCAL[0], *LOCAL[1:], "--wait", "--data_path", "train", "--output_dir", "out/%j"]
     env, log = {**os.environ, "PYTHONPATH": str(slow)}, tmp_path / "log"

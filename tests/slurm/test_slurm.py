@@ -69,12 +69,12 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    """slow(seconds): an environment in which each image takes that long to open, also in jobs."""
+    """slow(seconds): an environment in which each crop of an image takes that long, also in jobs."""
     folder = tmp_path_factory.mktemp("slow")
     (folder / "sitecustomize.py").write_text(
-        "import os, time\nimport PIL.Image\nopened = PIL.Image.open\n"
-        "def slowly(*args, **more):\n    time.sleep(float(os.environ['SLOW']))\n    return opened(*args, **more)\n"
-        "if 'SLOW' in os.environ:\n    PIL.Image.open = slowly\n"
+        "import os, time\nimport PIL.Image\ncropped = PIL.Image.Image.crop\n"
+        "def slowly(*args, **more):\n    time.sleep(float(os.environ['SLOW']))\n    return cropped(*args, **more)\n"
+        "if 'SLOW' in os.environ:\n    PIL.Image.Image.crop = slowly\n"
     )
     return lambda seconds: {"PYTHONPATH": str(folder), "SLOW": str(seconds)}
 
@@ -137,7 +137,7 @@ def whole(cluster, tiny_root, tmp_path_factory):
 def twice_interrupted(cluster, tiny_root, slow, tmp_path_factory):
     """A job that is requeued by hand and then exceeds its time limit; other tests run in the meantime."""
     folder = tmp_path_factory.mktemp("twice_interrupted")
-    job, log = submit(cluster, tiny_root, folder, "--timeout", 1, "--signal_delay", 15, "--ngpus", 1, **slow(0.65))
+    job, log = submit(cluster, tiny_root, folder, "--timeout", 1, "--signal_delay", 15, "--ngpus", 1, **slow(0.16))
     wait_for_text(log, "Epoch: [0/4]  [0/5]")
     cluster("scontrol", "requeue", job)
     return folder, job, log
@@ -201,7 +201,7 @@ def test_an_error_ends_the_job_with_its_exit_code_and_cancels_the_evaluation(clu
 def test_a_job_of_sbatch_that_is_interrupted_resumes_bit_identically(
     cluster, twice_interrupted, whole, tiny_root, slow, tmp_path
 ):
-    job, log = submit_batch(cluster, tiny_root, tmp_path, **slow(0.3))
+    job, log = submit_batch(cluster, tiny_root, tmp_path, **slow(0.08))
     wait_for_text(log, "Epoch: [0/4]  [4/5]")
     cluster("scancel", "--signal=USR2", job)
     wait_for_end(cluster, job, log, 90)
