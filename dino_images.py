@@ -307,3 +307,27 @@ def gray_page(image, number=0):
     check_shape(image.size)
     kept = image.mode.startswith("I") or image.mode == "F"
     return np.asarray(image if kept else image.convert("L"))
+
+
+# ---- images whose pixels are labels ----
+
+VOID = 255  # label of pixels that the annotators of PASCAL VOC and DAVIS left undecided
+
+
+def use_file(path, use):
+    """use(PIL image) for the image file at `path`. Raises UserError if the file is missing or damaged."""
+    try:
+        with Image.open(path, formats=known_kinds()) as image:
+            check_pixels(image)
+            return use(image)
+    except Exception as e:  # Pillow's decoders raise almost any exception on damaged data
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"can't read {path}: {reason}. Replace the file, or remove it from the list of files") from e
+
+
+def read_labels(path):
+    """Labels [H, W] uint8 of an annotation: 0 is background, then the objects. Raises UserError if it is not one."""
+    mode, labels = use_file(path, lambda image: (image.mode, np.array(image)))
+    if mode not in ("P", "L"):
+        raise UserError(f"the annotation {path} is an image in mode {mode}. Save it as indexed, one label per pixel")
+    return labels

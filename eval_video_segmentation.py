@@ -99,27 +99,16 @@ def read_frame_list(video_dir):
 
 def check_video(frames, annotations, target):
     """Raise UserError if a video can't be segmented, or if its output folder `target` is not an earlier result."""
-    if set(np.unique(read_mask(annotations[0]))) - {0} == {VOID}:
-        raise UserError(f"{annotations[0]} has no label but {VOID} (void). Number the objects 1, 2, ...")
-    width, height = open_image(annotations[0], lambda image: image.size)
+    if set(np.unique(dino_images.read_labels(annotations[0]))) - {0} == {dino_images.VOID}:
+        raise UserError(f"{annotations[0]} has no label but {dino_images.VOID} (void). Number the objects 1, 2, ...")
+    width, height = dino_images.use_file(annotations[0], lambda image: image.size)
     for path in (*frames, *filter(os.path.exists, annotations)):
-        size = open_image(path, lambda image: image.size)
+        size = dino_images.use_file(path, lambda image: image.size)
         if size != (width, height):
             raise UserError(f"{path} has {size[0]} × {size[1]} pixels, the first annotation {width} × {height}")
     earlier_result = target.is_dir() and set(os.listdir(target)) <= {path.name for path in annotations}
     if (target.exists() and not earlier_result) or target.resolve() == annotations[0].parent.resolve():
         raise UserError(f"{target} is not an earlier result and would be overwritten. Use another --output_dir")
-
-
-def open_image(path, use):
-    """use(PIL image) for the image file at `path`. Raises UserError if the file is missing or damaged."""
-    try:
-        with Image.open(path, formats=dino_images.known_kinds()) as image:
-            dino_images.check_pixels(image)
-            return use(image)
-    except Exception as e:  # Pillow's decoders raise almost any exception on damaged data
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"can't read {path}: {reason}. Replace the file, or remove its video from val.txt") from e
 
 
 def scaled_size(height, width, scale_size=(480,)):
@@ -133,7 +122,6 @@ def scaled_size(height, width, scale_size=(480,)):
 
 # The std differs slightly from ImageNet's (0.229, ...) used elsewhere. The published scores were measured with it.
 FRAME_MEAN_STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
-VOID = 255  # label of pixels that the annotators left undecided
 
 
 def read_frame(frame_dir, scale_size=(480,), multiple=1, mean_std=FRAME_MEAN_STD):
@@ -150,22 +138,14 @@ def read_frame(frame_dir, scale_size=(480,), multiple=1, mean_std=FRAME_MEAN_STD
     return (pixels / 255 - mean) / std, image.height, image.width
 
 
-def read_mask(path):
-    """Labels [H, W] uint8 of an annotation: 0 is background, then the objects. Raises UserError if it is not one."""
-    mode, labels = open_image(path, lambda image: (image.mode, np.array(image)))
-    if mode not in ("P", "L"):
-        raise UserError(f"the annotation {path} is an image in mode {mode}. Save it as indexed, one label per pixel")
-    return labels
-
-
 def read_seg(seg_dir, factor, scale_size=(480,)):
     """(one-hot labels of the patches [1, C, h, w], original labels [H, W] uint8) of the annotation file `seg_dir`.
 
     Patches are `factor` pixels wide. C includes the background; void pixels become background. Raises UserError.
     """
-    labels = read_mask(seg_dir)
+    labels = dino_images.read_labels(seg_dir)
     height, width = scaled_size(*labels.shape, scale_size)
-    known = np.where(labels == VOID, 0, labels)
+    known = np.where(labels == dino_images.VOID, 0, labels)
     small = Image.fromarray(known).resize((width // factor, height // factor), Image.Resampling.NEAREST)
     return to_one_hot(torch.from_numpy(np.array(small))[None], int(known.max()) + 1), labels
 
@@ -388,7 +368,7 @@ def score_video(masks, annotations):
 
     Objects are the labels of the first annotation; void is background. The first and the last frame do not count.
     """
-    truths = [np.where(labels == VOID, 0, labels) for labels in map(read_mask, annotations)]
+    truths = [np.where(labels == dino_images.VOID, 0, labels) for labels in map(dino_images.read_labels, annotations)]
     pairs = list(zip(masks, truths, strict=True))[1:-1]
     scores = {}
     for label in sorted(set(np.unique(truths[0]).tolist()) - {0}) if pairs else ():

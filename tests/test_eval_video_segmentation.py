@@ -360,7 +360,7 @@ def test_labels_come_from_the_first_frame_and_the_last_n_frames(davis, tmp_path,
 
 
 def test_the_first_mask_is_copied_including_void(davis, tmp_path):
-    labels = evs.read_mask(annotation(davis))
+    labels = dino_images.read_labels(annotation(davis))
     labels[0, :7] = 255
     evs.imwrite_indexed(annotation(davis), labels)
     run("--data_path", davis, "--output_dir", tmp_path / "masks")
@@ -458,7 +458,7 @@ def test_statistics_are_mean_recall_and_decay_from_the_first_to_the_last_quarter
 
 def test_each_object_is_scored_without_the_first_and_the_last_frame(davis):
     files = [annotation(davis, t) for t in range(5)]
-    truth = [evs.read_mask(file) for file in files]
+    truth = [dino_images.read_labels(file) for file in files]
     masks = [truth[1]] * 5  # object 1 moves 4 pixels a frame, object 2 loses 2 columns of 24, 22, ...
     masks[0] = masks[4] = np.zeros_like(truth[0])  # these do not count
     scores = evs.score_video(masks, files)
@@ -473,7 +473,7 @@ def test_each_object_is_scored_without_the_first_and_the_last_frame(davis):
 
 def test_objects_are_the_labels_of_the_first_annotation_and_void_is_background(davis):
     files = [annotation(davis, t) for t in range(5)]
-    truth = [evs.read_mask(file) for file in files]
+    truth = [dino_images.read_labels(file) for file in files]
     for t, labels in enumerate(truth):
         changed = labels.copy()
         changed[labels == 1] = 200
@@ -532,7 +532,7 @@ def test_a_real_video_without_later_annotations_gets_masks_but_no_scores(tmp_pat
     run("--data_path", shared("data/davis_mini"), "--output_dir", tmp_path)
     masks = labels_in(tmp_path / "bike")
     assert [mask.shape for mask in masks] == [(480, 854)] * 4
-    assert np.array_equal(masks[0], evs.read_mask(shared("data/davis_mini/Annotations/480p/bike/00000.png")))
+    assert np.array_equal(masks[0], dino_images.read_labels(shared("data/davis_mini/Annotations/480p/bike/00000.png")))
     assert all({0} < set(np.unique(mask)) <= {0, 1, 2} for mask in masks)
     said = capsys.readouterr().out
     assert "[1/1] bike: 4 frames" in said

@@ -15,7 +15,6 @@ from PIL import EpsImagePlugin, Image
 import dino_checkpoints
 import dino_files
 import dino_images
-import eval_video_segmentation
 import video_generation
 from utils import UserError
 
@@ -229,7 +228,7 @@ def test_an_image_does_not_start_ghostscript(tmp_path, name):
     with pytest.raises(dino_images.BadImage, match=name):
         dino_images.load_image(tmp_path / name)
     with pytest.raises(UserError, match=name):
-        eval_video_segmentation.open_image(tmp_path / name, np.array)
+        dino_images.use_file(tmp_path / name, np.array)
 
 
 @pytest.mark.parametrize(
