@@ -356,23 +356,24 @@ ARCH_ALIASES = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}
 # fmt: off
 # These decide which tensors a run has. A checkpoint with other values can't be resumed from.
 SHAPING_ARGS = ("arch", "patch_size", "in_chans", "out_dim", "norm_last_layer", "use_bn_in_head", "optimizer",
-                "global_crops_size")
+                "global_crops_size", "head_layers", "head_hidden_dim", "head_bottleneck_dim")
 FREE_ARGS = (  # these do not change the result
     # where things are
     "config", "init_from", "data_path", "data_format", "output_dir", "dist_url",
     # how the run is watched, saved and stopped
     "max_bad_images", "strict_images", "max_bad_steps", "stop_on_collapse", "tensorboard", "wandb", "knn_every",
-    "knn_data", "saveckp_freq", "saveckp_iters", "save_every_minutes", "allow_changed_args",
+    "knn_data", "knn_student", "saveckp_freq", "saveckp_iters", "save_every_minutes", "allow_changed_args",
     # which hardware does it; images_per_step, which follows from these, is compared
     "device", "num_workers", "local_rank", "rank", "gpu", "world_size", "batch_size_per_gpu", "grad_accum_steps",
     "grad_checkpointing", "compile",
-    # mean and std, which it measures, are compared
-    "compute_stats",
+    "compute_stats",  # the mean and std that it measures are compared
 )
 # fmt: on
 # Behavior of runs that are older than these arguments, and of the authors' runs.
 ADDED_ARGS = {"color_jitter": [0.4, 0.4, 0.2, 0.1], "color_jitter_p": 0.8, "gray_p": 0.2, "solarize_p": 0.2}
-ADDED_ARGS |= {"blur_p": [1.0, 0.1, 0.5], "blur_radius": [0.1, 2.0], "momentum_teacher_end": 1.0}
+ADDED_ARGS |= {"blur_p": [1.0, 0.1, 0.5], "blur_radius": [0.1, 2.0], "momentum_teacher_end": 1.0, "teacher": "ema"}
+ADDED_ARGS |= {"centering": "mean", "center_momentum": 0.9, "student_temp": 0.1}
+ADDED_ARGS |= {"head_layers": 3, "head_hidden_dim": 2048, "head_bottleneck_dim": 256}
 IN_WORDS = {"images_per_step": "images per step", "images": "training images"}
 IN_WORDS |= {"image_names": "names of the training images"}
 

@@ -195,6 +195,7 @@ class HealthMonitor:
         found = conditions(numbers)
         norms = [math.fsum(teacher_norms), math.fsum(student_norms)]
         late = step > 0.9 * self.args.epochs * self.steps  # where the momentum is nearly 1
+        late |= self.args.teacher == "previous_epoch"
         if self.norms and norms[0] == self.norms[0] and norms[1] != self.norms[1] and not late:
             found["still"] = "the student changes but the teacher does not. Lower --momentum_teacher (0.996 to 0.9995)"
         self.norms = norms

@@ -57,6 +57,8 @@ def flags():
     watch.add_argument("--knn_data", default=None, metavar="PATH", help="""Labeled images for --knn_every: a folder with
         train and val, or class folders. Default: every tenth image per class of --data_path is classified by the
         others.""")
+    watch.add_argument("--knn_student", default=False, type=bool_flag, metavar="BOOL",
+        help="Also measure the student, as in the paper's Figure 6: a teacher that is ahead of it keeps it learning.")
     watch.add_argument("--tensorboard", default="auto", choices=["auto", "on", "off"],
         help="Curves in output_dir/tensorboard. auto: if TensorBoard is installed.")
     watch.add_argument("--wandb", default="", metavar="PROJECT", help="Also log to this Weights & Biases project.")
@@ -81,8 +83,10 @@ def flags():
 
 def check_flags(args):
     """Raise UserError for flags of the run that can't work, before any work is done."""
-    if args.knn_data is not None and not args.knn_every:
-        raise UserError(f"--knn_data {args.knn_data} has no effect without --knn_every. Set it, or remove --knn_data")
+    for flag in ("knn_data", "knn_student"):
+        if getattr(args, flag) and not args.knn_every:
+            value = getattr(args, flag)
+            raise UserError(f"--{flag} {value} has no effect without --knn_every. Set it, or remove --{flag}")
 
 
 def prepare(args):
@@ -230,6 +234,8 @@ class Run(Bare):
         self.images_done = steps_done * args.images_per_step
         if steps_done:
             self.metrics.restore(progress["meters"])
+        if args.init_from and not self.loaded:
+            self.start_center()
         if self.loaded and args.init_from:
             utils.log(f"note: --init_from {args.init_from} is not used by a run that resumes")
         if self.loaded and self.first_epoch < args.epochs:
@@ -237,6 +243,20 @@ class Run(Bare):
         if self.first_epoch >= args.epochs:
             utils.log(f"{self.loaded} has all of --epochs {args.epochs}: nothing to do")
         return progress
+
+    def start_center(self):
+        """Load the center from the checkpoint of --init_from, if the teacher's projection head is from there, too."""
+        if self.args.init_from in ("published", "timm"):
+            return
+        source = dino_checkpoints.find_weights(self.args.init_from, "--init_from")
+        file, loss = dino_checkpoints.load_checkpoint(source), self.parts.dino_loss
+        center = file["dino_loss"].get("center") if isinstance(file.get("dino_loss"), dict) else None
+        if not isinstance(center, torch.Tensor) or center.shape != loss.center.shape:
+            return
+        (head, _), prototypes = dino_checkpoints.pick_state_dict(file, "teacher", source), "head.last_layer.weight_v"
+        if prototypes in head and torch.equal(head[prototypes], self.parts.teacher.state_dict()[prototypes].cpu()):
+            loss.center.copy_(center)
+            utils.log("loaded the center of the loss from there, too")
 
     # ---- one epoch ----
 
@@ -398,6 +418,10 @@ class Run(Bare):
                 utils.log(f"{when}: {dino_health.describe_baselines(self.monitor.baselines, self.args)}")
                 return
             found = self.neighbors.accuracies(backbone, self.stop)
+            if found and self.args.knn_student:
+                student = getattr(self.parts.student, "module", self.parts.student)  # without DDP
+                student = self.neighbors.accuracies(student.backbone, self.stop, "student")
+                found |= {key.replace("knn_", "knn_student_"): value for key, value in student.items()}
         except Stopped:
             utils.log(f"stopped {when}. Run the same command to resume")
             raise
@@ -405,7 +429,8 @@ class Run(Bare):
             self.stats |= {**found, **self.monitor.baselines}
             top1, top5 = dino_health.describe_knn(self.stats, self.args), found["knn_top5"]
             k, what = dino_features.NEIGHBORS, self.neighbors.what
-            utils.log(f"{k}-NN of the teacher, {what}: top-1 {top1}, top-5 {top5:.2f} %")
+            student = f"; student: top-1 {found['knn_student_top1']:.2f} %" if "knn_student_top1" in found else ""
+            utils.log(f"{k}-NN of the teacher, {what}: top-1 {top1}, top-5 {top5:.2f} %{student}")
 
     # ---- files ----
 

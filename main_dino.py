@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+import dino_ablations
 import dino_backbones
 import dino_cli
 import dino_crops
@@ -110,6 +111,7 @@ def get_args_parser():
     crops.add_argument("--local_crops_size", default=96, type=at_least(1), metavar="PIXELS",
         help="Side of a local crop.")
     # fmt: on
+    dino_ablations.add_flags(parser)
     return parser
 
 
@@ -337,7 +339,7 @@ def build_student_and_teacher(args, device, amp_dtype):
             args.arch, args.patch_size, args.global_crops_size, drop_path_rate, args.in_chans
         )
         # Both get norm_last_layer: the teacher has no gradients, so its gain (weight_g) follows the student's.
-        head = DINOHead(width, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
+        head = DINOHead(width, args.out_dim, args.use_bn_in_head, args.norm_last_layer, **dino_ablations.head(args))
         networks.append(utils.MultiCropWrapper(backbone, head))
     student, teacher = networks
     if args.init_from and not dino_run.has_begun(args.output_dir):
@@ -404,6 +406,7 @@ def train_dino(args):
 
     # ---- epochs ----
     parts = Parts(student, teacher, dino_loss, optimizer, fp16_scaler)
+    dino_ablations.apply(args, parts, schedules)
     with dino_run.Run(args, parts, data_loader, get_args_parser(), amp_dtype) as run:  # locks, resumes, catches signals
         for epoch in range(run.first_epoch, args.epochs):
             run.begin_epoch(epoch)

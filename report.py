@@ -251,10 +251,11 @@ def warnings_table(run):
 
 LOSS = ("train_loss", "train_entropy", "train_kl")
 RESULTS = ("Loss", "k-NN accuracy")  # are drawn first, and large
+KNN_NOTE = "top-1 in percent; in gray: before training (dashed), raw pixels (dotted); colored and dotted: the student"
 # (title, note, keys in the log); the first key is drawn as a solid line, a second one dotted.
 CHARTS = (
     ("Loss", "= entropy (dotted) + KL; dashed: ln K", LOSS),
-    ("k-NN accuracy", "top-1 in percent; dashed: before training; dotted: raw pixels", ("knn_top1",)),
+    ("k-NN accuracy", KNN_NOTE, ("knn_top1", "knn_student_top1")),
     ("Largest prototype", "share of images", ("train_top_prototype",)),
     ("Spread of features", "dashed: 1 / √d, the ideal value", ("train_feature_std",)),
     ("Norm of gradients", "median; dotted: largest", ("train_grad_norm", "train_grad_norm_max")),

@@ -182,15 +182,17 @@ def use_small_networks(blocks):
 
     Else these are most of a small run's compute and files.
     """
+    import dino_ablations
     import vision_transformer as vits
 
-    init, nano = vits.DINOHead.__init__, vits.vit_nano
+    init, nano, sizes = vits.DINOHead.__init__, vits.vit_nano, dino_ablations.head
     before = init.__defaults__
     init.__defaults__ = tuple(64 if default == 2048 else default for default in before)
     vits.vit_nano = functools.partial(nano, depth=blocks)
+    dino_ablations.head = lambda args: {k: 64 if v == 2048 else v for k, v in sizes(args).items()}
 
     def undo():
-        init.__defaults__, vits.vit_nano = before, nano
+        init.__defaults__, vits.vit_nano, dino_ablations.head = before, nano, sizes
 
     return undo
 

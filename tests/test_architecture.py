@@ -32,12 +32,14 @@ ARROWS = {
     "dino_vectors": {"dino_checkpoints", "utils"},
     "dino_health": {"utils"},
     "dino_signals": {"utils"},
+    "dino_ablations": {"dino_cli", "utils"},
     "dino_run": {
         *("dino_features", "dino_data", "dino_files", "dino_health", "dino_signals", "dino_checkpoints"),
         *("dino_cli", "utils"),
     },
     "main_dino": {
-        *("dino_run", "dino_backbones", "dino_data", "dino_crops", "dino_cli", "vision_transformer", "utils")
+        *("dino_ablations", "dino_run", "dino_backbones", "dino_data", "dino_crops", "dino_cli"),
+        *("vision_transformer", "utils"),
     },
     "run_with_submitit": {"main_dino", "eval_knn", *BELOW_FEATURES},
     "dino_steps": {"main_dino", "dino_backbones", "dino_crops", "dino_cli", "utils", "vision_transformer"},
