@@ -35,7 +35,7 @@ EACH_NUMBER = pytest.mark.parametrize(("script", "flag"), NUMBERS, ids=lambda x:
 
 
 def test_all_numbers_are_found():
-    assert len(SCRIPTS) == 13
+    assert len(SCRIPTS) == 14
     found = {(script, flag.dest) for script, flag in NUMBERS}
     assert {("main_dino", "lr"), ("video_generation", "threshold"), ("benchmark", "processes")} <= found
 
