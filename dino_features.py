@@ -132,10 +132,11 @@ def digest_of_weights(model):
 
 
 @torch.no_grad()
-def cls_attention(model, images):
+def cls_attention(model, images, token=0):
     """Attention of CLS to each patch in a ViT's last block: images [B, 3, H, W] -> [B, heads, H / patch, W / patch].
 
-    H and W are multiples of the patch size. Without the attention of CLS to itself, so a map sums to less than 1.
+    H and W are multiples of the patch size. Without the attention to CLS itself, so a map sums to less than 1. `token`
+    is another token to look from: 1 + row * columns + column is a patch.
     """
     rows, columns = (side // model.patch_embed.patch_size for side in images.shape[-2:])
     tokens = model.prepare_tokens(images)
@@ -143,7 +144,7 @@ def cls_attention(model, images):
         tokens = block(tokens)
     last = model.blocks[-1]
     queries, keys, _ = last.attn.split_heads(last.norm1(tokens))
-    attention = last.attn.attention_map(queries[:, :, :1], keys)  # [B, heads, 1, 1 + patches]: one row of a large map
+    attention = last.attn.attention_map(queries[:, :, token : token + 1], keys)  # [B, heads, 1, 1 + patches]: one row
     return attention[:, :, 0, 1:].unflatten(-1, (rows, columns))
 
 

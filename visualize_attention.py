@@ -1,11 +1,12 @@
-"""Attention maps of a ViT: which patches the CLS token attends to in the last block (figures 1 and 3 of the paper).
+"""Attention maps of a ViT: which patches the CLS token attends to in the last block (figures 1, 3 and 8 of the paper).
 
     python visualize_attention.py --output_dir out                               # published ViT-S/8, example photograph
     python visualize_attention.py --image_path cat.jpg --threshold 0.6 --output_dir out
     python visualize_attention.py --pretrained_weights runs/vits16 --image_path photos
 
-Writes img.png (the input), attn-head{h}.png (one map per head) and overview.png (all of them on one page). --threshold
-adds mask_th{t}_head{h}.png: the smallest set of patches that holds this share of a head's attention. With several
+Writes img.png (the input), attn-head{h}.png (one map per head), overview.png (all of them on one page) and heads.png
+(each head in a color). --threshold adds mask_th{t}_head{h}.png: the smallest set of patches that holds this share of a
+head's attention. --points adds attn-point{n}.png: where these points of the image attend to (figure 8). With several
 images, each gets a folder.
 """
 
@@ -15,6 +16,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import resize
 from torchvision.utils import save_image
@@ -46,6 +48,9 @@ def get_args_parser():
         patches give finer maps, but time grows with the square of the number of patches.""")
     parser.add_argument("--threshold", default=None, type=between(1e-06, 1, float), metavar="SHARE",
         help="Also draw the smallest set of patches with this share of the attention. 0.6 often shows the object.")
+    parser.add_argument("--points", default=[], nargs="+", type=between(0, 1, float), metavar="X Y", help="""Also draw
+        the attention of the patches at these points. X and Y are shares of width and height, from the top left corner:
+        0.5 0.5 is the middle.""")
     parser.add_argument("--output_dir", default=".", metavar="DIR", help="Folder for the pictures.")
     # fmt: on
     return parser
@@ -57,6 +62,8 @@ def check_args(args):
     size = " ".join(map(str, args.image_size))
     if len(args.image_size) > 2:
         raise UserError(f"--image_size {size} has more than two numbers. Set height and width, or the shorter side")
+    if len(args.points) % 2:
+        raise UserError(f"--points has {len(args.points)} numbers. Give an X and a Y for each point")
     if min(args.image_size) < args.patch_size:
         raise UserError(f"--image_size {size} is smaller than one patch (--patch_size {args.patch_size}). Raise it")
 
@@ -130,22 +137,24 @@ def load(path, args, inputs):
 YELLOW = (255, 220, 0)
 
 
-def picture_names(heads, threshold):
+def picture_names(heads, threshold, points=0):
     """File names of the pictures of one image, in the order in which `write_pictures` draws them."""
     masks = [] if threshold is None else [f"mask_th{threshold}_head{head}.png" for head in range(heads)]
-    return ["img.png", *(f"attn-head{head}.png" for head in range(heads)), *masks, "overview.png"]
+    drawn = [f"attn-head{head}.png" for head in range(heads)] + masks + [f"attn-point{n}.png" for n in range(points)]
+    return ["img.png", *drawn, "heads.png", "overview.png"]
 
 
-def write_pictures(folder, image, attention, patch_size, threshold=None):
+def write_pictures(folder, image, attention, patch_size, threshold=None, points=()):
     """Write all pictures of an image, uint8 [3, H, W], with attention [heads, H / patch, W / patch], to `folder`.
 
-    Draws them in a temporary folder first, so that an interrupted run leaves no partial result.
+    `points` has ((row, column) of a patch, its attention [H / patch, W / patch]) per reference point. Draws them in a
+    temporary folder first, so that an interrupted run leaves no partial result.
     """
     from matplotlib.image import imsave
 
     pixels = image.permute(1, 2, 0).numpy()  # [H, W, 3]
     with tempfile.TemporaryDirectory(prefix=".attention-", dir=folder) as building:
-        names = picture_names(len(attention), threshold)
+        names = picture_names(len(attention), threshold, len(points))
         paths = iter([os.path.join(building, name) for name in names])
         save_image(utils.normalize(image), next(paths), normalize=True, scale_each=True)
         for head in attention:
@@ -155,9 +164,46 @@ def write_pictures(folder, image, attention, patch_size, threshold=None):
                 mask = dino_features.to_pixels(mask, patch_size)
                 drawn = dino_features.draw_mask(pixels, mask, divisor=3, outline=YELLOW)
                 Image.fromarray(drawn).save(next(paths))
+        for patch, of_point in points:
+            imsave(next(paths), draw_point(pixels, patch, of_point, patch_size))
+        imsave(next(paths), draw_heads(pixels, attention, patch_size, threshold or SHARE))
         draw_overview(pixels, attention).savefig(next(paths))
         for name in names:
             os.replace(os.path.join(building, name), os.path.join(folder, name))
+
+
+SHARE = 0.6  # of a head's attention that its color covers in heads.png, as in figure 3
+
+
+def draw_heads(pixels, attention, patch_size, share):
+    """The image [H, W, 3], gray, where each head of `attention` [heads, h, w] colors the patches with most of its mass.
+
+    A patch of several heads has the color of the head for which it is the most important.
+    """
+    from matplotlib import colormaps
+
+    heads = len(attention)
+    colors = colormaps["hsv"](np.arange(heads) / heads)[:, :3]  # [heads, 3], 0 to 1
+    masks = dino_features.largest_mass(attention, share)
+    strongest = (attention / attention.amax(dim=(1, 2), keepdim=True) * masks).argmax(dim=0)  # [h, w]
+    gray = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2) / 255
+    tint = dino_features.to_pixels(colors[strongest.numpy()], patch_size)
+    covered = dino_features.to_pixels(masks.any(dim=0), patch_size)[..., None]
+    return np.where(covered, 0.4 * gray + 0.6 * tint, gray)
+
+
+def draw_point(pixels, patch, attention, patch_size):
+    """The image [H, W, 3] with the attention [h, w] of a patch (row, column) over it, and the patch in red.
+
+    The brightest color is for the largest hundredth: a single patch would leave the others dark.
+    """
+    from matplotlib import colormaps
+
+    heat = dino_features.to_pixels((attention / attention.quantile(0.99)).clamp(max=1), patch_size)
+    drawn = 0.4 * pixels / 255 + 0.6 * colormaps["viridis"](heat)[..., :3]
+    top, left = (patch_size * position for position in patch)
+    drawn[top : top + patch_size, left : left + patch_size] = (1, 0, 0)
+    return drawn
 
 
 def draw_overview(pixels, attention):
@@ -188,6 +234,15 @@ def draw_overview(pixels, attention):
 # ---- the run ----
 
 
+def attention_of_points(model, images, points):
+    """Yield ((row, column), attention [h, w], the mean over heads) of the patch at each point X, Y of one image."""
+    rows, columns = (side // model.patch_embed.patch_size for side in images.shape[-2:])
+    for x, y in zip(points[::2], points[1::2], strict=True):
+        row, column = min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)
+        attention = dino_features.cls_attention(model, images, token=1 + row * columns + column)
+        yield (row, column), attention[0].float().mean(dim=0).cpu()
+
+
 def main(args):
     """Write the pictures of all images. Raises UserError."""
     trained = dino_checkpoints.follow_run(args, follow_size=False)
@@ -206,13 +261,15 @@ def main(args):
     utils.fix_random_seeds(0)  # an untrained network has the same weights in every run
     model, _ = dino_backbones.frozen_backbone(args, device, part="attention", inputs=inputs)
     folders = output_folders(paths, args.output_dir)
-    check_folders(folders, picture_names(model.blocks[-1].attn.num_heads, args.threshold), paths)
+    names = picture_names(model.blocks[-1].attn.num_heads, args.threshold, len(args.points) // 2)
+    check_folders(folders, names, paths)
     for path, folder in zip(paths, folders, strict=True):
         image, seen = load(path, args, inputs)
         attention = dino_features.cls_attention(model, seen[None].to(device))[0].float().cpu()
         if not attention.isfinite().all():
             raise UserError(f"the attention on {path} is not finite: the weights are damaged, or training diverged")
-        write_pictures(folder, image, attention, args.patch_size, args.threshold)
+        points = list(attention_of_points(model, seen[None].to(device), args.points))
+        write_pictures(folder, image, attention, args.patch_size, args.threshold, points)
         print(f"{path}: {len(attention)} heads, {attention.shape[1]} × {attention.shape[2]} patches, in {folder}")
 
 

@@ -45,12 +45,15 @@ def photograph(tmp_path_factory):
     return path
 
 
+POINTS = (0.2, 0.9, 1, 0)  # the patches in row 3, column 1, and in row 0, column 5
+
+
 @pytest.fixture(scope="module")
 def pictures(weights, photograph, tmp_path_factory):
     """The folder of a finished run: 70 × 100 pixels make 4 × 6 whole patches of 16."""
     out = tmp_path_factory.mktemp("pictures")
     flags = ["--pretrained_weights", weights, "--image_path", photograph, "--image_size", 70, 100]
-    run(*flags, "--threshold", 0.6, "--output_dir", out)
+    run(*flags, "--threshold", 0.6, "--points", *POINTS, "--output_dir", out)
     return out
 
 
@@ -60,8 +63,8 @@ def seen_by_the_network(photograph):
     return (pixels.transpose(2, 0, 1) / 255 - MEAN) / STD
 
 
-def attention_of_cls(model, image):
-    """Attention of CLS to the patches in the last block, [heads, h, w] float64, for an image [3, H, W]."""
+def attention_of_cls(model, image, token=0):
+    """Attention of a token to the patches in the last block, [heads, h, w] float64, for an image [3, H, W]."""
     seen = []
     last = model.blocks[-1]
     hook = last.norm1.register_forward_hook(lambda *call: seen.append(call[2][0].double()))
@@ -77,7 +80,7 @@ def attention_of_cls(model, image):
     maps = []
     for head in range(heads):
         part = slice(head * side, (head + 1) * side)
-        scores = [math.exp(queries[0, part] @ key[part] / math.sqrt(side)) for key in keys]
+        scores = [math.exp(queries[token, part] @ key[part] / math.sqrt(side)) for key in keys]
         maps.append([score / sum(scores) for score in scores[1:]])
     rows, columns = (n // model.patch_embed.patch_size for n in image.shape[1:])
     return np.array(maps).reshape(heads, rows, columns)
@@ -105,7 +108,8 @@ def read(path):
 def test_flags_have_the_published_names_and_defaults():
     published = {"arch": "vit_small", "patch_size": 8, "pretrained_weights": "", "checkpoint_key": "teacher"}
     published |= {"image_path": None, "image_size": [480, 480], "output_dir": ".", "threshold": None}
-    assert vars(arguments_of(visualize_attention)) == {**published, "device": "auto", "exif": False}
+    ours = {"device": "auto", "exif": False, "points": []}
+    assert vars(arguments_of(visualize_attention)) == {**published, **ours}
 
 
 @pytest.mark.usefixtures("offline")
@@ -142,8 +146,8 @@ def test_largest_mass_is_the_smallest_set_of_patches_with_the_share(share):
 
 def test_a_run_writes_its_pictures_and_nothing_else(pictures):
     heads = range(4)
-    names = ["img.png", "overview.png", *(f"attn-head{h}.png" for h in heads)]
-    names += [f"mask_th0.6_head{h}.png" for h in heads]
+    names = ["img.png", "overview.png", "heads.png", *(f"attn-head{h}.png" for h in heads)]
+    names += [*(f"mask_th0.6_head{h}.png" for h in heads), "attn-point0.png", "attn-point1.png"]
     assert sorted(path.name for path in pictures.iterdir()) == sorted(names)
 
 
@@ -185,6 +189,39 @@ def test_masks_darken_the_image_outside_and_draw_an_outline(pictures, photograph
         for part, want in ((outline, (255, 220, 0)), (mask & ~outline, pixels), (~mask & ~outline, pixels // 3)):
             assert part.any()
             assert (drawn[part] == np.broadcast_to(want, drawn.shape)[part]).all()
+
+
+def test_each_head_has_a_color_where_its_mass_is_and_the_rest_is_gray(pictures, photograph):
+    from matplotlib import colormaps
+
+    attention = attention_of_cls(backbone(), seen_by_the_network(photograph))
+    gray = np.asarray(Image.open(photograph).convert("RGB"))[:64, :96].mean(axis=2, keepdims=True) / 255
+    want = np.repeat(gray, 3, axis=2)
+    for row, column in np.ndindex(attention.shape[1:]):
+        shares = [a[row, column] / a.max() for a in attention if largest(a, 0.6)[row, column]]
+        if shares:
+            owner = next(h for h, a in enumerate(attention) if a[row, column] / a.max() == max(shares))
+            patch = np.s_[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+            want[patch] = 0.4 * gray[patch] + 0.6 * np.array(colormaps["hsv"](owner / 4)[:3])
+    assert np.abs(read(pictures / "heads.png") - 255 * want).max() <= 1
+    assert (np.ptp(want, axis=2) == 0).any()
+
+
+@pytest.mark.parametrize(("number", "patch"), [(0, (3, 1)), (1, (0, 5))])
+def test_the_attention_of_a_point_is_the_mean_over_heads_for_its_patch(pictures, photograph, number, patch):
+    from matplotlib import colormaps
+
+    attention = attention_of_cls(backbone(), seen_by_the_network(photograph), 1 + patch[0] * 6 + patch[1]).mean(axis=0)
+    pixels = np.asarray(Image.open(photograph).convert("RGB"))[:64, :96] / 255
+    heat = np.minimum(attention / np.quantile(attention, 0.99), 1)
+    want = 0.4 * pixels + 0.6 * enlarge_colors(colormaps["viridis"](heat)[..., :3])
+    want[16 * patch[0] : 16 * patch[0] + 16, 16 * patch[1] : 16 * patch[1] + 16] = (1, 0, 0)
+    assert np.abs(read(pictures / f"attn-point{number}.png") - 255 * want).max() <= 4  # two entries of the table
+
+
+def test_a_point_has_two_numbers(refusal, photograph):
+    assert "--points has 3 numbers" in refusal(visualize_attention, "--points", 0.1, 0.2, 0.3)
+    assert "--points" in refusal(visualize_attention, "--points", 10, 20)
 
 
 def panels(heads, height=64, width=96):
@@ -263,7 +300,7 @@ def test_several_images_get_a_folder_each_with_the_same_pictures_as_alone(pictur
     (other,) = visualize_attention.find_images(None)
     for name, source in (("a.png", photograph), ("b.png", other)):
         (tmp_path / "in" / name).write_bytes(source.read_bytes())
-    flags = ["--pretrained_weights", weights, "--image_size", 70, 100, "--threshold", 0.6]
+    flags = ["--pretrained_weights", weights, "--image_size", 70, 100, "--threshold", 0.6, "--points", *POINTS]
     run(*flags, "--image_path", tmp_path / "in", "--output_dir", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
     for path in pictures.iterdir():
@@ -341,4 +378,4 @@ def test_the_command_line_draws_the_default_image(tmp_path):
     flags = ["--pretrained_weights", "random", "--image_size", 64, "--threshold", 0.6, "--output_dir", tmp_path]
     done = run_script("visualize_attention.py", *SMALL, *flags)
     assert "astronaut.png: 4 heads, 4 × 4 patches" in done.stdout
-    assert len(list(tmp_path.iterdir())) == 10
+    assert len(list(tmp_path.iterdir())) == 11
