@@ -49,13 +49,15 @@ def test_resnets_for_small_images_keep_detail_and_torchvisions_keys(arch, width)
 def test_the_resnet_for_cpus_has_eight_layers_and_torchvisions_keys():
     model, width = dino_backbones.build_backbone("resnet8", img_size=32)
     weights = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
-    assert (len(weights) + 1, width) == (8, 256)  # with a classifier
-    assert sum(p.numel() for p in model.parameters()) == 1_225_024
+    assert (len(weights) + 1, width) == (8, 192)  # with a classifier
+    assert sum(p.numel() for p in model.parameters()) == 689_904
     assert model.state_dict().keys() < dino_backbones.build_backbone("resnet18")[0].state_dict().keys()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert model.layer1(model.maxpool(model.conv1(images))).shape == (2, 64, 16, 16)  # stride 2, no pooling
-        assert model.eval()(images).shape == (2, 256)
+        assert model.layer1(model.maxpool(model.conv1(images))).shape == (2, 48, 16, 16)  # stride 2, no pooling
+        assert model.eval()(images).shape == (2, 192)
+    for conv in (model.conv1, model.layer3[0].conv1):  # He et al.
+        assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (len(conv.weight) * 9)), rel=0.1)
 
 
 @pytest.mark.parametrize(
