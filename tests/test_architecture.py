@@ -31,6 +31,7 @@ ARROWS = {
     "dino_features": {"dino_data", "dino_crops", "dino_backbones", "utils"},
     "dino_vectors": {"dino_checkpoints", "utils"},
     "dino_health": {"utils"},
+    "dino_linear": {"dino_checkpoints", "utils"},
     "dino_signals": {"utils"},
     "dino_run": {
         *("dino_features", "dino_data", "dino_files", "dino_health", "dino_signals", "dino_checkpoints"),
@@ -47,6 +48,7 @@ SCRIPTS = {name for name in MODULES if name.startswith("eval_")}
 SCRIPTS |= {"visualize_attention", "video_generation", "export", "report"}
 ARROWS |= dict.fromkeys(SCRIPTS, BELOW_FEATURES)
 ARROWS["embed"] = {"dino_vectors", *BELOW_FEATURES}
+ARROWS["eval_linear"] = {"dino_linear", *BELOW_FEATURES}
 
 
 def imported(tree):
