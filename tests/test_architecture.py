@@ -28,7 +28,7 @@ ARROWS = {
     "dino_shards": {"dino_files", "dino_images", "utils"},
     "dino_data": BELOW_DATA,
     "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "dino_cpu", "dino_layouts", "utils"},
-    "dino_features": {"dino_data", "dino_crops", "dino_backbones", "utils"},
+    "dino_features": {"dino_data", "dino_crops", "dino_backbones", "dino_checkpoints", "utils"},
     "dino_vectors": {"dino_checkpoints", "utils"},
     "dino_health": {"utils"},
     "dino_linear": {"dino_checkpoints", "utils"},
