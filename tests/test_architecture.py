@@ -40,7 +40,7 @@ ARROWS = {
     "main_dino": {
         *("dino_run", "dino_backbones", "dino_data", "dino_crops", "dino_cli", "vision_transformer", "utils")
     },
-    "run_with_submitit": {"main_dino", "eval_knn", *BELOW_FEATURES},
+    "run_with_submitit": {"main_dino", "eval_knn", "eval_logistic", *BELOW_FEATURES},
     "dino_steps": {"main_dino", "dino_backbones", "dino_crops", "dino_cli", "utils", "vision_transformer"},
     "benchmark": {"main_dino", "dino_steps", "eval_video_segmentation", *BELOW_FEATURES},
 }
