@@ -1,7 +1,7 @@
 """Linear layers that are trained together on the same frozen features: their settings, results and files.
 
-A layer has one value of each flag in `Setting`. eval_linear.py trains one layer per combination of the values it is
-given. Changes none of their numbers.
+A layer has one value of each flag in `Setting`. eval_linear.py trains one layer per combination of the values that it
+is given.
 """
 
 import argparse

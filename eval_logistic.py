@@ -9,15 +9,14 @@
 resized and center-cropped, without augmentation. Prints top-1 and top-5 accuracy in percent; for VOC the mean average
 precision.
 
-The classifier is W [classes, D], without intercept, the minimum of
+The classifier W [classes, D] has no intercept. It minimizes
 
     mean over the n training images of -log softmax(W x)[label]  +  lambda / 2 * |W|^2,    lambda = 0.1 / n.
 
-lambda, no intercept and at most 100 iterations are the authors' (issue #121); in this form lambda is the parameter of
-cyanure, the library that the paper names. scikit-learn's C would be 1 / 0.1. Features are the output of the network:
-the CLS token of the last block, or pooled features. They are scaled to length 1, as for k-NN; the sources do not say
-whether the authors' are. Each of several labels has a binary regression of its own, of the same form, on the images
-that count for it.
+The authors give lambda, no intercept, and at most 100 iterations (issue #121), without the formula. This one is that of
+cyanure, the library that the paper names; scikit-learn's C would be 1 / 0.1. Features x are the CLS token of the last
+block, or pooled features of a convnet, scaled to length 1 as for k-NN; the sources do not say whether the authors scale
+them. With several labels per image, each has a binary regression of the same form, on the images that count for it.
 """
 
 import argparse
@@ -249,7 +248,7 @@ def fit(features, labels, num_classes, l2=0.1, max_iterations=100, tolerance=1e-
     objective = Objective(features, labels, l2, num_classes)
     scale = objective.scale()
     start = {"dtype": torch.float64, "device": features.device}
-    variable = torch.zeros(num_classes, features.shape[1], **start, requires_grad=True)
+    variable = torch.zeros(num_classes, features.shape[1], **start, requires_grad=True)  # V
     how = {"max_iter": STEPS, "max_eval": 25 * STEPS, "tolerance_grad": 0, "tolerance_change": 0, "history_size": 20}
     optimizer = torch.optim.LBFGS([variable], **how, line_search_fn="strong_wolfe")
 
@@ -267,7 +266,7 @@ def fit(features, labels, num_classes, l2=0.1, max_iterations=100, tolerance=1e-
         optimizer.step(closure)
         done += optimizer.param_groups[0]["max_iter"]
         value, _, gap = objective.measure(weight())
-        utils.log(f"L-BFGS: [{done}/{max_iterations}]  objective: {value.item():.6f}  above its minimum: <= {gap:.1e}")
+        utils.log(f"L-BFGS: [{done}/{max_iterations}]  objective: {value:.6f}, at most {gap:.1e} above its minimum")
     if not gap <= tolerance:
         utils.log(
             f"warning: after {done} iterations the objective may still be {gap:.1e} above its minimum. Raise "
