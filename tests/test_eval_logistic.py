@@ -77,11 +77,11 @@ def test_the_distance_to_the_minimum_is_never_underestimated(make):
     least, best = slow_minimum(rows, labels, 0.1)
     objective = eval_logistic.Objective(rows, labels, 0.1, 3)
     for scale in (0.01, 0.1, 1.0):
-        weight = best + scale * torch.randn_like(best)
+        weight = best.clone()
+        weight[0] += scale * torch.randn_like(best[0])
         value, _, gap = objective.measure(weight)
         assert value.item() == pytest.approx(slow_objective(weight.numpy(), rows, labels, 0.1))
-        problems = 1 if labels.ndim == 1 else 3  # the gap is that of the worst
-        assert 0 < value.item() - least <= problems * gap
+        assert 0 < value.item() - least <= gap + 1e-9
 
 
 def test_features_that_vary_by_a_factor_of_1000_converge_within_100_iterations(capsys):
