@@ -58,7 +58,7 @@ def get_args_parser():
     parser.add_argument("--max_iterations", default=100, type=at_least(1), metavar="N",
         help="End after N iterations of L-BFGS in any case, with a warning if this is too early.")
     parser.add_argument("--tolerance", default=1e-4, type=positive, metavar="LOSS",
-        help="End when the objective is at most this far above its minimum, which is known without the minimum.")
+        help="End when the objective is at most this far above its minimum. The gradient bounds the distance.")
     parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS", help="""Input size of the
         network. Images are resized to 8/7 of this size, then center-cropped. Default for a run: its global crops.""")
     parser.add_argument("--batch_size_per_gpu", default=128, type=at_least(1), metavar="B",
@@ -92,6 +92,9 @@ def find_sets(args, inputs):
     Labels are class indices [N], or [N, C] of 1, -1 and 0 if --data_path is a folder of VOC.
     """
     transform = dino_crops.eval_transform(args.image_size, inputs)
+    year = os.path.join(args.data_path, "VOC2007")
+    if os.path.isdir(year):
+        raise UserError(f"--data_path {args.data_path} has a folder per year. Use --data_path {year}")
     if os.path.isdir(os.path.join(args.data_path, "ImageSets", "Main")):
         classes, *parts = read_voc(args.data_path)
         images = [dino_files.ImageFiles(paths, exif=args.exif) for paths, _ in parts]

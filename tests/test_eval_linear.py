@@ -462,6 +462,15 @@ def test_a_layer_that_diverges_leaves_the_others_as_they_are(capsys, data, train
     assert re.search(r"^ +diverged +--lr 1e\+38 --n_last_blocks 4", capsys.readouterr().out, re.M)
 
 
+@pytest.mark.parametrize("results", [[{"best_acc": 1.0}], [{"best_acc": "1"}] * 8, {"best_acc": 1.0}])
+def test_a_sweep_with_damaged_results_is_not_overwritten(refusal, data, swept, tmp_path, results):
+    torch.save({**checkpoint_of(swept[0]), "results": results}, tmp_path / "checkpoint.pth.tar")
+    before = (tmp_path / "checkpoint.pth.tar").read_bytes()
+    line = refusal(eval_linear, *SMALL, *data, *SWEEP, "--output_dir", tmp_path)
+    assert "checkpoint.pth.tar is not a checkpoint of this sweep. Move it, or use another --output_dir" in line
+    assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
+
+
 def test_the_network_sees_the_validation_images_once(monkeypatch, data, tmp_path):
     seen = []
     tokens = eval_linear.frozen_tokens

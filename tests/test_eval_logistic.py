@@ -312,6 +312,11 @@ def test_a_damaged_voc_folder_is_an_error(refusal, voc, name, text, message):
     assert message in refusal(eval_logistic, *SMALL, "--pretrained_weights", "random", "--data_path", voc)
 
 
+def test_the_parent_of_a_voc_folder_is_an_error_that_names_the_year(refusal, voc):
+    line = refusal(eval_logistic, *SMALL, "--pretrained_weights", "random", "--data_path", voc.parent)
+    assert line.endswith(f"has a folder per year. Use --data_path {voc}")
+
+
 # ---- errors ----
 
 
