@@ -298,7 +298,7 @@ def photograph_inputs(path):
     if inputs.in_chans != 3:
         raise UserError(
             f"--pretrained_weights {path} was trained on other inputs ({inputs.describe()}). This script needs RGB "
-            "photographs. eval_knn.py and eval_linear.py do not"
+            "photographs. eval_knn.py, eval_linear.py and eval_logistic.py do not"
         )
     return inputs
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 import dino_backbones
+import dino_checkpoints
 import dino_crops
 import dino_data
 import utils
@@ -181,12 +182,13 @@ def accuracy(output, target, topk=(1,)):
 
 
 def labeled_features(
-    model, sets, batch_size, num_workers, device, use_cuda=True, stop=None, amp_dtype=None, name="Features"
+    model, sets, batch_size, num_workers, device, use_cuda=True, stop=None, amp_dtype=None, name="Features", unit=True
 ):
-    """(train features, train labels, test features, test labels), features L2-normalized; None on other ranks than 0.
+    """(train features, train labels, test features, test labels); None on other ranks than 0.
 
-    `sets` are two data sets of (image, index), and the labels [N] of each. All ranks have to call it. Raises
-    utils.Stopped if the StopRequest `stop` has a signal. `name` is the network's, for the lines that show progress.
+    `sets` are two data sets of (image, index), and the labels of each. Features are L2-normalized if `unit`. All ranks
+    have to call it. Raises utils.Stopped if the StopRequest `stop` has a signal. `name` is the network's, for the lines
+    that show progress.
     """
     train, test, train_labels, test_labels = sets
     features = []
@@ -198,10 +200,45 @@ def labeled_features(
         features.append(extract_features(model, loader, use_cuda, **how))
     if not utils.is_main_process():
         return None
-    for rows in features:
+    for rows in features if unit else ():
         rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-12))  # in place: they may fill half of a GPU
     train_features, test_features = features
     return train_features, train_labels.to(train_features.device), test_features, test_labels.to(test_features.device)
+
+
+# In the order in which `labeled_features` returns the tensors.
+FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
+
+
+def dump_features(tensors, folder):
+    """Write (train features, train labels, test features, test labels) to FEATURE_FILES in `folder`."""
+    for tensor, name in zip(tensors, FEATURE_FILES, strict=True):
+        utils.save_on_master(tensor.cpu(), os.path.join(folder, name))
+
+
+def load_features(folder, device, multilabel=False):
+    """Read the files of --dump_features: (train features [N, D], train labels [N], test features, test labels).
+
+    With `multilabel`, labels may also be [N, C] of 1 (has the label), -1 (has not) and 0 (not counted). Raises
+    UserError if a file is missing, or if the tensors do not fit together.
+    """
+    tensors = [dino_checkpoints.load_checkpoint(os.path.join(folder, name)) for name in FEATURE_FILES]
+    for part, features, labels in (("train", *tensors[:2]), ("test", *tensors[2:])):
+        both = isinstance(features, torch.Tensor) and isinstance(labels, torch.Tensor)
+        per_class = multilabel and both and labels.ndim == 2
+        if not both or features.ndim != 2 or not (labels.ndim == 1 or per_class) or not features.is_floating_point():
+            names = f"{folder}/{part}feat.pth and {part}labels.pth"
+            raise UserError(f"{names} must hold tensors: floats [N, D] and labels [N]")
+        if labels.is_floating_point() or (len(labels) and labels.min() < (-1 if per_class else 0)):
+            raise UserError(f"{folder}/{part}labels.pth must hold class indices >= 0")
+        if len(features) != len(labels) or not len(features):
+            raise UserError(f"{folder} has {len(features)} {part} features and {len(labels)} labels")
+    if tensors[0].shape[1] != tensors[2].shape[1]:
+        widths = f"train features have {tensors[0].shape[1]} dimensions, test features {tensors[2].shape[1]}"
+        raise UserError(f"{folder}: {widths}. Dump both again with one network")
+    if tensors[1].shape[1:] != tensors[3].shape[1:]:
+        raise UserError(f"{folder}: train labels and test labels are of different classes. Dump both again")
+    return [tensor.to(device, torch.float32 if tensor.is_floating_point() else torch.long) for tensor in tensors]
 
 
 NUMBERS_AT_ONCE = 2**25  # similarities, or votes, in memory at a time: 128 MB

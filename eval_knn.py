@@ -10,7 +10,6 @@ and top-5 accuracy in percent for each k.
 """
 
 import argparse
-import os
 
 import torch
 
@@ -72,37 +71,6 @@ def build_model(args, device, weights, in_chans=3, amp_dtype=None):
     return dino_backbones.prepare_for_evaluation(model, device, amp_dtype), name
 
 
-# In the order in which `labeled_features` returns the tensors.
-FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
-
-
-def dump_features(tensors, folder):
-    """Write (train features, train labels, test features, test labels) to FEATURE_FILES in `folder`."""
-    for tensor, name in zip(tensors, FEATURE_FILES, strict=True):
-        utils.save_on_master(tensor.cpu(), os.path.join(folder, name))
-
-
-def load_features(folder, device):
-    """Read the files of --dump_features: (train features [N, D], train labels [N], test features, test labels).
-
-    Raises UserError if a file is missing, or if the tensors do not fit together.
-    """
-    tensors = [dino_checkpoints.load_checkpoint(os.path.join(folder, name)) for name in FEATURE_FILES]
-    for part, features, labels in (("train", *tensors[:2]), ("test", *tensors[2:])):
-        both = isinstance(features, torch.Tensor) and isinstance(labels, torch.Tensor)
-        if not both or features.ndim != 2 or labels.ndim != 1 or not features.is_floating_point():
-            names = f"{folder}/{part}feat.pth and {part}labels.pth"
-            raise UserError(f"{names} must hold tensors: floats [N, D] and labels [N]")
-        if labels.is_floating_point() or (len(labels) and labels.min() < 0):
-            raise UserError(f"{folder}/{part}labels.pth must hold class indices >= 0")
-        if len(features) != len(labels) or not len(features):
-            raise UserError(f"{folder} has {len(features)} {part} features and {len(labels)} labels")
-    if tensors[0].shape[1] != tensors[2].shape[1]:
-        widths = f"train features have {tensors[0].shape[1]} dimensions, test features {tensors[2].shape[1]}"
-        raise UserError(f"{folder}: {widths}. Dump both again with one network")
-    return [tensor.to(device, torch.float32 if tensor.is_floating_point() else torch.long) for tensor in tensors]
-
-
 # ---- the evaluation ----
 
 
@@ -111,10 +79,11 @@ def main(args):
     dino_checkpoints.follow_run(args)
     check_args(args)
     if args.dump_features is not None:
-        dino_cli.check_output_dir(args.dump_features, "--dump_features", FEATURE_FILES)
+        dino_cli.check_output_dir(args.dump_features, "--dump_features", dino_features.FEATURE_FILES)
     device = utils.init_distributed_mode(args)
     if args.load_features is not None:
-        print_accuracies(load_features(args.load_features, device if args.use_cuda else "cpu"), args)
+        features = dino_features.load_features(args.load_features, device if args.use_cuda else "cpu")
+        print_accuracies(features, args)
         return
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     transform = dino_crops.eval_transform(args.image_size, inputs)
@@ -135,7 +104,7 @@ def main(args):
     if not utils.is_main_process():
         return
     if args.dump_features is not None:
-        dump_features(features[name], args.dump_features)
+        dino_features.dump_features(features[name], args.dump_features)
         utils.log(f"features saved to {args.dump_features}")
     print_accuracies(features[name], args)
     if args.baselines:

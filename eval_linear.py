@@ -1,18 +1,22 @@
 """Linear classification of frozen features (section 4.1 of the paper).
 
     python eval_linear.py --pretrained_weights runs/vits16 --data_path imagenet --output_dir runs/linear
+    python eval_linear.py --lr 0.001 0.01 0.1 --pretrained_weights runs/vits16 --data_path imagenet  # keeps the best
     python eval_linear.py --evaluate --data_path imagenet                          # published ViT-S/16 and head: 77.0 %
     python eval_linear.py --evaluate --arch vit_base --n_last_blocks 1 --avgpool_patchtokens true --data_path imagenet
 
 --data_path holds train/<class>/* and val/<class>/*. Trains one linear layer on random crops and flips. Prints its
 accuracy on the validation images. Writes log.txt, one JSON object per epoch, and checkpoint.pth.tar to --output_dir.
 Run the same command again to resume; the result is bit-identical to an uninterrupted run.
+
+Several values of --lr, --n_last_blocks and --avgpool_patchtokens train one layer per combination, each as if it were
+alone, in one pass over the network. checkpoint.pth.tar then has the layer with the best validation accuracy, and
+log.txt one line per epoch and layer. The paper sweeps the learning rate for each network (appendix F.2).
 """
 
 import argparse
 import functools
 import math
-import os
 
 import torch
 import torch.distributed as dist
@@ -29,8 +33,10 @@ import dino_crops
 import dino_data
 import dino_features
 import dino_images
+import dino_linear
 import utils
 from dino_cli import at_least, between, positive
+from dino_linear import values_of
 from utils import UserError, bool_flag
 
 # ---- arguments ----
@@ -41,18 +47,20 @@ def get_args_parser():
     parents = [dino_cli.model_flags(), dino_cli.labeled_flags(), dino_cli.process_flags()]
     parser = argparse.ArgumentParser("Linear evaluation", add_help=False, parents=parents)
     # fmt: off
-    parser.add_argument("--n_last_blocks", default=4, type=at_least(1), metavar="N", help="""Concatenate the CLS
-        tokens of the last N blocks of a ViT: 4 for ViT-S and smaller, 1 for ViT-B. Ignored for other networks, which
-        give their pooled output.""")
-    parser.add_argument("--avgpool_patchtokens", default=False, type=bool_flag, metavar="BOOL",
-        help="Also use the mean patch token of a ViT's last block: false for ViT-S, true for ViT-B.")
+    several = {"nargs": "+", "action": dino_linear.OneOrMore}
+    parser.add_argument("--n_last_blocks", default=4, type=at_least(1), metavar="N", **several, help="""Concatenate the
+        CLS tokens of the last N blocks of a ViT: 4 for ViT-S and smaller, 1 for ViT-B. Ignored for other networks,
+        which give their pooled output. One or more values.""")
+    parser.add_argument("--avgpool_patchtokens", default=False, type=bool_flag, metavar="BOOL", **several,
+        help="""Also use the mean patch token of a ViT's last block: false for ViT-S, true for ViT-B. One or two
+        values.""")
     parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS",
         help="""Input size of the network. Validation images are resized to 8/7 of this size, then center-cropped.
         Default for a run: its global crops.""")
     parser.add_argument("--epochs", default=100, type=at_least(1), metavar="E", help="Passes over the training images.")
-    parser.add_argument("--lr", default=0.001, type=positive, metavar="LR", help="""Initial learning rate for a
-        global batch of 256, scaled linearly with the batch. It follows a cosine to 0, one value per epoch. For your
-        own networks, try several values.""")
+    parser.add_argument("--lr", default=0.001, type=positive, metavar="LR", **several, help="""Initial learning rate
+        for a global batch of 256, scaled linearly with the batch. It follows a cosine to 0, one value per epoch. For
+        your own networks, name several values, such as 0.001 0.003 0.01 0.03 0.1 0.3: the best is kept.""")
     parser.add_argument("--batch_size_per_gpu", default=128, type=at_least(1), metavar="B",
         help="Images per process and step. The last batch of an epoch may be smaller.")
     parser.add_argument("--val_freq", default=1, type=at_least(1), metavar="E",
@@ -74,6 +82,15 @@ def check_args(args):
     """Raise UserError for flags that contradict each other, and for an unknown --arch."""
     if args.linear_weights and not args.evaluate:
         raise UserError("--linear_weights needs --evaluate. Training resumes from --output_dir instead")
+    for flag in dino_linear.Setting._fields:
+        values = values_of(args, flag)
+        given = f"--{flag} {dino_linear.in_words(values)}"
+        if len(set(values)) < len(values):
+            raise UserError(f"{given} has a value twice. Remove one")
+        if len(values) > 1 and args.evaluate:
+            raise UserError(f"{given}: --evaluate is for one linear layer. Use one value")
+        if len(values) > 1 and flag == "n_last_blocks" and not dino_backbones.vit_factory(args.arch):
+            raise UserError(f"{given}: --arch {args.arch} gives its pooled output only. Use one value")
     if dino_backbones.vit_factory(args.arch):
         dino_cli.check_whole_patches("image_size", args.image_size, args.patch_size)
     dino_backbones.check_arch(args.arch)
@@ -115,36 +132,71 @@ def build_loader(dataset, sampler, args, device, collate=None):
 
 
 def build_model(args, device, amp_dtype=None):
-    """(frozen network on the device, width of its features). Raises UserError if the flags do not fit the network."""
+    """(frozen network on the device, [T, D] of its `frozen_tokens`). Raises UserError if the flags do not fit it."""
+    blocks, avgpool = max(values_of(args, "n_last_blocks")), any(values_of(args, "avgpool_patchtokens"))
     if dino_backbones.vit_factory(args.arch):
         with torch.device("meta"):  # no memory, no download: this only reads the depth
             depth = len(dino_backbones.build_backbone(args.arch, args.patch_size)[0].blocks)
-        if args.n_last_blocks > depth:
-            raise UserError(f"--n_last_blocks {args.n_last_blocks}: {args.arch} has only {depth} blocks. Lower it")
-    elif args.avgpool_patchtokens:
+        if blocks > depth:
+            raise UserError(f"--n_last_blocks {blocks}: {args.arch} has only {depth} blocks. Lower it")
+    elif avgpool:
         raise UserError(f"--arch {args.arch} has no patch tokens to pool. Remove --avgpool_patchtokens")
     # The network stays in evaluation mode: no dropout, and batch norms keep their statistics.
     inputs = dino_checkpoints.trained_inputs(args.pretrained_weights)
     model, width = dino_backbones.frozen_backbone(args, device, args.image_size, inputs=inputs, amp_dtype=amp_dtype)
-    return model, width * (args.n_last_blocks + args.avgpool_patchtokens if dino_backbones.is_vit(model) else 1)
+    return model, (blocks + avgpool if dino_backbones.is_vit(model) else 1, width)
 
 
 @torch.no_grad()
-def frozen_features(model, images, n_last_blocks=4, avgpool=False):
-    """Features [B, width] of images [B, C, H, W], uint8 or normalized, on the model's device.
+def frozen_tokens(model, images, n_last_blocks=4, avgpool=False):
+    """Tokens [B, T, D] of images [B, C, H, W], uint8 or normalized, on the model's device.
 
-    For a ViT: the CLS tokens of the last n blocks, after the final norm, first to last. `avgpool` adds the mean patch
-    token of the last block, interleaved with its CLS token: (cls_0, mean_0, cls_1, mean_1, ...). The published ViT-B
-    heads were trained on this order. Other networks give their pooled output.
+    For a ViT: the mean patch token of the last block, if `avgpool`, then the CLS tokens of the last n blocks, first to
+    last; all after the final norm. For other networks: their pooled output, as one token.
     """
     images = utils.normalize(images)
     if not dino_backbones.is_vit(model):
-        return utils.features_of(model, images).flatten(1)
+        return utils.features_of(model, images).flatten(1)[:, None]
     layers = model.get_intermediate_layers(images, n_last_blocks)  # n of [B, 1 + patches, D]
-    parts = [tokens[:, 0] for tokens in layers]
+    mean = [layers[-1][:, 1:].mean(dim=1)] if avgpool else []
+    return torch.stack(mean + [tokens[:, 0] for tokens in layers], dim=1)
+
+
+def head_features(tokens, n_last_blocks=4, avgpool=False):
+    """Features [B, width] of one linear layer, from `frozen_tokens` of at least n blocks.
+
+    The CLS tokens of the last n blocks, first to last. `avgpool` interleaves the last with the mean patch token:
+    (cls_0, mean_0, cls_1, mean_1, ...). The published ViT-B heads were trained on this order.
+    """
+    parts = [tokens[:, -n_last_blocks:]]
     if avgpool:
-        parts[-1] = torch.stack((parts[-1], layers[-1][:, 1:].mean(dim=1)), dim=-1).flatten(1)  # [B, 2·D]
-    return torch.cat(parts, dim=-1)
+        parts = [parts[0][:, :-1], torch.stack((tokens[:, -1], tokens[:, 0]), dim=-1)]
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
+class KeptFeatures:
+    """Batches (tokens [B, T, D], indices [B]) of a loader of images, on a device.
+
+    The images of an evaluation are the same in each epoch, so their tokens are computed in the first pass and kept.
+    """
+
+    def __init__(self, extract, data_loader, device):
+        self.extract, self.data_loader, self.device = extract, data_loader, device
+        self.batches, self.length = None, len(data_loader)
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        if self.batches is None:
+            batches = []
+            for images, indices in self.data_loader:
+                tokens = self.extract(images.to(self.device, non_blocking=True))
+                batches.append((tokens, indices.to(self.device, non_blocking=True)))
+                yield batches[-1]
+            self.batches, self.data_loader = batches, None  # and its processes end
+        else:
+            yield from self.batches
 
 
 # ---- classifier ----
@@ -161,6 +213,27 @@ class LinearClassifier(nn.Module):
 
     def forward(self, x):
         return self.linear(x.flatten(1))
+
+
+class Heads(nn.Module):
+    """H linear layers with a Setting each: tokens [B, T, D] -> H logits [B, num_labels].
+
+    Each starts with the weights that it would have alone.
+    """
+
+    def __init__(self, settings, token_shape, num_labels):
+        super().__init__()
+        self.settings, self.classifiers = settings, nn.ModuleList()
+        start = torch.get_rng_state()
+        for features in self.features(torch.zeros(1, *token_shape)):
+            torch.set_rng_state(start)
+            self.classifiers.append(LinearClassifier(features.shape[1], num_labels))
+
+    def features(self, tokens):
+        return [head_features(tokens, s.n_last_blocks, s.avgpool_patchtokens) for s in self.settings]
+
+    def forward(self, tokens):
+        return [head(x) for head, x in zip(self.classifiers, self.features(tokens), strict=True)]
 
 
 def load_head(classifier, args):
@@ -185,93 +258,83 @@ def load_head(classifier, args):
             f"{width_here} features. Set --num_labels, --n_last_blocks and --avgpool_patchtokens (published heads: 4 "
             "and false for ViT-S, 1 and true for ViT-B)"
         )
-    check_settings(source, file, args, FEATURE_SETTINGS)
+    dino_linear.check_settings(source, file, args, dino_linear.FEATURE_SETTINGS)
     classifier.load_state_dict({name: head[name] for name in classifier.state_dict()})
-
-
-# Settings that determine the features, and settings that determine a whole run. `weights` is not a flag but a digest
-# of the network's tensors: their file may be moved, but not changed.
-FEATURE_SETTINGS = ("arch", "patch_size", "n_last_blocks", "avgpool_patchtokens", "weights")
-SETTINGS = ("epochs", "lr", "global_batch", "image_size", "seed", "num_labels", "num_images", "amp_dtype")
-SETTINGS += FEATURE_SETTINGS
-
-
-def check_settings(path, file, args, names):
-    """Raise UserError if `file` was written with other settings than `args`. Published files store none, and pass."""
-    now = {name: getattr(args, name) for name in names}
-    before = {**now, **utils.plain_args(file.get("args"))}
-    changed = [name for name in names if before[name] != now[name]]
-    if changed:
-        was, is_now = (", ".join(f"{name} {values[name]}" for name in changed) for values in (before, now))
-        otherwise = "" if args.evaluate else ", or another --output_dir"
-        raise UserError(f"{path} was made with {was}; this run has {is_now}. Use the same{otherwise}")
 
 
 # ---- training and validation ----
 
 
-def train_one_epoch(extract, classifier, data_loader, labels, optimizer, epoch_name):
-    """Train for one epoch; returns {loss, lr}, means over the steps of all processes.
+def train_one_epoch(extract, heads, data_loader, labels, optimizers, epoch_name, shown=0):
+    """Train for one epoch; returns {loss, lr} per linear layer, means over the steps of all processes.
 
-    `extract` maps a batch of images to features [B, width] without gradients; `labels` [N] are on the device;
-    `epoch_name` is for messages, such as [3/100]. Raises UserError (exit code 3) if the loss is not finite, before the
-    optimizer step.
+    `extract` maps a batch of images to tokens [B, T, D] without gradients; `labels` [N] are on the device;
+    `epoch_name` is for messages, such as [3/100]; the lines show layer number `shown`. Raises UserError (exit code 3)
+    if no loss is finite, before the optimizer step.
     """
-    metrics = utils.MetricLogger()
-    for images, indices, *_ in metrics.log_every(data_loader, 20, f"Epoch: {epoch_name}"):
+    metrics = [utils.MetricLogger() for _ in optimizers]
+    for images, indices, *_ in metrics[shown].log_every(data_loader, 20, f"Epoch: {epoch_name}"):
         images = images.to(labels.device, non_blocking=True)
         targets = labels[indices.to(labels.device, non_blocking=True)]  # [B]
-        loss = F.cross_entropy(classifier(extract(images)), targets)
-        loss_on_host = utils.HostCopy(loss)  # copied while the backward pass runs
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        check_finite(loss_on_host.read(), f"in epoch {epoch_name}")
-        optimizer.step()
-        metrics.update(loss=loss, lr=optimizer.param_groups[0]["lr"])
-    metrics.synchronize_between_processes()
-    means = {name: meter.global_avg for name, meter in metrics.meters.items()}
-    check_finite(means["loss"], f"in epoch {epoch_name}")
+        losses = torch.stack([F.cross_entropy(logits, targets) for logits in heads(extract(images))])  # [H]
+        losses_on_host = utils.HostCopy(losses)  # copied while the backward pass runs
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        losses.sum().backward()  # the gradient of a layer is that of its own loss
+        numbers = losses_on_host.read()
+        check_finite(numbers, f"in epoch {epoch_name}")
+        for meters, loss, optimizer in zip(metrics, numbers, optimizers, strict=True):
+            optimizer.step()
+            meters.update(loss=loss, lr=optimizer.param_groups[0]["lr"])
+    for meters in metrics:
+        meters.synchronize_between_processes()
+    means = [{name: meter.global_avg for name, meter in meters.meters.items()} for meters in metrics]
+    check_finite([mean["loss"] for mean in means], f"in epoch {epoch_name}")
     return means
 
 
-def check_finite(loss, where):
-    """Raise UserError with exit code 3 if the loss is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} {where}. Lower --lr, or check --pretrained_weights", exit_code=3)
+def check_finite(losses, where):
+    """Raise UserError with exit code 3 if all losses are NaN or infinite."""
+    if not any(map(math.isfinite, losses)):
+        raise UserError(f"the loss is {losses[0]} {where}. Lower --lr, or check --pretrained_weights", exit_code=3)
 
 
 @torch.no_grad()
-def validate(extract, classifier, data_loader, labels):
-    """{loss, acc1, acc5} on the validation images of all processes: mean loss, top-1 and top-5 accuracy in percent.
+def validate(heads, batches, labels):
+    """{loss, acc1, acc5} per linear layer: mean loss, top-1 and top-5 accuracy in percent, over all processes.
 
-    `extract` and `labels` [M] are as in `train_one_epoch`. With fewer than 5 classes, acc5 uses all of them. Raises
-    UserError (exit code 3) if the loss is not finite.
+    `batches` are the (tokens, indices) of this process, `labels` [M] are of all images. With fewer than 5 classes,
+    acc5 uses all of them. Logs the best layer. Raises UserError (exit code 3) if no loss is finite.
     """
-    sums = [torch.zeros(4, device=labels.device)]  # loss, correct in top 1, correct in top 5, images
-    for images, indices in utils.MetricLogger().log_every(data_loader, 20, "Test:"):
-        images = images.to(labels.device, non_blocking=True)
-        targets = labels[indices.to(labels.device, non_blocking=True)]  # [B]
-        logits = classifier(extract(images))  # [B, C]
-        correct = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # [B, 5]
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        sums.append(torch.stack((loss, correct[:, 0].sum(), correct.sum(), loss.new_tensor(len(targets)))))
-    totals = torch.stack(sums).cpu().double().sum(dim=0)
+    sums = [torch.zeros(len(heads.settings), 4, device=labels.device)]  # loss, correct in top 1, in top 5, images
+    for tokens, indices in utils.MetricLogger().log_every(batches, 20, "Test:"):
+        targets = labels[indices]  # [B]
+        rows = []
+        for logits in heads(tokens):  # [B, C]
+            correct = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # [B, 5]
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            rows.append(torch.stack((loss, correct[:, 0].sum(), correct.sum(), loss.new_tensor(len(targets)))))
+        sums.append(torch.stack(rows))
+    totals = torch.stack(sums).cpu().double().sum(dim=0)  # [H, 4]
     if utils.get_world_size() > 1:
         totals = totals.to(utils.collective_device())
         dist.all_reduce(totals)
-    loss, correct1, correct5, number = totals.tolist()
-    check_finite(loss, "on the test images")  # NaN logits have an arbitrary rank, and would count as an accuracy
-    stats = {"loss": loss / number, "acc1": 100 * correct1 / number, "acc5": 100 * correct5 / number}
-    utils.log(f"Accuracy of the network on the {number:.0f} test images: {stats['acc1']:.1f}%")
-    utils.log(f"Top-5: {stats['acc5']:.1f}%, loss: {stats['loss']:.4f}")
-    return stats
+    totals = totals.tolist()
+    number = totals[0][3]
+    # NaN logits have an arbitrary rank, and would count as an accuracy.
+    check_finite([loss for loss, *_ in totals], "on the test images")
+    tested = [{"loss": a / number, "acc1": 100 * b / number, "acc5": 100 * c / number} for a, b, c, _ in totals]
+    best = max((stats for stats in tested if math.isfinite(stats["loss"])), key=dino_linear.rank)
+    utils.log(f"Accuracy of the network on the {number:.0f} test images: {best['acc1']:.1f}%")
+    utils.log(f"Top-5: {best['acc5']:.1f}%, loss: {best['loss']:.4f}")
+    return tested
 
 
 # ---- the run ----
 
 
 def main(args):
-    """Train a linear classifier, resume its training, or --evaluate one. Raises UserError."""
+    """Train linear classifiers, resume their training, or --evaluate one. Raises UserError."""
     dino_checkpoints.follow_run(args)
     check_args(args)
     if not args.evaluate:
@@ -291,84 +354,54 @@ def main(args):
     val_loader = build_loader(val, range(args.rank, len(val), args.world_size), args, device)
     val_labels = val_labels.to(device)
 
-    # ---- frozen network, classifier ----
+    # ---- frozen network, classifiers ----
     amp_dtype = dino_features.pick_dtype(device, args.amp_dtype)
-    model, width = build_model(args, device, amp_dtype)
+    model, token_shape = build_model(args, device, amp_dtype)
     args.weights = dino_features.digest_of_weights(model)
-    blocks = {"n_last_blocks": args.n_last_blocks, "avgpool": args.avgpool_patchtokens}
-    network = functools.partial(frozen_features, model, **blocks)
+    blocks = {
+        "n_last_blocks": max(values_of(args, "n_last_blocks")),
+        "avgpool": any(values_of(args, "avgpool_patchtokens")),
+    }
+    network = functools.partial(frozen_tokens, model, **blocks)
     extract = functools.partial(dino_features.features_in, network, amp_dtype=amp_dtype)
-    classifier = LinearClassifier(width, args.num_labels).to(device)
+    heads = Heads(dino_linear.sweep_of(args), token_shape, args.num_labels).to(device)
+    val_set = KeptFeatures(extract, val_loader, device), val_labels
     if args.evaluate:
-        load_head(classifier, args)
-        validate(extract, classifier, val_loader, val_labels)
+        load_head(heads.classifiers[0], args)
+        validate(heads, *val_set)
         return
-    train_set, val_set = (train, train_labels.to(device)), (val_loader, val_labels)
-    train_classifier(extract, classifier, train_set, val_set, args, device)
+    train_heads(extract, heads, (train, train_labels.to(device)), val_set, args)
 
 
-def train_classifier(extract, classifier, train_set, val_set, args, device):
-    """Train for the remaining epochs. Writes a log line and a checkpoint after each. Raises UserError.
+def train_heads(extract, heads, train_set, val_set, args):
+    """Train for the remaining epochs. Writes log lines and a checkpoint after each. Raises UserError.
 
-    `train_set` is (images, labels [N]), `val_set` is (loader, labels [M]). Labels are on the device.
+    `train_set` is (images, labels [N]), `val_set` is (batches, labels [M]) of `validate`. Labels are on the device.
     """
-    (train, train_labels), (val_loader, val_labels) = train_set, val_set
+    train, train_labels = train_set
     # A sampler with batch size 1 drops only the remainder of images by processes. The loader makes the batches.
     sampler = dino_data.EpochSampler(train.images, 1, args.seed, args.rank, args.world_size)
     if not len(sampler):
         raise UserError(f"{len(train)} training images are too few for {args.world_size} processes. Start fewer")
+    device = train_labels.device
     train_loader = build_loader(train, sampler, args, device, dino_data.collate)
     args.num_images, args.global_batch = len(train), args.batch_size_per_gpu * args.world_size
-    optimizer = torch.optim.SGD(classifier.parameters(), args.lr * args.global_batch / 256, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=0)
-
-    path = os.path.join(args.output_dir, "checkpoint.pth.tar")
-    progress = {"epoch": 0, "best_acc": 0.0}
-    states = {"state_dict": classifier, "optimizer": optimizer, "scheduler": scheduler}
-    resume(path, progress, states, args)
-
-    shared = classifier
+    training = dino_linear.Training(heads, args)
+    training.resume()
+    shared = heads
     if args.world_size > 1:
-        shared = DistributedDataParallel(classifier, device_ids=[device] if device.type == "cuda" else None)
-    for epoch in range(progress["epoch"], args.epochs):
+        shared = DistributedDataParallel(heads, device_ids=[device] if device.type == "cuda" else None)
+    for epoch in range(training.epoch, args.epochs):
         sampler.set_epoch(epoch)
-        means = train_one_epoch(extract, shared, train_loader, train_labels, optimizer, f"[{epoch}/{args.epochs}]")
-        scheduler.step()
-        stats = {**{f"train_{name}": mean for name, mean in means.items()}, "epoch": epoch}
+        name = f"[{epoch}/{args.epochs}]"
+        means = train_one_epoch(extract, shared, train_loader, train_labels, training.optimizers, name, training.best())
+        for scheduler in training.schedulers:
+            scheduler.step()
+        tested = None
         if epoch % args.val_freq == 0 or epoch == args.epochs - 1:
-            tested = validate(extract, classifier, val_loader, val_labels)
-            progress["best_acc"] = max(progress["best_acc"], tested["acc1"])
-            utils.log(f"Max accuracy so far: {progress['best_acc']:.2f}%")
-            stats |= {f"test_{name}": value for name, value in tested.items()}
-        if utils.is_main_process():
-            utils.write_log_line(args.output_dir, stats)
-        progress["epoch"] = epoch + 1
-        saved = {name: holder.state_dict() for name, holder in states.items()}
-        saved["state_dict"] = {f"module.{name}": tensor for name, tensor in saved["state_dict"].items()}
-        utils.save_on_master({**progress, **saved, "args": vars(args)}, path)
-    utils.log(f"The linear classifier is trained. Top-1 test accuracy: {progress['best_acc']:.1f}")
-
-
-def is_log_line(line):
-    """Whether a JSON object in log.txt is of this script. Only main_dino's lines have train_ln_k."""
-    return "train_loss" in line and "train_ln_k" not in line
-
-
-def resume(path, progress, states, args):
-    """Restore `progress` {epoch, best_acc} and the objects in `states` from the checkpoint at `path`, if it exists.
-
-    Raises UserError if the file is not a checkpoint of this script, or was written with other settings.
-    """
-    if os.path.isfile(path):
-        file = dino_checkpoints.load_checkpoint(path)
-        ours = isinstance(file, dict) and {*progress, *states} <= file.keys()
-        if not ours or not all(type(file[name]) in (int, float) for name in progress):
-            raise UserError(f"{path} is not a checkpoint of this script. Move it, or use another --output_dir")
-        check_settings(path, file, args, SETTINGS)
-    dino_checkpoints.restart_from_checkpoint(path, progress, **states)
-    utils.check_same_everywhere(progress["epoch"], f"the epoch in {path}")
-    if utils.is_main_process():
-        dino_checkpoints.drop_log_lines(args.output_dir, progress["epoch"], is_log_line)
+            tested = validate(heads, *val_set)
+        training.end_epoch(means, tested)
+    training.print_result()
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ def get_args_parser():
         this machine, restarted as Slurm would do; debug: one process, within this script.""")
     job.add_argument("--wait", action="store_true",
         help="Wait for the job, print its log, and exit with the exit code of the run.")
-    job.add_argument("--evaluate_after", default=None, choices=["knn"],
-        help="Evaluate the teacher after training, as a second job on one node.")
+    job.add_argument("--evaluate_after", default=[], nargs="+", choices=["knn", "logistic"],
+        help="Evaluate the teacher after training, with one or more scripts. Each is a job of its own on one node.")
     job.add_argument("--evaluate_data", default=None, metavar="DIR",
         help="Folder with train and val for --evaluate_after. Default: the parent folder of --data_path.")
     # fmt: on
@@ -93,7 +93,7 @@ def check_args(args):
     if args.cluster == "debug" and processes_per_node(args) > 1:
         raise UserError("--cluster debug runs one process. Add --ngpus 1, or --ngpus 0")
     if args.evaluate_data is not None and not args.evaluate_after:
-        raise UserError(f"--evaluate_data {args.evaluate_data} has no effect without --evaluate_after knn")
+        raise UserError(f"--evaluate_data {args.evaluate_data} has no effect without --evaluate_after")
     if args.evaluate_after and args.cluster == "local" and not args.wait:
         raise UserError("--evaluate_after on --cluster local has to wait for the training. Add --wait")
     for option in args.slurm_extra:
@@ -109,13 +109,13 @@ def processes_per_node(args):
     return args.ngpus or args.tasks_per_node or 1
 
 
-def job_parameters(args, nodes, after=None):
+def job_parameters(args, nodes, name="dino", after=None):
     """Keywords for submitit's executor.update_parameters. `after`: start only if the job with this ID succeeds."""
     processes = processes_per_node(args)
     features = ["volta32gb"] * args.use_volta32 + [args.slurm_constraint] * bool(args.slurm_constraint)
     extra = dict(option.split("=", 1) for option in args.slurm_extra)
     wanted = {
-        "name": "dino_knn" if after else "dino",
+        "name": name,
         "nodes": nodes,
         "tasks_per_node": processes,
         "gpus_per_node": args.ngpus or None,
@@ -153,10 +153,12 @@ def training_args(args):
     return argparse.Namespace(**{**{name: getattr(args, name) for name in names}, "device": device})
 
 
-def evaluation_args(args, job_id):
-    """Arguments of eval_knn.py for the checkpoint of the training job."""
+def evaluation(name, args, job_id):
+    """The Task of a script of --evaluate_after, for the checkpoint of the training job."""
     import eval_knn
+    import eval_logistic
 
+    script = {"knn": eval_knn, "logistic": eval_logistic}[name]
     named = args.data_path == "sample" or args.data_path.startswith("torchvision:")
     folder = args.data_path if named else os.path.dirname(os.path.abspath(args.data_path))
     flags = {
@@ -166,7 +168,8 @@ def evaluation_args(args, job_id):
         "data_path": args.evaluate_data or folder,
         "device": training_args(args).device,
     }
-    return eval_knn.get_args_parser().parse_args([f"--{name}={value}" for name, value in flags.items()])
+    words = [f"--{flag}={value}" for flag, value in flags.items()]
+    return Task(script.main, script.get_args_parser().parse_args(words))
 
 
 # ---- inside the job ----
@@ -358,14 +361,12 @@ def main(args):
 
     job = submit(executor, Task(main_dino.train_dino, training_args(args)), job_parameters(args, args.nodes))
     jobs = [job]
-    if args.evaluate_after:
-        import eval_knn
-
+    for name in args.evaluate_after:
         if args.cluster != "slurm":
             exit_if_failed(jobs.pop(), args.cluster)
-        task = Task(eval_knn.main, evaluation_args(args, job.job_id))
         executor = build_executor(folder.replace("%j", job.job_id), args)  # its log is next to the training's
-        jobs.append(submit(executor, task, job_parameters(args, 1, after=job.job_id)))
+        parameters = job_parameters(args, 1, f"dino_{name}", after=job.job_id)
+        jobs.append(submit(executor, evaluation(name, args, job.job_id), parameters))
     for job in jobs if waits else ():
         exit_if_failed(job, args.cluster)
 

@@ -28,9 +28,10 @@ ARROWS = {
     "dino_shards": {"dino_files", "dino_images", "utils"},
     "dino_data": BELOW_DATA,
     "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "dino_cpu", "dino_layouts", "utils"},
-    "dino_features": {"dino_data", "dino_crops", "dino_backbones", "utils"},
+    "dino_features": {"dino_data", "dino_crops", "dino_backbones", "dino_checkpoints", "utils"},
     "dino_vectors": {"dino_checkpoints", "utils"},
     "dino_health": {"utils"},
+    "dino_linear": {"dino_checkpoints", "utils"},
     "dino_signals": {"utils"},
     "dino_ablations": {"dino_cli", "utils"},
     "dino_run": {
@@ -41,7 +42,7 @@ ARROWS = {
         *("dino_ablations", "dino_run", "dino_backbones", "dino_data", "dino_crops", "dino_cli"),
         *("vision_transformer", "utils"),
     },
-    "run_with_submitit": {"main_dino", "eval_knn", *BELOW_FEATURES},
+    "run_with_submitit": {"main_dino", "eval_knn", "eval_logistic", *BELOW_FEATURES},
     "dino_steps": {"main_dino", "dino_backbones", "dino_crops", "dino_cli", "utils", "vision_transformer"},
     "benchmark": {"main_dino", "dino_steps", "eval_video_segmentation", *BELOW_FEATURES},
 }
@@ -49,6 +50,7 @@ SCRIPTS = {name for name in MODULES if name.startswith("eval_")}
 SCRIPTS |= {"visualize_attention", "video_generation", "export", "report"}
 ARROWS |= dict.fromkeys(SCRIPTS, BELOW_FEATURES)
 ARROWS["embed"] = {"dino_vectors", *BELOW_FEATURES}
+ARROWS["eval_linear"] = {"dino_linear", *BELOW_FEATURES}
 
 
 def imported(tree):

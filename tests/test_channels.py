@@ -23,6 +23,7 @@ import dino_layouts
 import eval_copy_detection
 import eval_knn
 import eval_linear
+import eval_logistic
 import export
 import main_dino
 import report
@@ -596,6 +597,8 @@ def test_evaluations_use_channels_mean_and_std_of_the_checkpoint(trained, bands,
     said = capsys.readouterr().out
     assert f"20-NN classifier result: Top1: {logged}" in said
     assert re.search(r"raw pixels +\d", said)
+    run(eval_logistic, *flags)
+    assert "Logistic regression with --l2 0.1: Top1: " in capsys.readouterr().out
     run(eval_linear, *flags, "--epochs", 1, "--n_last_blocks", 1, "--output_dir", tmp_path)
     assert "The linear classifier is trained" in capsys.readouterr().out
 

@@ -16,6 +16,7 @@ from torch import nn
 from torchvision import datasets, transforms
 
 import dino_backbones
+import dino_linear
 import eval_linear
 import utils
 
@@ -111,12 +112,16 @@ def normalized(image):
     return (image / 255 - mean[:, None, None]) / std[:, None, None]
 
 
+def features_of(model, images, *blocks):
+    return eval_linear.head_features(eval_linear.frozen_tokens(model, images, *blocks), *blocks)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_vit_features_are_the_cls_tokens_of_the_last_blocks_after_the_final_norm(n):
     model = backbone()
     nn.init.normal_(model.norm.weight)
     nn.init.normal_(model.norm.bias)
-    features = eval_linear.frozen_features(model, images(size=64), n)
+    features = features_of(model, images(size=64), n)
     assert not features.requires_grad
     for row, image in zip(features, images(size=64), strict=True):
         tokens = block_outputs(model, normalized(image))
@@ -126,7 +131,7 @@ def test_vit_features_are_the_cls_tokens_of_the_last_blocks_after_the_final_norm
 @pytest.mark.parametrize("n", [1, 2])
 def test_avgpool_interleaves_the_last_cls_token_with_the_mean_patch_token(n):
     model = backbone()
-    for row, image in zip(eval_linear.frozen_features(model, images(), n, avgpool=True), images(), strict=True):
+    for row, image in zip(features_of(model, images(), n, True), images(), strict=True):
         tokens = block_outputs(model, normalized(image))
         want = [number for i in range(4 - n, 3) for number in tokens[i][0].tolist()]
         for d in range(128):
@@ -138,7 +143,7 @@ def test_features_of_a_convnet_are_its_pooled_output():
     model = backbone("resnet18")
     with torch.no_grad():
         maps = nn.Sequential(*list(model.children())[:8])(normalized(images()))  # up to layer4: [B, 512, h, w]
-    assert_near(eval_linear.frozen_features(model, images()), maps.mean(dim=(2, 3)), 1e-5)
+    assert_near(features_of(model, images()), maps.mean(dim=(2, 3)), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +158,9 @@ def test_features_of_a_convnet_are_its_pooled_output():
 def test_the_announced_width_is_the_width_of_the_features(flags, width):
     args = arguments(*flags, "--pretrained_weights", "random")
     model, announced = eval_linear.build_model(args, torch.device("cpu"))
-    features = eval_linear.frozen_features(model, images(), args.n_last_blocks, args.avgpool_patchtokens)
-    assert (announced, features.shape) == (width, (3, width))
+    tokens = eval_linear.frozen_tokens(model, images(), args.n_last_blocks, args.avgpool_patchtokens)
+    features = eval_linear.head_features(tokens, args.n_last_blocks, args.avgpool_patchtokens)
+    assert (tokens.shape, features.shape) == ((3, *announced), (3, width))
 
 
 # ---- classifier and training ----
@@ -246,10 +252,11 @@ def test_a_loss_that_is_not_finite_stops_with_exit_code_3_and_writes_nothing(mon
 def test_loss_and_accuracies_match_a_count_image_by_image(classes):
     generator = torch.Generator().manual_seed(classes)
     rows, labels = torch.randn(23, 6, generator=generator), torch.randint(classes, (23,), generator=generator)
-    classifier = eval_linear.LinearClassifier(6, classes)
-    nn.init.normal_(classifier.linear.weight)
-    batches = [(rows[indices], indices) for indices in torch.arange(23).split(10)]  # the last has 3
-    got = eval_linear.validate(nn.Identity(), classifier, batches, labels)
+    heads = eval_linear.Heads([dino_linear.Setting(0.1, 1, False)] * 2, (1, 6), classes)
+    for classifier in heads.classifiers:
+        nn.init.normal_(classifier.linear.weight)
+    batches = [(rows[indices, None], indices) for indices in torch.arange(23).split(10)]  # the last has 3
+    _, got = eval_linear.validate(heads, batches, labels)
 
     loss = top1 = top5 = 0
     for row, label in zip(rows.double(), labels.tolist(), strict=True):
@@ -361,6 +368,117 @@ def test_a_finished_run_prints_its_result_again_also_if_its_weights_moved(capsys
     assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
 
 
+# ---- sweeps ----
+
+SWEEP = ["--lr", 0.05, 0.5, "--n_last_blocks", 4, 2, "--avgpool_patchtokens", "true", "false"]
+FLAGS = ("lr", "n_last_blocks", "avgpool_patchtokens")
+RESULTS = ("train_loss", "train_lr", "epoch", "test_loss", "test_acc1", "test_acc5")
+
+
+@pytest.fixture(scope="module")
+def swept(data, tmp_path_factory):
+    """The folder of a finished sweep, and what it printed."""
+    folder = tmp_path_factory.mktemp("swept")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run(*data, *SWEEP, "--output_dir", folder)
+    return folder, out.getvalue()
+
+
+def lines_of(folder, *setting):
+    """The log lines of one linear layer of a sweep, without its setting."""
+    lines = [line for line in log_of(folder) if tuple(line[flag] for flag in FLAGS) == setting]
+    return [{name: line[name] for name in line if name not in FLAGS} for line in lines]
+
+
+@pytest.mark.parametrize("setting", [(0.5, 4, False), (0.05, 2, True)])
+def test_a_layer_of_a_sweep_is_the_layer_that_is_trained_alone(setting, data, swept, tmp_path):
+    values = [word for flag, value in zip(FLAGS, setting, strict=True) for word in (f"--{flag}", value)]
+    run(*data, *map(str, values), "--output_dir", tmp_path)
+    assert lines_of(swept[0], *setting) == log_of(tmp_path)
+    alone, sweep = checkpoint_of(tmp_path), checkpoint_of(swept[0])
+    number = [tuple(s) for s in dino_linear.sweep_of(arguments(*SWEEP))].index(setting)
+    assert_same(sweep[f"optimizer_{number}"], alone["optimizer"])
+    for name in ("weight", "bias"):
+        got, want = sweep[f"state_dict_{number}"], alone["state_dict"]
+        assert torch.equal(got[f"linear.{name}"], want[f"module.linear.{name}"])
+
+
+def test_a_sweep_logs_every_setting_and_prints_a_table(swept):
+    folder, out = swept
+    log = log_of(folder)
+    assert [line["epoch"] for line in log] == [0] * 8 + [1] * 8 + [2] * 8
+    assert all(set(line) == {*FLAGS, *RESULTS} for line in log)
+    rows = re.findall(
+        r"^ +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)  --lr (\S+) --n_last_blocks (\d) "
+        r"--avgpool_patchtokens (\w+)(  \(best\))?$",
+        out,
+        re.M,
+    )
+    assert len(rows) == 8
+    for line, row in zip(log[-8:], rows, strict=True):
+        most = max(each["test_acc1"] for each in lines_of(folder, *(line[flag] for flag in FLAGS)))
+        assert row[:3] == (f"{line['test_acc1']:.2f}", f"{line['test_acc5']:.2f}", f"{line['test_loss']:.4f}")
+        assert row[3:7] == (f"{most:.2f}", *(str(line[flag]).lower() for flag in FLAGS))
+    best = max(log[-8:], key=lambda line: (line["test_acc1"], -line["test_loss"]))
+    assert [bool(row[7]) for row in rows] == [line is best for line in log[-8:]]
+    assert f"note: the best --lr {best['lr']} is the {'largest' if best['lr'] == 0.5 else 'smallest'} of" in out
+    assert out.endswith(f"Top-1 test accuracy: {best['test_acc1']:.1f}\n")
+
+
+def test_the_best_layer_of_a_sweep_is_evaluated_like_one_that_was_trained_alone(capsys, data, trained, swept):
+    checkpoint = checkpoint_of(swept[0])
+    assert set(checkpoint_of(trained)) <= set(checkpoint)
+    kept = {flag: checkpoint["args"][flag] for flag in FLAGS}
+    best = max(log_of(swept[0])[-8:], key=lambda line: (line["test_acc1"], -line["test_loss"]))
+    assert kept == {flag: best[flag] for flag in FLAGS}
+    flags = ["--n_last_blocks", kept["n_last_blocks"], "--avgpool_patchtokens", kept["avgpool_patchtokens"]]
+    capsys.readouterr()
+    run(*data, *flags, "--evaluate", "--linear_weights", swept[0] / "checkpoint.pth.tar")
+    out = capsys.readouterr().out
+    assert RESULT.findall(out) == [("20", f"{best['test_acc1']:.1f}")]
+    assert f"Top-5: {best['test_acc5']:.1f}%, loss: {best['test_loss']:.4f}\n" in out
+
+
+def test_an_interrupted_sweep_resumes_bit_identically_and_prints_its_table_again(capsys, data, swept, tmp_path):
+    with contextlib.redirect_stdout(CtrlC("Epoch: [2/3]")), pytest.raises(KeyboardInterrupt):
+        run(*data, *SWEEP, "--output_dir", tmp_path)
+    assert checkpoint_of(tmp_path)["epoch"] == 2
+    for table in (False, True):
+        capsys.readouterr()
+        run(*data, *SWEEP, "--output_dir", tmp_path)
+        out = capsys.readouterr().out
+        assert ("Epoch:" in out) != table
+        assert out[out.index("top-1") :] == swept[1][swept[1].index("top-1") :]
+    assert (tmp_path / "log.txt").read_text() == (swept[0] / "log.txt").read_text()
+    got, want = checkpoint_of(tmp_path), checkpoint_of(swept[0])
+    assert_same({**got, "args": {}}, {**want, "args": {}})
+
+
+def test_a_layer_that_diverges_leaves_the_others_as_they_are(capsys, data, trained, tmp_path):
+    run(*data, "--lr", "1e38", 0.5, "--output_dir", tmp_path)
+    assert lines_of(tmp_path, 0.5, 4, False) == log_of(trained)
+    assert all(line["diverged"] and line["train_loss"] is None for line in lines_of(tmp_path, 1e38, 4, False))
+    assert_same(checkpoint_of(tmp_path)["state_dict"], checkpoint_of(trained)["state_dict"])
+    assert re.search(r"^ +diverged +--lr 1e\+38 --n_last_blocks 4", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize("results", [[{"best_acc": 1.0}], [{"best_acc": "1"}] * 8, {"best_acc": 1.0}])
+def test_a_sweep_with_damaged_results_is_not_overwritten(refusal, data, swept, tmp_path, results):
+    torch.save({**checkpoint_of(swept[0]), "results": results}, tmp_path / "checkpoint.pth.tar")
+    before = (tmp_path / "checkpoint.pth.tar").read_bytes()
+    line = refusal(eval_linear, *SMALL, *data, *SWEEP, "--output_dir", tmp_path)
+    assert "checkpoint.pth.tar is not a checkpoint of this sweep. Move it, or use another --output_dir" in line
+    assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
+
+
+def test_the_network_sees_the_validation_images_once(monkeypatch, data, tmp_path):
+    seen = []
+    tokens = eval_linear.frozen_tokens
+    monkeypatch.setattr(eval_linear, "frozen_tokens", lambda *a, **k: seen.append(len(a[1])) or tokens(*a, **k))
+    run(*data, "--lr", 0.1, 0.5, "--output_dir", tmp_path)
+    assert sum(seen) == 3 * 40 + 20
+
+
 # ---- --evaluate ----
 
 
@@ -429,16 +547,26 @@ HEAD = ["--evaluate", "--linear_weights", "TRAINED/checkpoint.pth.tar"]
         ([*HEAD, "--n_last_blocks", "2"], "4 labels and 512 features; this run has 4 labels and 256 features"),
         ([*HEAD, "--pretrained_weights", "random"], "was made with weights "),
         (["--output_dir", "TRAINED", "--amp_dtype", "bf16"], "with amp_dtype float32; this run has amp_dtype bf16"),
+        (["--output_dir", "TRAINED", "--lr", "0.5", "0.1"], "was made with lr 0.5; this run has lr 0.5 0.1"),
+        (
+            ["--output_dir", "SWEPT"],
+            "lr 0.05 0.5, n_last_blocks 4 2, avgpool_patchtokens true false; this run has lr 0.5,",
+        ),
+        (["--lr", "0.1", "0.2", "1e-1"], "--lr 0.1 0.2 0.1 has a value twice"),
+        (["--lr", "0.1", "0"], "--lr: 0 must be above 0"),
+        (["--n_last_blocks", "1", "5"], "--n_last_blocks 5: vit_nano has only 4 blocks"),
+        (["--arch", "resnet18", "--n_last_blocks", "1", "4"], "--arch resnet18 gives its pooled output only"),
+        ([*HEAD, "--n_last_blocks", "1", "4"], "--n_last_blocks 1 4: --evaluate is for one linear layer"),
         (["--output_dir", "TRAINED", "--epochs", "9"], "was made with epochs 3; this run has epochs 9"),
         (["--output_dir", "TRAINED", "--batch_size_per_gpu", "8"], "global_batch 16; this run has global_batch 8"),
         (["--output_dir", "TRAINED", "--pretrained_weights", "random"], "Use the same, or another --output_dir"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_and_changes_no_file(
-    refusal, data, weights, trained, tmp_path, flags, message
+    refusal, data, weights, trained, swept, tmp_path, flags, message
 ):
-    places = {"TRAINED": str(trained), "WEIGHTS": str(weights)}
-    flags = [re.sub("TRAINED|WEIGHTS", lambda found: places[found[0]], flag) for flag in flags]
+    places = {"TRAINED": str(trained), "WEIGHTS": str(weights), "SWEPT": str(swept[0])}
+    flags = [re.sub("TRAINED|WEIGHTS|SWEPT", lambda found: places[found[0]], flag) for flag in flags]
     before = sorted((path.name, path.read_bytes()) for path in trained.iterdir())
     line = refusal(eval_linear, *SMALL, *data, "--output_dir", tmp_path, *flags)
     assert message in line
@@ -468,7 +596,7 @@ def test_more_processes_than_training_images_are_an_error(data):
     args.rank, args.world_size = 0, 41
     train = eval_linear.load_data(args)[0]
     with pytest.raises(utils.UserError, match="40 training images are too few for 41 processes"):
-        eval_linear.train_classifier(None, None, (train, None), (None, None), args, torch.device("cpu"))
+        eval_linear.train_heads(None, None, (train, None), None, args)
 
 
 # ---- whole commands ----

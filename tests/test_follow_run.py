@@ -16,6 +16,7 @@ import eval_copy_detection
 import eval_image_retrieval
 import eval_knn
 import eval_linear
+import eval_logistic
 import eval_video_segmentation
 import export
 import main_dino
@@ -113,6 +114,7 @@ SCRIPTS = [
     (eval_knn, ["--data_path", "ROTATED", "--nb_knn", 1, 5, "--num_workers", 0, "--dump_features", "OUT"], LABELED),
     (eval_linear, ["--data_path", "ROTATED", "--epochs", 1, "--num_workers", 0, "--output_dir", "OUT",
                    "--n_last_blocks", 1], LABELED),
+    (eval_logistic, ["--data_path", "ROTATED", "--num_workers", 0, "--dump_features", "OUT"], LABELED),
     (eval_image_retrieval, ["--data_path", "DATA", "--imsize", 64, "--num_workers", 0], NETWORK),
     (eval_copy_detection, ["--data_path", "DATA/copydays", "--imsize", 64, "--num_workers", 0], NETWORK),
     (eval_video_segmentation, ["--data_path", "DATA/davis", "--output_dir", "OUT"], NETWORK),
@@ -120,7 +122,8 @@ SCRIPTS = [
     (video_generation, ["--input_path", "DATA/davis/JPEGImages/480p/clip", "--output_path", "OUT"], NETWORK),
     (export, ["--to", "backbone", "--output", "OUT/weights.pth"], NETWORK),
 ]  # fmt: skip
-NORMALIZING = (eval_knn, eval_linear, eval_image_retrieval, eval_copy_detection, visualize_attention, video_generation)
+NORMALIZING = (eval_knn, eval_linear, eval_logistic, eval_image_retrieval, eval_copy_detection)
+NORMALIZING += (visualize_attention, video_generation)
 
 
 def name_of(value):
@@ -319,7 +322,7 @@ def test_arguments_of_other_projects_do_not_keep_weights_from_loading(tmp_path):
     assert same_state(target, source)
 
 
-@pytest.mark.parametrize("script", ["eval_knn", "eval_linear"])
+@pytest.mark.parametrize("script", ["eval_knn", "eval_linear", "eval_logistic"])
 @pytest.mark.parametrize(
     ("size", "remedy"), [(36, "--image_size 36 is not a multiple of --patch_size 8. Use 32 or 40"), (7, "Use 8")]
 )

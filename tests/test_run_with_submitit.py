@@ -18,6 +18,7 @@ from conftest import ROOT, SMALL_RUN, arguments_of, assert_near, run_script
 
 import dino_signals
 import eval_knn
+import eval_logistic
 import main_dino
 import run_with_submitit
 import utils
@@ -99,7 +100,8 @@ def test_wait_exits_with_the_exit_code_of_the_run(tmp_path, capsys):
 
 @pytest.mark.usefixtures("small_networks")
 def test_debug_trains_and_evaluates_in_this_process(tiny_root, tmp_path, capsys, monkeypatch):
-    flags = [*SMALL_RUN, "--epochs", 1, "--ngpus", 0, "--nodes", 1, "--cluster", "debug", "--evaluate_after", "knn"]
+    flags = [*SMALL_RUN, "--epochs", 1, "--ngpus", 0, "--nodes", 1, "--cluster", "debug"]
+    flags += ["--evaluate_after", "logistic", "knn"]
     before, handlers, evaluate = dict(os.environ), [], eval_knn.main
     monkeypatch.setattr(
         eval_knn, "main", lambda args: handlers.append(signal.getsignal(signal.SIGTERM)) or evaluate(args)
@@ -113,7 +115,7 @@ def test_debug_trains_and_evaluates_in_this_process(tiny_root, tmp_path, capsys,
     output = capsys.readouterr().out
     job = re.search(r"submitted job (DEBUG_\d+)", output).group(1)
     assert f"tensors from {tmp_path}/{job}/checkpoint.pth [teacher]" in output
-    assert "20-NN classifier result" in output
+    assert output.index("Logistic regression with --l2 0.1: Top1: ") < output.index("20-NN classifier result")
     assert torch.load(tmp_path / job / "checkpoint.pth", weights_only=True)["args"]["world_size"] == 1
     assert dict(os.environ) == before
     assert handlers == [utils.terminate]  # the training has ended with SIGTERM ignored
@@ -204,15 +206,29 @@ def test_a_job_without_gpus_runs_on_the_cpu(fake, tmp_path):
 
 
 def test_the_evaluation_starts_after_the_training_has_succeeded(fake, tmp_path):
-    flags = ["--evaluate_after", "knn", "--data_path", tmp_path / "imagenet" / "train", "--output_dir", tmp_path / "%j"]
-    flags += ["--arch", "vit_base", "--patch_size", 8, "--global_crops_size", 192, "--num_workers", 3]
+    flags = ["--data_path", tmp_path / "imagenet" / "train", "--output_dir", tmp_path / "%j"]
+    flags += [
+        "--evaluate_after",
+        "knn",
+        "logistic",
+        "--arch",
+        "vit_base",
+        "--patch_size",
+        8,
+        "--global_crops_size",
+        192,
+        "--num_workers",
+        3,
+    ]
     submit(*flags)
-    found = options(fake / "2.sh")
-    assert (found["dependency"], found["kill-on-invalid-dep"], found["nodes"]) == ("afterok:42", "yes", "1")
-    assert found["job-name"] == "dino_knn"
-    assert found["gpus-per-node"] == "8"
-    task = submitit.core.utils.DelayedSubmission.load(tmp_path / "42" / "43_submitted.pkl").function
-    assert task.main is eval_knn.main
+    scripts = {"dino_knn": eval_knn, "dino_logistic": eval_logistic}
+    for number, (name, script) in enumerate(scripts.items(), start=2):
+        found = options(fake / f"{number}.sh")
+        assert (found["dependency"], found["kill-on-invalid-dep"], found["nodes"]) == ("afterok:42", "yes", "1")
+        assert found["job-name"] == name
+        assert found["gpus-per-node"] == "8"
+        task = submitit.core.utils.DelayedSubmission.load(tmp_path / "42" / f"{41 + number}_submitted.pkl").function
+        assert task.main is script.main
     expected = {
         "arch": "vit_base", "patch_size": 8, "image_size": 192, "checkpoint_key": "teacher", "num_workers": 3,
         "data_path": str(tmp_path / "imagenet"), "pretrained_weights": str(tmp_path / "42" / "checkpoint.pth"),
@@ -224,7 +240,7 @@ def test_the_evaluation_starts_after_the_training_has_succeeded(fake, tmp_path):
 @pytest.mark.parametrize(("flags", "data"), [([], "sample"), (["--evaluate_data", "other"], "other")])
 def test_the_evaluation_uses_the_named_data_or_the_sample(flags, data):
     args = parsed("--evaluate_after", "knn", *flags)
-    assert run_with_submitit.evaluation_args(args, "1").data_path == data
+    assert run_with_submitit.evaluation("knn", args, "1").args.data_path == data
 
 
 def test_a_job_that_slurm_rejects_is_a_user_error_and_leaves_no_files(fake, tmp_path, capfd):

@@ -60,6 +60,7 @@ HERE = [*NANO, "--pretrained_weights"]
 READERS = {
     "eval_knn": [*HERE, "{weights}", "--data_path", "{data}", "--num_workers", 0, "--dump_features", "{out}"],
     "eval_linear": [*HERE, "{weights}", "--data_path", "{data}", "--num_workers", 0, "--output_dir", "{out}"],
+    "eval_logistic": [*HERE, "{weights}", "--data_path", "{data}", "--num_workers", 0, "--dump_features", "{out}"],
     "visualize_attention": [*HERE, "{weights}", "--output_dir", "{out}"],
     "video_generation": [*HERE, "{weights}", "--input_path", "{data}/val/text", "--output_path", "{out}"],
     "export": [*HERE, "{weights}", "--to", "backbone", "--output", "{out}/out.pth"],
@@ -92,15 +93,16 @@ RESUMED = {
     "a linear evaluation": ("eval_linear", "checkpoint.pth.tar", [*LINEAR, "--output_dir", "{out}"]),
     "a linear layer": ("eval_linear", "a.pth", [*LINEAR, "--evaluate", "--linear_weights", "{out}/a.pth"]),
     "features": ("eval_knn", "trainfeat.pth", ["--load_features", "{out}", "--device", "cpu"]),
+    "labels": ("eval_logistic", "trainlabels.pth", ["--load_features", "{out}", "--device", "cpu"]),
 }
 
 
 @pytest.mark.parametrize("kind", RESUMED)
 def test_no_script_runs_code_in_files_of_its_own_kind(refusal, evil, tiny_root, tmp_path, kind):
     script, name, words = RESUMED[kind]
-    if kind == "features":
-        torch.save(torch.ones(4, 3), tmp_path / "testfeat.pth")
+    if kind in ("features", "labels"):
         for part in ("train", "test"):
+            torch.save(torch.ones(4, 3), tmp_path / f"{part}feat.pth")
             torch.save(torch.arange(4), tmp_path / f"{part}labels.pth")
     shutil.copy(evil, tmp_path / name)
     before = content_of(tmp_path)
