@@ -11,6 +11,7 @@ reaches 69.3 % k-NN and 74.0 % linear, as with main_dino.py.
 
 import argparse
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -70,12 +71,21 @@ def get_args_parser():
         this machine, restarted as Slurm would do; debug: one process, within this script.""")
     job.add_argument("--wait", action="store_true",
         help="Wait for the job, print its log, and exit with the exit code of the run.")
-    job.add_argument("--evaluate_after", default=[], nargs="+", choices=["knn", "logistic"],
-        help="Evaluate the teacher after training, with one or more scripts. Each is a job of its own on one node.")
+    job.add_argument("--evaluate_after", default=[], type=evaluations, metavar="knn,linear,logistic",
+        help="Evaluate the teacher after training, with these scripts. Each is a job of its own on one node.")
     job.add_argument("--evaluate_data", default=None, metavar="DIR",
         help="Folder with train and val for --evaluate_after. Default: the parent folder of --data_path.")
     # fmt: on
     return parser
+
+
+def evaluations(text):
+    """argparse type of --evaluate_after: names from `EVALUATIONS` with commas between them."""
+    names = text.split(",")
+    for name in names:
+        if name not in EVALUATIONS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(EVALUATIONS)}")
+    return list(dict.fromkeys(names))
 
 
 def check_args(args):
@@ -153,12 +163,15 @@ def training_args(args):
     return argparse.Namespace(**{**{name: getattr(args, name) for name in names}, "device": device})
 
 
-def evaluation(name, args, job_id):
-    """The Task of a script of --evaluate_after, for the checkpoint of the training job."""
-    import eval_knn
-    import eval_logistic
+EVALUATIONS = ("knn", "linear", "logistic")
 
-    script = {"knn": eval_knn, "logistic": eval_logistic}[name]
+
+def evaluation(name, args, job_id):
+    """The Task of a script of --evaluate_after, for the checkpoint of the training job.
+
+    For linear classification several learning rates are tried, since the best one differs from network to network.
+    """
+    script = importlib.import_module(f"eval_{name}")
     named = args.data_path == "sample" or args.data_path.startswith("torchvision:")
     folder = args.data_path if named else os.path.dirname(os.path.abspath(args.data_path))
     flags = {
@@ -169,6 +182,10 @@ def evaluation(name, args, job_id):
         "device": training_args(args).device,
     }
     words = [f"--{flag}={value}" for flag, value in flags.items()]
+    if name == "linear":
+        words += ["--output_dir", os.path.join(os.path.dirname(flags["pretrained_weights"]), "linear")]
+        words += ["--lr", "0.001", "0.003", "0.01", "0.03", "0.1", "0.3"]
+        words += ["--n_last_blocks", "1", "--avgpool_patchtokens", "true"] if args.arch == "vit_base" else []
     return Task(script.main, script.get_args_parser().parse_args(words))
 
 

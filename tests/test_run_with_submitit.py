@@ -18,6 +18,7 @@ from conftest import ROOT, SMALL_RUN, arguments_of, assert_near, run_script
 
 import dino_signals
 import eval_knn
+import eval_linear
 import eval_logistic
 import main_dino
 import run_with_submitit
@@ -101,7 +102,7 @@ def test_wait_exits_with_the_exit_code_of_the_run(tmp_path, capsys):
 @pytest.mark.usefixtures("small_networks")
 def test_debug_trains_and_evaluates_in_this_process(tiny_root, tmp_path, capsys, monkeypatch):
     flags = [*SMALL_RUN, "--epochs", 1, "--ngpus", 0, "--nodes", 1, "--cluster", "debug"]
-    flags += ["--evaluate_after", "logistic", "knn"]
+    flags += ["--evaluate_after", "logistic,knn"]
     before, handlers, evaluate = dict(os.environ), [], eval_knn.main
     monkeypatch.setattr(
         eval_knn, "main", lambda args: handlers.append(signal.getsignal(signal.SIGTERM)) or evaluate(args)
@@ -207,21 +208,9 @@ def test_a_job_without_gpus_runs_on_the_cpu(fake, tmp_path):
 
 def test_the_evaluation_starts_after_the_training_has_succeeded(fake, tmp_path):
     flags = ["--data_path", tmp_path / "imagenet" / "train", "--output_dir", tmp_path / "%j"]
-    flags += [
-        "--evaluate_after",
-        "knn",
-        "logistic",
-        "--arch",
-        "vit_base",
-        "--patch_size",
-        8,
-        "--global_crops_size",
-        192,
-        "--num_workers",
-        3,
-    ]
-    submit(*flags)
-    scripts = {"dino_knn": eval_knn, "dino_logistic": eval_logistic}
+    flags += ["--arch", "vit_base", "--patch_size", 8, "--global_crops_size", 192, "--num_workers", 3]
+    submit(*flags, "--evaluate_after", "knn,linear,logistic")
+    scripts = {"dino_knn": eval_knn, "dino_linear": eval_linear, "dino_logistic": eval_logistic}
     for number, (name, script) in enumerate(scripts.items(), start=2):
         found = options(fake / f"{number}.sh")
         assert (found["dependency"], found["kill-on-invalid-dep"], found["nodes"]) == ("afterok:42", "yes", "1")
@@ -229,12 +218,22 @@ def test_the_evaluation_starts_after_the_training_has_succeeded(fake, tmp_path):
         assert found["gpus-per-node"] == "8"
         task = submitit.core.utils.DelayedSubmission.load(tmp_path / "42" / f"{41 + number}_submitted.pkl").function
         assert task.main is script.main
+        if script is eval_linear:
+            linear = task.args
     expected = {
         "arch": "vit_base", "patch_size": 8, "image_size": 192, "checkpoint_key": "teacher", "num_workers": 3,
         "data_path": str(tmp_path / "imagenet"), "pretrained_weights": str(tmp_path / "42" / "checkpoint.pth"),
         "device": "auto",
     }  # fmt: skip
     assert {name: getattr(task.args, name) for name in expected} == expected
+    expected |= {"output_dir": str(tmp_path / "42" / "linear"), "n_last_blocks": 1, "avgpool_patchtokens": True}
+    expected["lr"] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
+    assert {name: getattr(linear, name) for name in expected} == expected
+
+
+def test_an_unknown_evaluation_is_one_line(refusal):
+    line = refusal(run_with_submitit, "--evaluate_after", "knn,lineal")
+    assert "argument --evaluate_after: 'lineal' is not one of knn, linear, logistic" in line
 
 
 @pytest.mark.parametrize(("flags", "data"), [([], "sample"), (["--evaluate_data", "other"], "other")])
