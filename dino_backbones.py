@@ -212,6 +212,23 @@ def is_vit(model):
     return isinstance(model, vits.VisionTransformer)
 
 
+def layer_numbers(backbone):
+    """{parameter name: number of its layer}, from 0 at the input, for lr that differ between layers.
+
+    A ViT's patch embedding, positions and CLS are layer 0, block i is layer i + 1, and the final norm belongs to the
+    last block, as in timm. timm's networks number their own layers. Others have no numbers: {}.
+    """
+    if is_vit(backbone):
+        blocks = {name: re.match(r"blocks\.(\d+)\.", name) for name, _ in backbone.named_parameters()}
+        last = len(backbone.blocks)
+        return {name: int(at[1]) + 1 if at else last * name.startswith("norm.") for name, at in blocks.items()}
+    if hasattr(backbone, "group_matcher"):
+        from timm.models import group_parameters
+
+        return group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+    return {}
+
+
 # ---- how a network computes ----
 
 

@@ -1,7 +1,6 @@
 """Linear evaluation: features, training and accuracies against float64 references, and the script end to end."""
 
 import contextlib
-import io
 import json
 import math
 import re
@@ -10,7 +9,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arguments_of, assert_near, assert_same, ending, run_script
+from conftest import CtrlC, arguments_of, assert_near, assert_same, ending, run_script
 from PIL import Image
 from torch import nn
 from torchvision import datasets, transforms
@@ -304,19 +303,6 @@ def test_the_checkpoint_has_the_published_layout(trained):
     assert shapes == {"module.linear.weight": (4, 512), "module.linear.bias": (4,)}
     assert checkpoint["optimizer"]["param_groups"][0]["momentum"] == 0.9
     assert checkpoint["scheduler"]["T_max"] == 3
-
-
-class CtrlC(io.StringIO):
-    """Standard output that raises KeyboardInterrupt when the run prints a text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.text = text
-
-    def write(self, text):
-        if self.text in text:
-            raise KeyboardInterrupt
-        return super().write(text)
 
 
 def interrupt(epoch, folder, data):
