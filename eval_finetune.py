@@ -112,6 +112,8 @@ def check_args(args):
             f"--warmup_epochs {args.warmup_epochs} is longer than the run (--epochs {args.epochs}). Lower "
             "--warmup_epochs or train longer"
         )
+    if args.evaluate and args.pretrained_weights in ("", "random"):
+        raise UserError("--evaluate needs a network that this script has fine-tuned. Name it with --pretrained_weights")
     low, high = args.crop_scale
     if low > high:
         raise UserError(f"--crop_scale {low} {high}: put the smaller number first")
@@ -239,8 +241,7 @@ def build_model(args, num_classes, inputs, device, amp_dtype=None):
 def load_head(head, args):
     """Load the linear layer of --pretrained_weights, for --evaluate. Raises UserError if there is none that fits."""
     path = args.pretrained_weights
-    file = dino_checkpoints.load_checkpoint(path) if path not in ("", "random") else {}
-    state, _ = dino_checkpoints.pick_state_dict(file, args.checkpoint_key, path)
+    state, _ = dino_checkpoints.pick_state_dict(dino_checkpoints.load_checkpoint(path), args.checkpoint_key, path)
     weight, bias = state.get("head.weight"), state.get("head.bias")
     if weight is None or bias is None:
         raise UserError(f"--pretrained_weights {path} has no classifier. --evaluate needs a checkpoint of this script")
@@ -356,7 +357,10 @@ def main(args):
     device = utils.init_distributed_mode(args)
     inputs = dino_checkpoints.photograph_inputs(args.pretrained_weights)
     if not inputs.photographs:
-        raise UserError(f"--pretrained_weights {args.pretrained_weights}: this script needs a network for photographs")
+        raise UserError(
+            f"--pretrained_weights {args.pretrained_weights} was trained with --value_range. Fine-tuning is "
+            "for 8-bit RGB photographs only; eval_linear.py is not"
+        )
     args.in_chans, args.mean, args.std = inputs.in_chans, list(inputs.mean), list(inputs.std)  # for later evaluations
     amp_dtype = training_dtype(args, device)
     args.precision = str(amp_dtype or torch.float32)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 
 import pytest
@@ -198,6 +199,13 @@ def test_erasing_replaces_a_rectangle_by_noise():
     assert noise.std().item() == pytest.approx(1, abs=0.05)
 
 
+def test_images_are_normalized_by_the_networks_mean_and_std():
+    inputs = utils.RGB._replace(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
+    images = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+    got, _ = eval_finetune.BatchAugmentation(arguments(*PLAIN), 5, inputs, CPU)(images, torch.arange(2))
+    assert_near(got[0, :, 0, 0], [0.9 / 0.5, 0.8 / 0.25, 0.7 / 2], 1e-6)
+
+
 # ---- a step ----
 
 
@@ -333,6 +341,30 @@ def test_other_networks_train(arch, data, tmp_path):
 # ---- errors ----
 
 
+def test_the_images_to_evaluate_on_must_be_of_the_same_classes(refusal, data, trained, tiny_root, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        for name in ("brick", "text"):
+            (tmp_path / part / name).symlink_to(tiny_root / part / name)
+    flags = ["--evaluate", "--pretrained_weights", trained / "checkpoint_best.pth", "--data_path", tmp_path]
+    assert f"--data_path {tmp_path} has 2 classes; the network has 4" in refusal(eval_finetune, *SMALL, *flags)
+    shutil.rmtree(tmp_path / "train")
+    shutil.copytree(tmp_path / "val" / "text", tmp_path / "train" / "text")
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "val").symlink_to("train")
+    assert "has only one class" in refusal(eval_finetune, *SMALL, *flags)
+
+
+def test_a_network_for_other_values_than_8_bits_is_refused(refusal, data, tmp_path):
+    weights = {
+        "teacher": torch.load(data[3], weights_only=True),
+        "args": {"arch": "vit_nano", "value_range": [0, 4095]},
+    }
+    torch.save(weights, tmp_path / "checkpoint.pth")
+    flags = ["--data_path", data[1], "--pretrained_weights", tmp_path, "--output_dir", tmp_path / "out"]
+    assert "was trained with --value_range. Fine-tuning is for 8-bit" in refusal(eval_finetune, *SMALL, *flags)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -346,6 +378,7 @@ def test_other_networks_train(arch, data, tmp_path):
         (["--lr", "1e-9"], "below --min_lr 1e-06"),
         (["--data_path", "nowhere"], "--data_path nowhere does not exist"),
         (["--arch", "resnet8", "--pretrained_weights", "random", "--layer_decay", "0.7"], "--layer_decay 0.7 needs"),
+        (["--evaluate", "--pretrained_weights", "random"], "--evaluate needs a network that this script has"),
         (["--evaluate"], "has no classifier. --evaluate needs a checkpoint of this script"),
         (["--output_dir", "TRAINED", "--lr", "0.02"], "was made with lr 0.01; this run has lr 0.02"),
         (["--output_dir", "TRAINED", "--grad_accum_steps", "2"], "global_batch 8; this run has global_batch 16"),
