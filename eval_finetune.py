@@ -148,7 +148,7 @@ def build_augmentation(args, inputs):
 
 
 def at_least_one_bit(level_fn, *args):
-    return (max(*level_fn(*args), 1),)
+    return (max(level_fn(*args)[0], 1),)
 
 
 def load_data(args, inputs):
@@ -230,10 +230,9 @@ def build_model(args, num_classes, inputs, device, amp_dtype=None):
     """The Classifier on the device, with the backbone's weights loaded. Raises UserError if they do not fit."""
     if device.type == "cpu":
         dino_cpu.tune_cpu()
-    sizes = (args.image_size, args.drop_path_rate, inputs.in_chans)
-    backbone, width = dino_backbones.build_backbone(args.arch, args.patch_size, *sizes)
-    weights = (args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
-    dino_backbones.load_weights(backbone, *weights)
+    how = {"drop_path_rate": args.drop_path_rate, "in_chans": inputs.in_chans}
+    backbone, width = dino_backbones.build_backbone(args.arch, args.patch_size, args.image_size, **how)
+    dino_backbones.load_weights(backbone, args.pretrained_weights, args.checkpoint_key, args.arch, args.patch_size)
     dino_backbones.use_fastest_kernels(backbone, device, amp_dtype)
     return Classifier(backbone, width, num_classes).to(device)
 
@@ -264,8 +263,8 @@ def parameter_groups(model, args):
     numbers = dino_backbones.layer_numbers(model.backbone)
     if not numbers and args.layer_decay != 1:
         raise UserError(
-            f"--layer_decay {args.layer_decay} needs numbered layers, which --arch {args.arch} has not. Use a ViT or "
-            f"timm:{args.arch}, or --layer_decay 1"
+            f"--arch {args.arch} has no order of layers for --layer_decay {args.layer_decay}. Use --layer_decay 1, "
+            "a ViT, or timm:<name>"
         )
     top = max(numbers.values(), default=-1) + 1
     names = getattr(model.backbone, "no_weight_decay", lambda: ("pos_embed", "cls_token"))()
@@ -401,10 +400,9 @@ def fine_tune(model, augment, train_set, test, args, amp_dtype=None):
     args.global_batch = images_per_step * args.world_size
     sampler = RepeatedSampler(train.images, images_per_step, args.seed, args.rank, args.world_size, args.repeats)
     if not len(sampler):
-        most = len(train) // (args.world_size * args.grad_accum_steps)
         raise UserError(
-            f"the {len(train)} training images are fewer than one step of {args.global_batch}. Use "
-            f"--batch_size_per_gpu {most} or less"
+            f"the {len(train)} training images are fewer than one step of {args.global_batch}. Lower "
+            "--batch_size_per_gpu or --grad_accum_steps, or start fewer processes"
         )
     loader = build_loader(train, sampler, args, device, dino_data.collate)
     steps = len(loader) // args.grad_accum_steps
