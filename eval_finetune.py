@@ -42,7 +42,7 @@ from utils import UserError, bool_flag
 
 
 def get_args_parser():
-    """All flags, as a parser for `parents=[...]`. Defaults are DeiT's where its training code has the setting."""
+    """All flags, as a parser for `parents=[...]`. Defaults are DeiT's, but for --epochs and --min_lr."""
     parents = [dino_cli.model_flags(), dino_cli.labeled_flags(), dino_cli.loader_flags()]
     parser = argparse.ArgumentParser("Fine-tuning", add_help=False, parents=parents)
     # fmt: off
