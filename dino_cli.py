@@ -188,6 +188,14 @@ def print_config(args):
 
 
 # fmt: off
+def add_config_flags(parser):
+    """Add --config and --print_config to a parser, or to a group of it."""
+    parser.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines, or the name of
+        one in recipes/, such as demo. Flags on the command line override it.""")
+    parser.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS,
+        help="Print the final settings as a recipe for --config, and exit.")
+
+
 def model_flags(arch="vit_small", patch_size=16):
     """The flags that name the network of an evaluation, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -225,17 +233,23 @@ def labeled_flags():
     return parser
 
 
-def process_flags():
-    """The flags of evaluations that extract features, in one or several processes: a parser for `parents=[...]`."""
+def loader_flags():
+    """The flags of evaluations in one or several processes, as a parser for `parents=[...]`."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--num_workers", default=default_workers(), type=at_least(0), metavar="N",
         help="Processes that load images. Default: the cores of this process, at most 10.")
-    parser.add_argument("--amp_dtype", default="float32", choices=["float32", "bf16", "fp16", "tf32"], help="""What the
-        network computes in. float32 gives the published numbers. bf16 and fp16 are faster on GPUs and round features
-        to 2 or 3 digits; tf32 (NVIDIA GPUs) is in between. Features are stored in float32.""")
     parser.add_argument("--dist_url", default="env://", metavar="URL", help="Rendezvous of several processes.")
     parser.add_argument("--local_rank", "--local-rank", default=0, type=int, metavar="N",
         help="Passed by some launchers; ignored.")
+    return parser
+
+
+def process_flags():
+    """`loader_flags` and the precision of evaluations that extract features: a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[loader_flags()])
+    parser.add_argument("--amp_dtype", default="float32", choices=["float32", "bf16", "fp16", "tf32"], help="""What the
+        network computes in. float32 gives the published numbers. bf16 and fp16 are faster on GPUs and round features
+        to 2 or 3 digits; tf32 (NVIDIA GPUs) is in between. Features are stored in float32.""")
     return parser
 # fmt: on
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-import dino_checkpoints
 import utils
+from dino_classifiers import in_words, open_checkpoint, rank, resume
 from utils import UserError
 
 # ---- settings ----
@@ -48,11 +48,6 @@ def values_of(args, flag):
     return value if isinstance(value, list) else [value]
 
 
-def in_words(value):
-    """A flag's value, or values, as on the command line."""
-    return " ".join(map(dino_checkpoints.as_word, value if isinstance(value, list) else [value]))
-
-
 # ---- comparing settings ----
 
 # Settings that determine the features, and settings that determine a whole run. `weights` is not a flag but a digest
@@ -62,26 +57,7 @@ SETTINGS = ("epochs", "lr", "global_batch", "image_size", "seed", "num_labels", 
 SETTINGS += FEATURE_SETTINGS
 
 
-def check_settings(path, file, args, names):
-    """Raise UserError if `file` was written with other settings than `args`. Published files store none, and pass."""
-    now = {name: getattr(args, name) for name in names}
-    before = {**now, **utils.plain_args(file.get("args"))}
-    changed = [name for name in names if before[name] != now[name]]
-    if changed:
-        was, is_now = (
-            ", ".join(f"{name} {in_words(value) if isinstance(value, list) else value}" for name, value in pairs)
-            for pairs in ([(name, values[name]) for name in changed] for values in (before, now))
-        )
-        otherwise = "" if args.evaluate else ", or another --output_dir"
-        raise UserError(f"{path} was made with {was}; this run has {is_now}. Use the same{otherwise}")
-
-
 # ---- training ----
-
-
-def rank(stats):
-    """What linear layers are compared by: the validation accuracy, and at equal accuracy the loss."""
-    return stats.get("acc1", -1.0), -stats.get("loss", 0.0)
 
 
 class Training:
@@ -125,25 +101,15 @@ class Training:
     def resume(self):
         """Restore everything from the checkpoint, if there is one. Raises UserError if it is not one of this run."""
         states, progress = self.all_parts(), {"epoch": 0, "best_acc": 0.0}
-        if os.path.isfile(self.path):
-            file = dino_checkpoints.load_checkpoint(self.path)
-            ours = isinstance(file, dict) and {*progress, *self.parts(0)} <= file.keys()
-            if not ours or not all(type(file[name]) in (int, float) for name in progress):
-                raise UserError(f"{self.path} is not a checkpoint of this script. Move it, or use another --output_dir")
-            file["args"] = {**utils.plain_args(file.get("args")), **utils.plain_args(file.get("sweep"))}
-            check_settings(self.path, file, self.args, SETTINGS)
-            if self.is_sweep and not (
-                are_results(file.get("results"), len(self.results)) and states.keys() <= file.keys()
-            ):
-                raise UserError(f"{self.path} is not a checkpoint of this sweep. Move it, or use another --output_dir")
+        file = open_checkpoint(self.path, self.parts(0), self.args, SETTINGS)
         if self.is_sweep:
             progress["results"] = self.results
-        dino_checkpoints.restart_from_checkpoint(self.path, progress, **states)
+            known = file is None or are_results(file.get("results"), len(self.results))
+            if not known or (file and not states.keys() <= file.keys()):
+                raise UserError(f"{self.path} is not a checkpoint of this sweep. Move it, or use another --output_dir")
+        resume(self.path, progress, states, self.args)
         self.epoch = progress["epoch"]
         self.results = progress.get("results", [{"best_acc": progress["best_acc"]}])
-        utils.check_same_everywhere(self.epoch, f"the epoch in {self.path}")
-        if utils.is_main_process():
-            dino_checkpoints.drop_log_lines(self.args.output_dir, self.epoch, is_log_line)
 
     def end_epoch(self, means, tested):
         """Log an epoch and save. `means` are from `train_one_epoch`, `tested` from `validate`, or None."""
@@ -212,8 +178,3 @@ def are_results(found, number):
     each = found if isinstance(found, list) else [None]
     numbers = all(isinstance(result, dict) and set(result) in keys for result in each)
     return numbers and len(each) == number and all(type(n) in (int, float, bool) for r in each for n in r.values())
-
-
-def is_log_line(line):
-    """Whether a JSON object in log.txt is of this script. Only main_dino's lines have train_ln_k."""
-    return "train_loss" in line and "train_ln_k" not in line

@@ -32,10 +32,7 @@ def flags():
     parser = argparse.ArgumentParser(add_help=False)
     # fmt: off
     run = parser.add_argument_group("output and resuming")
-    run.add_argument("--config", metavar="FILE", help="""A recipe: a YAML file of `flag: value` lines, or the name of
-        one in recipes/, such as demo. Flags on the command line override it.""")
-    run.add_argument("--print_config", action="store_true", default=argparse.SUPPRESS,
-        help="Print the final settings as a recipe for --config, and exit.")
+    dino_cli.add_config_flags(run)
     run.add_argument("--output_dir", default=".", metavar="DIR",
         help="Where checkpoints and logs go. If it contains a checkpoint.pth, the run resumes from it.")
     run.add_argument("--saveckp_freq", default=20, type=at_least(0), metavar="EPOCHS",

@@ -16,14 +16,11 @@ log.txt one line per epoch and layer. The paper sweeps the learning rate for eac
 
 import argparse
 import functools
-import math
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import dino_backbones
@@ -35,6 +32,7 @@ import dino_features
 import dino_images
 import dino_linear
 import utils
+from dino_classifiers import build_loader, check_finite, check_settings, in_words, validate
 from dino_cli import at_least, between, positive
 from dino_linear import values_of
 from utils import UserError, bool_flag
@@ -84,7 +82,7 @@ def check_args(args):
         raise UserError("--linear_weights needs --evaluate. Training resumes from --output_dir instead")
     for flag in dino_linear.Setting._fields:
         values = values_of(args, flag)
-        given = f"--{flag} {dino_linear.in_words(values)}"
+        given = f"--{flag} {in_words(values)}"
         if len(set(values)) < len(values):
             raise UserError(f"{given} has a value twice. Remove one")
         if len(values) > 1 and args.evaluate:
@@ -120,12 +118,6 @@ def load_data(args):
     augment = transforms.Compose([decode, crop, flip, *finish])
     crops = dino_data.MultiCropDataset(train.images, augment, args.seed, strict=True)
     return crops, val, train_labels, val_labels, train.images.classes
-
-
-def build_loader(dataset, sampler, args, device, collate=None):
-    """Loader of (images [B, C, size, size], indices [B], ...) in the sampler's order. The last batch may be smaller."""
-    how = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0, "collate_fn": collate}
-    return DataLoader(dataset, args.batch_size_per_gpu, sampler=sampler, pin_memory=device.type == "cuda", **how)
 
 
 # ---- features ----
@@ -258,11 +250,11 @@ def load_head(classifier, args):
             f"{width_here} features. Set --num_labels, --n_last_blocks and --avgpool_patchtokens (published heads: 4 "
             "and false for ViT-S, 1 and true for ViT-B)"
         )
-    dino_linear.check_settings(source, file, args, dino_linear.FEATURE_SETTINGS)
+    check_settings(source, file, args, dino_linear.FEATURE_SETTINGS)
     classifier.load_state_dict({name: head[name] for name in classifier.state_dict()})
 
 
-# ---- training and validation ----
+# ---- training ----
 
 
 def train_one_epoch(extract, heads, data_loader, labels, optimizers, epoch_name, shown=0):
@@ -291,43 +283,6 @@ def train_one_epoch(extract, heads, data_loader, labels, optimizers, epoch_name,
     means = [{name: meter.global_avg for name, meter in meters.meters.items()} for meters in metrics]
     check_finite([mean["loss"] for mean in means], f"in epoch {epoch_name}")
     return means
-
-
-def check_finite(losses, where):
-    """Raise UserError with exit code 3 if all losses are NaN or infinite."""
-    if not any(map(math.isfinite, losses)):
-        raise UserError(f"the loss is {losses[0]} {where}. Lower --lr, or check --pretrained_weights", exit_code=3)
-
-
-@torch.no_grad()
-def validate(heads, batches, labels):
-    """{loss, acc1, acc5} per linear layer: mean loss, top-1 and top-5 accuracy in percent, over all processes.
-
-    `batches` are the (tokens, indices) of this process, `labels` [M] are of all images. With fewer than 5 classes,
-    acc5 uses all of them. Logs the best layer. Raises UserError (exit code 3) if no loss is finite.
-    """
-    sums = [torch.zeros(len(heads.settings), 4, device=labels.device)]  # loss, correct in top 1, in top 5, images
-    for tokens, indices in utils.MetricLogger().log_every(batches, 20, "Test:"):
-        targets = labels[indices]  # [B]
-        rows = []
-        for logits in heads(tokens):  # [B, C]
-            correct = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # [B, 5]
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            rows.append(torch.stack((loss, correct[:, 0].sum(), correct.sum(), loss.new_tensor(len(targets)))))
-        sums.append(torch.stack(rows))
-    totals = torch.stack(sums).cpu().double().sum(dim=0)  # [H, 4]
-    if utils.get_world_size() > 1:
-        totals = totals.to(utils.collective_device())
-        dist.all_reduce(totals)
-    totals = totals.tolist()
-    number = totals[0][3]
-    # NaN logits have an arbitrary rank, and would count as an accuracy.
-    check_finite([loss for loss, *_ in totals], "on the test images")
-    tested = [{"loss": a / number, "acc1": 100 * b / number, "acc5": 100 * c / number} for a, b, c, _ in totals]
-    best = max((stats for stats in tested if math.isfinite(stats["loss"])), key=dino_linear.rank)
-    utils.log(f"Accuracy of the network on the {number:.0f} test images: {best['acc1']:.1f}%")
-    utils.log(f"Top-5: {best['acc5']:.1f}%, loss: {best['loss']:.4f}")
-    return tested
 
 
 # ---- the run ----

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import functools
 import importlib
+import io
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -294,6 +295,19 @@ def run_forked(words, environment, number, timeout, blocks):
     if None in codes:
         raise subprocess.TimeoutExpired(words, timeout, out, err)
     return subprocess.CompletedProcess(words, next(filter(None, codes), 0), out, err)
+
+
+class CtrlC(io.StringIO):
+    """Standard output that raises KeyboardInterrupt when the run prints a text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def write(self, text):
+        if self.text in text:
+            raise KeyboardInterrupt
+        return super().write(text)
 
 
 def log_without_times(folder):

@@ -12,7 +12,7 @@ SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.item
 
 BELOW_DATA = {"dino_shards", "dino_files", "dino_images", "dino_crops", "dino_checkpoints", "dino_cli", "utils"}
 BELOW_FEATURES = {"dino_features", "dino_data", "dino_backbones", "dino_layouts", "hubconf", "vision_transformer"}
-BELOW_FEATURES |= BELOW_DATA | {"dino_cpu"}
+BELOW_FEATURES |= BELOW_DATA | {"dino_cpu", "dino_classifiers"}
 # A file imports only these files of ours. utils imports none: its __getattr__ finds public names when they are needed.
 ARROWS = {
     "vision_transformer": set(),
@@ -29,9 +29,10 @@ ARROWS = {
     "dino_data": BELOW_DATA,
     "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "dino_cpu", "dino_layouts", "utils"},
     "dino_features": {"dino_data", "dino_crops", "dino_backbones", "dino_checkpoints", "utils"},
+    "dino_classifiers": {"dino_checkpoints", "utils"},
     "dino_vectors": {"dino_checkpoints", "utils"},
     "dino_health": {"utils"},
-    "dino_linear": {"dino_checkpoints", "utils"},
+    "dino_linear": {"dino_classifiers", "utils"},
     "dino_signals": {"utils"},
     "dino_ablations": {"dino_cli", "utils"},
     "dino_run": {

@@ -35,7 +35,7 @@ EACH_NUMBER = pytest.mark.parametrize(("script", "flag"), NUMBERS, ids=lambda x:
 
 
 def test_all_numbers_are_found():
-    assert len(SCRIPTS) == 15
+    assert len(SCRIPTS) == 16
     found = {(script, flag.dest) for script, flag in NUMBERS}
     assert {("main_dino", "lr"), ("video_generation", "threshold"), ("benchmark", "processes")} <= found
 
@@ -89,7 +89,7 @@ def test_help_needs_neither_a_network_connection_nor_what_takes_seconds_to_impor
 import runpy, socket, sys
 def refuse(*_): raise OSError("asked for the network")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-for script in ("main_dino", "eval_knn", "eval_linear", "eval_logistic"):
+for script in ("main_dino", "eval_knn", "eval_linear", "eval_logistic", "eval_finetune"):
     sys.argv = [script, "--help"]
     try:
         runpy.run_path(f"{script}.py", run_name="__main__")
@@ -99,5 +99,5 @@ slow = {"timm", "wandb", "tensorboard", "transformers", "onnx", "matplotlib", "c
 assert not slow & set(sys.modules), slow & set(sys.modules)
 """
     said = run_script("-c", code, fresh=True).stdout
-    assert said.count("usage: ") == 4
+    assert said.count("usage: ") == 5
     assert "(default: " in said

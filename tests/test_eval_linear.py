@@ -10,12 +10,13 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arguments_of, assert_near, assert_same, ending, run_script
+from conftest import CtrlC, arguments_of, assert_near, assert_same, ending, run_script
 from PIL import Image
 from torch import nn
 from torchvision import datasets, transforms
 
 import dino_backbones
+import dino_classifiers
 import dino_linear
 import eval_linear
 import utils
@@ -256,7 +257,7 @@ def test_loss_and_accuracies_match_a_count_image_by_image(classes):
     for classifier in heads.classifiers:
         nn.init.normal_(classifier.linear.weight)
     batches = [(rows[indices, None], indices) for indices in torch.arange(23).split(10)]  # the last has 3
-    _, got = eval_linear.validate(heads, batches, labels)
+    _, got = dino_classifiers.validate(heads, batches, labels)
 
     loss = top1 = top5 = 0
     for row, label in zip(rows.double(), labels.tolist(), strict=True):
@@ -311,19 +312,6 @@ def test_the_checkpoint_has_the_published_layout(trained):
     assert shapes == {"module.linear.weight": (4, 512), "module.linear.bias": (4,)}
     assert checkpoint["optimizer"]["param_groups"][0]["momentum"] == 0.9
     assert checkpoint["scheduler"]["T_max"] == 3
-
-
-class CtrlC(io.StringIO):
-    """Standard output that raises KeyboardInterrupt when the run prints a text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.text = text
-
-    def write(self, text):
-        if self.text in text:
-            raise KeyboardInterrupt
-        return super().write(text)
 
 
 def interrupt(epoch, folder, data):

@@ -13,6 +13,7 @@ from PIL import Image
 import dino_checkpoints
 import dino_features
 import eval_copy_detection
+import eval_finetune
 import eval_image_retrieval
 import eval_knn
 import eval_linear
@@ -121,6 +122,8 @@ SCRIPTS = [
     (visualize_attention, ["--image_path", "PHOTO", "--image_size", 64, 48, "--output_dir", "OUT"], [*NETWORK, *EXIF]),
     (video_generation, ["--input_path", "DATA/davis/JPEGImages/480p/clip", "--output_path", "OUT"], NETWORK),
     (export, ["--to", "backbone", "--output", "OUT/weights.pth"], NETWORK),
+    (eval_finetune, ["--data_path", "ROTATED", "--epochs", 1, "--warmup_epochs", 0, "--num_workers", 0,
+                     "--batch_size_per_gpu", 4, "--use_fp16", "false", "--output_dir", "OUT"], LABELED),
 ]  # fmt: skip
 NORMALIZING = (eval_knn, eval_linear, eval_logistic, eval_image_retrieval, eval_copy_detection)
 NORMALIZING += (visualize_attention, video_generation)

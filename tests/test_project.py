@@ -166,7 +166,8 @@ def test_the_readme_stays_short():
 
 def test_every_recipe_is_in_the_docs():
     for path in ROOT.glob("recipes/*.yaml"):
-        assert f"| `{path.stem}`" in PAGES["docs/training.md"], path.name
+        page = "docs/evaluation.md" if path.stem.startswith("finetune_") else "docs/training.md"
+        assert f"| `{path.stem}`" in PAGES[page], path.name
 
 
 # ---- dependencies ----

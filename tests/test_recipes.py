@@ -12,6 +12,7 @@ from conftest import ROOT, arguments_of, run_script
 import dino_checkpoints
 import dino_cli
 import dino_health
+import eval_finetune
 import main_dino
 import run_with_submitit
 import utils
@@ -19,6 +20,8 @@ from utils import UserError
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 EACH_RECIPE = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+TRAINING = [path for path in RECIPES if not path.stem.startswith("finetune_")]  # the others are of eval_finetune.py
+EACH_OF_TRAINING = pytest.mark.parametrize("recipe", TRAINING, ids=lambda path: path.stem)
 
 BOOSTED = {"epochs": 300, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 30, "norm_last_layer": False}
 TEN_CROPS = {"global_crops_scale": [0.25, 1.0], "local_crops_scale": [0.05, 0.25], "local_crops_number": 10}
@@ -197,6 +200,28 @@ CHANGES = {
     ),
 }
 
+# Of eval_finetune.py: processes, and what differs from its defaults (DeiT's; 100 epochs).
+ONE_GPU = {"lr": 0.0001, "layer_decay": 0.75, "repeats": 1}
+FINE_TUNING = {
+    "finetune_cifar10": {**ONE_GPU, "batch_size_per_gpu": 256},
+    "finetune_cifar100": {**ONE_GPU, "batch_size_per_gpu": 256},
+    "finetune_flowers": {**ONE_GPU, "epochs": 500},
+    "finetune_cars": {**ONE_GPU, "epochs": 200, "batch_size_per_gpu": 128},
+    "finetune_inat18": {"layer_decay": 0.75},
+    "finetune_inat19": {"layer_decay": 0.75},
+    "finetune_imagenet": {"epochs": 300, "batch_size_per_gpu": 128, "min_lr": 1e-5},
+}
+# Accuracy in percent of fine-tuned ViT-S/16 and ViT-B/16 in table 6 of the paper.
+TABLE_6 = {
+    "finetune_cifar10": ("99.0", "99.1"),
+    "finetune_cifar100": ("90.5", "91.7"),
+    "finetune_inat18": ("72.0", "72.6"),
+    "finetune_inat19": ("78.2", "78.6"),
+    "finetune_flowers": ("98.5", "98.8"),
+    "finetune_cars": ("93.0", "93.0"),
+    "finetune_imagenet": ("81.5", "82.8"),
+}
+
 # k-NN and linear accuracy in percent: of the weights that the authors published, and of two runs in the paper.
 PUBLISHED = {
     "imagenet_vits16": ("69.3", "74.0"),
@@ -221,6 +246,11 @@ def settings_of(*flags, script=main_dino):
     return {name: value for name, value in settings.items() if name != "config"}
 
 
+def script_of(recipe):
+    """The script that a recipe is for."""
+    return eval_finetune if recipe.stem in FINE_TUNING else main_dino
+
+
 def opening(recipe):
     """The comment at the top of a recipe, as one line."""
     lines = recipe.read_text().splitlines()
@@ -232,18 +262,29 @@ def opening(recipe):
 
 
 def test_all_recipes_are_tested_here():
-    assert {path.stem for path in RECIPES} == set(CHANGES)
+    assert {path.stem for path in RECIPES} == set(CHANGES) | set(FINE_TUNING)
 
 
 @EACH_RECIPE
 def test_a_recipe_changes_these_defaults_and_no_others(recipe, monkeypatch):
     monkeypatch.setattr(dino_cli, "default_workers", lambda: 7)  # else it is the number of cores
-    defaults = settings_of()
-    changed = {name: value for name, value in settings_of("--config", recipe).items() if value != defaults[name]}
-    assert changed == CHANGES[recipe.stem][1]
+    script = script_of(recipe)
+    defaults, settings = settings_of(script=script), settings_of("--config", recipe, script=script)
+    changed = {name: value for name, value in settings.items() if value != defaults[name]}
+    assert changed == (FINE_TUNING[recipe.stem] if recipe.stem in FINE_TUNING else CHANGES[recipe.stem][1])
 
 
-@EACH_RECIPE
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_a_recipe_for_fine_tuning_passes_all_checks_and_leaves_the_network_to_the_weights(name):
+    recipe = ROOT / "recipes" / f"{name}.yaml"
+    args = arguments_of(eval_finetune, "--config", recipe)
+    eval_finetune.check_args(args)
+    assert not {"arch", "patch_size", "image_size"} & args.given
+    assert "{} % top-1 with the published ViT-S/16, {} % with ViT-B/16 (paper".format(*TABLE_6[name]) in opening(recipe)
+    assert "not measured" in opening(recipe)
+
+
+@EACH_OF_TRAINING
 def test_a_recipe_passes_all_checks_without_a_warning(recipe):
     args = arguments_of(main_dino, "--config", recipe)
     main_dino.check_args(args)
@@ -259,7 +300,7 @@ def processes(recipe):
 
 @EACH_RECIPE
 def test_the_images_per_step_in_a_comment_are_right(recipe):
-    args = {**settings_of("--config", recipe), "world_size": processes(recipe)}
+    args = {**settings_of("--config", recipe, script=script_of(recipe)), "world_size": processes(recipe)}
     product, number = re.search(r"Hardware: (.*?) = ([\d,]+) images (?:a|per) step", opening(recipe)).groups()
     assert (
         dino_checkpoints.global_batch(args)
@@ -268,7 +309,7 @@ def test_the_images_per_step_in_a_comment_are_right(recipe):
     )
 
 
-@EACH_RECIPE
+@EACH_OF_TRAINING
 def test_a_recipe_says_which_accuracy_to_expect_and_how_long_it_takes(recipe):
     words = opening(recipe)
     assert "linear" in words
@@ -283,7 +324,7 @@ def test_a_recipe_says_which_accuracy_to_expect_and_how_long_it_takes(recipe):
 def test_each_value_names_its_source_and_none_belongs_to_one_machine(recipe):
     text = recipe.read_text()
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    unmarked = [line for line in lines if not re.search(r" # (paper|authors|ours)\b", line)]
+    unmarked = [line for line in lines if not re.search(r" # (paper|authors|DeiT|ours)\b", line)]
     assert not unmarked or (recipe.stem == "demo" and "All values are `ours`" in opening(recipe))
     keys = re.findall(r"^(\w+):", text, re.M)
     assert len(keys) == len(set(keys))
@@ -434,7 +475,8 @@ def test_printed_settings_are_a_recipe_of_the_same_run(printed, read, script, wo
 
 @EACH_RECIPE
 def test_the_printed_settings_of_a_recipe_are_the_same_run(printed, read, recipe):
-    assert read(printed("--config", recipe, "--epochs", "77")) == settings_of("--config", recipe, "--epochs", "77")
+    words, how = ("--config", recipe, "--epochs", "77"), {"script": script_of(recipe)}
+    assert read(printed(*words, **how), **how) == settings_of(*words, **how)
 
 
 def test_printed_settings_are_yaml_with_comments_for_unset_ones(printed):
