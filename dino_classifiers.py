@@ -77,12 +77,9 @@ def in_words(value):
 
 
 def check_settings(path, file, args, names):
-    """Raise UserError if `file` was written with other settings than `args`. Published files store none, and pass.
-
-    The flags of a sweep are in the file's `sweep`.
-    """
+    """Raise UserError if `file` was written with other settings than `args`. Published files store none, and pass."""
     now = {name: getattr(args, name) for name in names}
-    before = {**now, **utils.plain_args(file.get("args")), **utils.plain_args(file.get("sweep"))}
+    before = {**now, **utils.plain_args(file.get("args"))}
     changed = [name for name in names if before[name] != now[name]]
     if changed:
         was, is_now = (
@@ -104,6 +101,7 @@ def open_checkpoint(path, keys, args, names):
     ours = isinstance(file, dict) and {"epoch", "best_acc", *keys} <= file.keys()
     if not ours or not all(type(file[name]) in (int, float) for name in ("epoch", "best_acc")):
         raise UserError(f"{path} is not a checkpoint of this script. Move it, or use another --output_dir")
+    file["args"] = {**utils.plain_args(file.get("args")), **utils.plain_args(file.get("sweep"))}  # all values of flags
     check_settings(path, file, args, names)
     return file
 
