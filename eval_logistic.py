@@ -116,7 +116,7 @@ def find_listed(images, path):
     for i in range(len(images)):
         places[os.path.basename(images.name(i))].append(i)
     numbers, missing, unclear = set(), [], []
-    for name, *_ in dino_files.read_list(path, "--train_list"):
+    for name in dict.fromkeys(name for name, *_ in dino_files.read_list(path, "--train_list")):
         found = [i for i in places[os.path.basename(name)] if f"/{images.name(i)}".endswith(f"/{name}")]
         numbers.update(found)
         if len(found) != 1:
