@@ -52,8 +52,8 @@ def get_args_parser():
         weights; `random`.""")
     parser.add_argument("--threshold", default=[0.6, 0.8], nargs="+", type=between(1e-6, 1, float), metavar="SHARE",
         help="Share of a head's attention that its mask holds.")
-    parser.add_argument("--image_size", default=[480, 480], nargs="+", type=at_least(1), metavar="PIXELS", help="""Images
-        are resized to this height and width (one number: both), ignoring the aspect ratio. Masks keep their size.""")
+    parser.add_argument("--image_size", default=[480, 480], nargs="+", type=at_least(1), metavar="PIXELS",
+        help="Images are resized to this height and width (one number: both), whatever their aspect ratio.")
     parser.add_argument("--num_workers", default=dino_cli.default_workers(), type=at_least(0), metavar="N",
         help="Processes that load images. Default: the cores of this process, at most 10.")
     # fmt: on
@@ -64,9 +64,8 @@ def check_args(args):
     """Raise UserError for flags that do not fit together."""
     dino_backbones.check_vit(args.arch, "CLS token that attends to patches")
     if len(args.image_size) > 2:
-        raise UserError(
-            f"--image_size {' '.join(map(str, args.image_size))} has more than two numbers. Use at most two"
-        )
+        size = " ".join(map(str, args.image_size))
+        raise UserError(f"--image_size {size} has more than two numbers. Set height and width, or one side")
     args.image_size = [args.image_size[0], args.image_size[-1]]
     for side in args.image_size:
         dino_cli.check_whole_patches("image_size", side, args.patch_size)
