@@ -45,7 +45,10 @@ def head(args):
 
 
 def apply(args, parts, schedules):
-    """Change a run's loss, optimizer and schedule of the momentum as `args` say. The defaults change nothing."""
+    """Change a run's loss, optimizer and schedule of the momentum as `args` say. The defaults change nothing.
+
+    A step that is skipped, since its loss is not finite, copies no weights: the teacher stays as it was.
+    """
     loss, momentum = parts.dino_loss, schedules["momentum"]
     loss.student_temp, loss.center_momentum = args.student_temp, args.center_momentum
     if args.centering != "mean":

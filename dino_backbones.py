@@ -567,9 +567,9 @@ def timm_weights(arch, patch_size):
     try:
         check_arch(name)
     except UserError as e:
-        raise UserError(f"timm has no weights of {name.removeprefix('timm:')}. Give a file with --init_from") from e
+        raise UserError(f"timm has no weights of {name.removeprefix('timm:')}. Give a file of weights") from e
     try:
         return build_timm(name, pretrained=True).state_dict(), f"{name} [pretrained]"
     except Exception as e:  # hub clients raise different types without a network
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"can't download timm's weights of {name}: {reason}. Give a file with --init_from") from e
+        raise UserError(f"can't download timm's weights of {name}: {reason}. Give a file of weights") from e

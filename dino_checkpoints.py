@@ -210,8 +210,8 @@ def pick_state_dict(state, checkpoint_key, source):
     if not isinstance(state, dict):
         raise UserError(f"{source} contains a {type(state).__name__}, not a state dict")
     networks = networks_in(state)
-    if checkpoint_key not in networks and networks in (["state_dict"], ["model"]):
-        checkpoint_key = networks[0]
+    if checkpoint_key not in networks and networks in (["state_dict"], ["model"], ["state_dict", "ema"]):
+        checkpoint_key = networks[-1]  # an average is what its script has evaluated
     if checkpoint_key in networks:
         state, source = state[checkpoint_key], f"{source} [{checkpoint_key}]"
     elif networks or any(isinstance(value, dict) for value in state.values()):

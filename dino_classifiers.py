@@ -1,5 +1,6 @@
 """What evaluations that train a classifier share: loaders, accuracies, and resuming after an epoch."""
 
+import hashlib
 import math
 import os
 
@@ -69,6 +70,11 @@ def validate(classify, batches, labels):
 
 
 # ---- resuming ----
+
+
+def digest_of_classes(names):
+    """A few characters that differ if the names of the classes or their order differ."""
+    return hashlib.sha256("\n".join(map(str, names)).encode()).hexdigest()[:12]
 
 
 def in_words(value):

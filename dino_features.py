@@ -229,7 +229,9 @@ def load_features(folder, device, multilabel=False):
         if not both or features.ndim != 2 or not (labels.ndim == 1 or per_class) or not features.is_floating_point():
             names = f"{folder}/{part}feat.pth and {part}labels.pth"
             raise UserError(f"{names} must hold tensors: floats [N, D] and labels [N]")
-        if labels.is_floating_point() or (len(labels) and labels.min() < (-1 if per_class else 0)):
+        if per_class and not ((labels == -1).any() and torch.isin(labels, torch.tensor([-1, 0, 1])).all()):
+            raise UserError(f"{folder}/{part}labels.pth must hold 1 (has the label), -1 (has not) and 0 (not counted)")
+        if labels.is_floating_point() or (not per_class and len(labels) and labels.min() < 0):
             raise UserError(f"{folder}/{part}labels.pth must hold class indices >= 0")
         if len(features) != len(labels) or not len(features):
             raise UserError(f"{folder} has {len(features)} {part} features and {len(labels)} labels")

@@ -107,7 +107,7 @@ def suspicious_settings(args, steps):
     horizon = args.images_per_step / max(1 - args.momentum_teacher, 1e-9)  # images that the teacher averages over
     if args.momentum_teacher == 1:
         found["momentum"] = "--momentum_teacher 1 freezes the teacher at its initial weights. Use 0.996 to 0.9995"
-    elif horizon < min(64_000, args.epochs * images / 1000) or args.momentum_teacher < 0.9:
+    elif args.teacher == "ema" and (horizon < min(64_000, args.epochs * images / 1000) or args.momentum_teacher < 0.9):
         found["momentum"] = (
             f"--momentum_teacher {args.momentum_teacher} is low for {args.images_per_step} images per step: the "
             f"teacher averages over only {horizon:.0f} of the run's {args.epochs * images} images. Use 0.9995 for 256 "

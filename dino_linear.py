@@ -53,7 +53,7 @@ def values_of(args, flag):
 # Settings that determine the features, and settings that determine a whole run. `weights` is not a flag but a digest
 # of the network's tensors: their file may be moved, but not changed.
 FEATURE_SETTINGS = ("arch", "patch_size", "n_last_blocks", "avgpool_patchtokens", "weights")
-SETTINGS = ("epochs", "lr", "global_batch", "image_size", "seed", "num_labels", "num_images", "amp_dtype")
+SETTINGS = ("epochs", "lr", "global_batch", "image_size", "seed", "num_labels", "num_images", "classes", "amp_dtype")
 SETTINGS += FEATURE_SETTINGS
 
 
@@ -163,13 +163,13 @@ class Training:
         for i, (setting, result) in enumerate(zip(settings, self.results, strict=True)):
             numbers = f"{'diverged':>10}{'':28}"
             if "acc1" in result:
-                numbers = "{acc1:10.2f}{acc5:8.2f}{loss:9.4f}{best_acc:11.2f}".format(**result)
+                numbers = "{acc1:10.2f}{acc5:8.2f} {loss:8.4g}{best_acc:11.2f}".format(**result)
             utils.log(f"{numbers}  {setting}{'  (best)' * (i == best)}")
         rates = sorted({setting.lr for setting in settings})
         if len(rates) > 1 and settings[best].lr in (rates[0], rates[-1]):
             which, try_ = ("smallest", "lower") if settings[best].lr == rates[0] else ("largest", "higher")
             utils.log(f"note: the best --lr {settings[best].lr} is the {which} of the sweep. Try {try_} ones too")
-        utils.log(f"The linear classifiers are trained. Top-1 test accuracy: {self.results[best]['acc1']:.1f}")
+        utils.log(f"The linear classifiers are trained. Top-1 test accuracy: {self.results[best]['best_acc']:.1f}")
 
 
 def are_results(found, number):

@@ -72,8 +72,8 @@ def check_args(args):
     if args.binary and not args.mask_path:
         raise UserError("--binary true is for the masks of --mask_path. Set it, or remove --binary")
     for source in args.compare:
-        if source not in ("random", "timm") and not os.path.isfile(source):
-            raise UserError(f"--compare {source} is no file. Use a file of weights, timm or random")
+        if source not in ("random", "timm") and not os.path.exists(source):
+            raise UserError(f"--compare {source} does not exist. Use a run or a file of weights, timm or random")
 
 
 # ---- data ----
@@ -128,8 +128,15 @@ class MaskedImages(Dataset):
 
     def __getitem__(self, i):
         image, mask = self.pairs[i]
-        pixels = dino_features.prepare(dino_images.load_image(image), self.args.image_size, self.args.patch_size)
-        labels = dino_images.read_labels(mask)
+        photograph, labels = dino_images.load_image(image), dino_images.read_labels(mask)
+        if labels.shape != (photograph.height, photograph.width):
+            sizes = (
+                f"{labels.shape[1]} x {labels.shape[0]} pixels, and {image} {photograph.width} x {photograph.height}"
+            )
+            raise UserError(
+                f"{mask} has {sizes}. Give each image a mask of its size (EXIF orientations are not applied)"
+            )
+        pixels = dino_features.prepare(photograph, self.args.image_size, self.args.patch_size)
         if self.args.binary:
             labels = labels >= 128
         elif self.args.mask_path and labels.max() == dino_images.VOID == labels[labels > 0].min():
@@ -191,7 +198,8 @@ def networks(args, device, inputs):
     yield args.pretrained_weights or "published", dino_backbones.frozen_backbone(args, device, size, inputs=inputs)[0]
     for source in dict.fromkeys(args.compare):
         other = copy.copy(args)
-        other.pretrained_weights = source
+        other.pretrained_weights = dino_checkpoints.find_weights(source, "--compare")
+        utils.fix_random_seeds(0)
         if source != "timm":
             yield source, dino_backbones.frozen_backbone(other, device, size, inputs=inputs)[0]
         else:
@@ -215,7 +223,7 @@ def main(args):
     loader = dino_data.eval_loader(MaskedImages(pairs, args, inputs), 1, args.num_workers, device)
     scores = {}
     for name, model in networks(args, device, inputs):
-        scores[name] = score_network(model, loader, args.threshold, device, name)
+        scores[name] = score_network(model, loader, list(dict.fromkeys(args.threshold)), device, name)
     numbers = [len(of_image) for of_image in scores[name][args.threshold[0]]]
     if not sum(numbers):
         raise UserError(f"the masks have no objects, only 0 and {dino_images.VOID}. Number the objects 1, 2, ...")

@@ -26,6 +26,7 @@ from torchvision import transforms
 
 import dino_backbones
 import dino_checkpoints
+import dino_classifiers
 import dino_cli
 import dino_cpu
 import dino_crops
@@ -34,7 +35,6 @@ import dino_features
 import dino_files
 import dino_images
 import utils
-from dino_classifiers import build_loader, check_finite, open_checkpoint, resume, validate
 from dino_cli import at_least, between, positive, share
 from utils import UserError, bool_flag
 
@@ -240,13 +240,15 @@ def build_model(args, num_classes, inputs, device, amp_dtype=None):
 def load_head(head, args):
     """Load the linear layer of --pretrained_weights, for --evaluate. Raises UserError if there is none that fits."""
     path = args.pretrained_weights
-    state, _ = dino_checkpoints.pick_state_dict(dino_checkpoints.load_checkpoint(path), args.checkpoint_key, path)
+    file = dino_checkpoints.load_checkpoint(path)
+    state, _ = dino_checkpoints.pick_state_dict(file, args.checkpoint_key, path)
     weight, bias = state.get("head.weight"), state.get("head.bias")
     if weight is None or bias is None:
         raise UserError(f"--pretrained_weights {path} has no classifier. --evaluate needs a checkpoint of this script")
     if weight.shape != head.weight.shape or bias.shape != head.bias.shape:
         here = f"has {head.out_features} classes; the network has {len(bias)}"
         raise UserError(f"--data_path {args.data_path} {here}. Use images of the same classes")
+    dino_classifiers.check_settings(path, file, args, ["classes"])
     head.load_state_dict({"weight": weight, "bias": bias})
 
 
@@ -317,7 +319,7 @@ def train_one_epoch(parts, data_loader, labels, schedule, epoch, args):
         loss = F.cross_entropy(logits, targets, label_smoothing=0.0 if parts.augment.mix else args.smoothing)
         loss_on_host = utils.HostCopy(loss)  # copied while the backward pass runs
         parts.fp16_scaler.scale(loss / passes).backward()
-        check_finite([loss_on_host.read()], f"in epoch {name}")
+        dino_classifiers.check_finite([loss_on_host.read()], f"in epoch {name}")
         if part == passes - 1:
             parts.fp16_scaler.step(parts.optimizer)
             parts.fp16_scaler.update()
@@ -326,7 +328,7 @@ def train_one_epoch(parts, data_loader, labels, schedule, epoch, args):
         metrics.update(loss=loss.detach(), lr=float(schedule[step]))
     metrics.synchronize_between_processes()
     means = {name: meter.global_avg for name, meter in metrics.meters.items()}
-    check_finite([means["loss"]], f"in epoch {name}")
+    dino_classifiers.check_finite([means["loss"]], f"in epoch {name}")
     return means
 
 
@@ -344,7 +346,7 @@ def update_average(ema, model, momentum):
 # their file may be moved, but not changed.
 SETTINGS = ("epochs", "warmup_epochs", "lr", "min_lr", "layer_decay", "weight_decay", "drop_path_rate", "ema_decay")
 SETTINGS += ("crop_scale", "aa", "repeats", "reprob", "mixup", "cutmix", "smoothing", "image_size", "seed", "precision")
-SETTINGS += ("arch", "patch_size", "weights", "num_labels", "num_images", "global_batch", "world_size")
+SETTINGS += ("arch", "patch_size", "weights", "classes", "num_labels", "num_images", "global_batch", "world_size")
 
 
 def main(args):
@@ -356,10 +358,8 @@ def main(args):
     device = utils.init_distributed_mode(args)
     inputs = dino_checkpoints.photograph_inputs(args.pretrained_weights)
     if not inputs.photographs:
-        raise UserError(
-            f"--pretrained_weights {args.pretrained_weights} was trained with --value_range. Fine-tuning is "
-            "for 8-bit RGB photographs only; eval_linear.py is not"
-        )
+        trained = f"--pretrained_weights {args.pretrained_weights} was trained with --value_range"
+        raise UserError(f"{trained}. Fine-tuning is for 8-bit RGB photographs only; use eval_linear.py")
     args.in_chans, args.mean, args.std = inputs.in_chans, list(inputs.mean), list(inputs.std)  # for later evaluations
     amp_dtype = training_dtype(args, device)
     args.precision = str(amp_dtype or torch.float32)
@@ -367,8 +367,9 @@ def main(args):
 
     train, val, train_labels, val_labels = load_data(args, inputs)
     args.num_images, args.num_labels = len(train), len(train.images.classes)
+    args.classes = dino_classifiers.digest_of_classes(train.images.classes)
     # Each image on exactly one process. dino_data.eval_loader would repeat images to give all ranks the same number.
-    val_loader = build_loader(val, range(args.rank, len(val), args.world_size), args, device)
+    val_loader = dino_classifiers.build_loader(val, range(args.rank, len(val), args.world_size), args, device)
     model = build_model(args, args.num_labels, inputs, device, amp_dtype)
 
     def test(network):
@@ -377,7 +378,7 @@ def main(args):
         def classify(images):
             return [dino_features.features_in(network, inputs.normalize(images), amp_dtype)]
 
-        return validate(classify, val_loader, val_labels.to(device))[0]
+        return dino_classifiers.validate(classify, val_loader, val_labels.to(device))[0]
 
     if args.evaluate:
         load_head(model.head, args)
@@ -408,7 +409,7 @@ def fine_tune(model, augment, train_set, test, args, amp_dtype=None):
             f"the {len(train)} training images are fewer than one step of {args.global_batch}. Lower "
             "--batch_size_per_gpu or --grad_accum_steps, or start fewer processes"
         )
-    loader = build_loader(train, sampler, args, device, dino_data.collate)
+    loader = dino_classifiers.build_loader(train, sampler, args, device, dino_data.collate)
     steps = len(loader) // args.grad_accum_steps
     peak_lr = args.lr * args.global_batch / 256  # linear scaling rule
     if peak_lr < args.min_lr:
@@ -420,8 +421,8 @@ def fine_tune(model, augment, train_set, test, args, amp_dtype=None):
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
     states = {"state_dict": model, "optimizer": optimizer, "fp16_scaler": scaler, **({"ema": ema} if ema else {})}
     progress, path = {"epoch": 0, "best_acc": 0.0}, os.path.join(args.output_dir, "checkpoint.pth")
-    open_checkpoint(path, states, args, SETTINGS)
-    resume(path, progress, states, args)
+    dino_classifiers.open_checkpoint(path, states, args, SETTINGS)
+    dino_classifiers.resume(path, progress, states, args)
 
     shared = dino_backbones.data_parallel(model, device) if args.world_size > 1 else model
     parts, tested = Parts(shared, ema, optimizer, scaler, augment, amp_dtype), ema or model

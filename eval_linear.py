@@ -25,6 +25,7 @@ from torchvision import transforms
 
 import dino_backbones
 import dino_checkpoints
+import dino_classifiers
 import dino_cli
 import dino_crops
 import dino_data
@@ -299,6 +300,7 @@ def main(args):
 
     # ---- data ----
     train, val, train_labels, val_labels, classes = load_data(args)
+    args.classes = dino_classifiers.digest_of_classes(classes)
     args.num_labels = args.num_labels or (1000 if args.evaluate and not args.linear_weights else len(classes))
     if len(classes) > args.num_labels:
         number = f"{len(classes)} classes, more than --num_labels {args.num_labels}"

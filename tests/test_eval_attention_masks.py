@@ -127,6 +127,22 @@ def best_by_hand(model, voc, number, threshold):
     return [max(of_object) for of_object in found.values()]
 
 
+def test_an_untrained_network_is_the_same_wherever_it_is_listed_and_a_share_counts_once(voc, weights, capsys):
+    flags = ("--data_path", voc, "--pretrained_weights", "random", "--threshold", 0.6, 0.8, 0.6)
+    data, alone = scores(capsys, *flags, "--compare")
+    assert data == "4 objects in 2 images of 3, the best head for each object"
+    flags = ("--data_path", voc, "--pretrained_weights", weights[0], "--compare", weights[1], "random")
+    assert scores(capsys, *flags)[1]["random"] == alone["random"]
+
+
+def test_a_mask_of_another_size_is_one_line(refusal, voc, weights, tmp_path):
+    Image.open(voc / "SegmentationObject/2007_0.png").transpose(Image.Transpose.ROTATE_90).save(tmp_path / "2007_0.png")
+    flags = ["--pretrained_weights", weights[0], "--data_path", voc / "JPEGImages", "--mask_path", tmp_path]
+    line = refusal(eval_attention_masks, *SMALL, *flags)
+    assert "2007_0.png has 80 x 100 pixels, and" in line
+    assert "2007_0.jpg 100 x 80" in line
+
+
 def test_images_and_masks_can_be_folders_such_as_those_of_davis(weights, capsys):
     davis = shared("data/davis_mini")
     masks = [next(davis.glob("Annotations/480p/*/*.png"))]
@@ -168,7 +184,7 @@ def test_timm_weights_are_loaded_into_the_same_network(voc, weights, capsys, mon
     [
         (["--data_path", "{voc}/JPEGImages"], "can't read {voc}/JPEGImages/ImageSets/Segmentation/val.txt"),
         (["--data_path", "{voc}", "--split", "trainval"], "ImageSets/Segmentation/trainval.txt"),
-        (["--data_path", "{voc}", "--compare", "nothing.pth"], "--compare nothing.pth is no file"),
+        (["--data_path", "{voc}", "--compare", "nothing.pth"], "--compare nothing.pth does not exist"),
         (["--data_path", "{voc}", "--image_size", 60, 64], "--image_size 60"),
         (["--data_path", "{voc}", "--image_size", 32, 60], "--image_size 60"),
         (["--data_path", "{voc}", "--image_size", 60], "--image_size 60"),

@@ -14,6 +14,7 @@ from conftest import CtrlC, arguments_of, assert_near, assert_same, run_script, 
 from torch import nn
 
 import dino_backbones
+import dino_classifiers
 import dino_features
 import eval_finetune
 import utils
@@ -235,7 +236,7 @@ def one_epoch(data, *flags, smoothing=0.3):
     parts = eval_finetune.Parts(model, None, optimizer, scaler, augment, None)
     per_step = args.batch_size_per_gpu * args.grad_accum_steps
     sampler = eval_finetune.RepeatedSampler(train.images, per_step, repeats=1)
-    loader = eval_finetune.build_loader(train, sampler, args, CPU, eval_finetune.dino_data.collate)
+    loader = dino_classifiers.build_loader(train, sampler, args, CPU, eval_finetune.dino_data.collate)
     means = eval_finetune.train_one_epoch(parts, loader, labels, [0.5] * 5, 0, args)
     return model, means["loss"], [(train[key][0], labels[key[1]]) for key in sampler]
 
@@ -321,6 +322,28 @@ def test_the_average_is_what_is_validated_and_kept_as_the_best(trained, data, ca
     capsys.readouterr()
     run(*data, "--pretrained_weights", trained / "checkpoint_best.pth", "--evaluate")
     assert RESULT.findall(capsys.readouterr().out) == [("20", f"{best['best_acc']:.1f}")]
+
+
+def test_the_folder_of_a_run_with_an_average_stands_for_the_last_average(trained, data, capsys):
+    capsys.readouterr()
+    run(*data, "--pretrained_weights", trained, "--evaluate")
+    assert RESULT.findall(capsys.readouterr().out) == [("20", f"{log_of(trained)[-1]['test_acc1']:.1f}")]
+    average = checkpoint_of(trained)["ema"]
+    model, _ = dino_features.load_run(trained)
+    assert same_state(model, {k.removeprefix("backbone."): v for k, v in average.items() if k.startswith("backbone.")})
+
+
+def test_classes_with_other_names_are_refused(refusal, data, trained, tiny_root, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for name, other in zip(("astronaut", "brick", "coffee", "text"), "dcba", strict=True):
+            (tmp_path / "data" / part / other).symlink_to(tiny_root / part / name)
+    renamed = ["--data_path", tmp_path / "data", *data[2:]]
+    line = refusal(eval_finetune, *SMALL, *renamed, "--pretrained_weights", trained, "--evaluate")
+    assert re.search(r"was made with classes \w+; this run has classes \w+\. Use the same", line)
+    shutil.copytree(trained, tmp_path / "run")
+    line = refusal(eval_finetune, *SMALL, *renamed, *FULL, "--output_dir", tmp_path / "run")
+    assert "was made with classes" in line
 
 
 def test_other_scripts_read_a_fine_tuned_network_by_its_folder(data, tmp_path):

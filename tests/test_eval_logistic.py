@@ -335,6 +335,15 @@ def test_a_mistake_in_the_arguments_is_one_line_and_exit_code_2(refusal, flags, 
     assert message in refusal(eval_logistic, *SMALL, "--pretrained_weights", "random", *flags)
 
 
+@pytest.mark.parametrize("labels", [[[0, 1], [1, 0]], [[5, -1], [-1, 5]], [[True, False], [False, True]]])
+def test_labels_per_class_must_be_1_minus_1_or_0(refusal, tmp_path, labels):
+    for part in ("train", "test"):
+        torch.save(torch.eye(2), tmp_path / f"{part}feat.pth")
+        torch.save(torch.tensor(labels), tmp_path / f"{part}labels.pth")
+    line = refusal(eval_logistic, *SMALL, "--load_features", tmp_path)
+    assert "trainlabels.pth must hold 1 (has the label), -1 (has not) and 0 (not counted)" in line
+
+
 def test_features_of_nan_are_an_error(tmp_path):
     files = {"trainfeat": torch.full((4, 2), torch.nan), "trainlabels": torch.arange(4)}
     files |= {"testfeat": torch.zeros(4, 2), "testlabels": torch.arange(4)}

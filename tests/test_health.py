@@ -269,6 +269,12 @@ def test_a_run_too_short_to_learn_is_a_warning_that_names_enough_epochs(capsys):
     )
 
 
+def test_the_momentum_does_not_matter_where_the_teacher_is_a_copy():
+    copied = monitor("--momentum_teacher", 0.5, "--teacher", "student", steps=1)
+    copied.check_settings()
+    assert "momentum" not in copied.seen
+
+
 def test_a_short_run_may_have_a_low_momentum_but_not_below_0_9():
     for momentum, warns in ((0.89, True), (0.9, False)):
         short = monitor("--momentum_teacher", momentum, "--out_dim", 64, steps=1)
