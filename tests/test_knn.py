@@ -99,10 +99,10 @@ def labeled(sample_root, tmp_path_factory):
     return root
 
 
-def accuracies_printed(capsys, root, weights):
+def accuracies_printed(capsys, root, weights, *more):
     """(top-1, top-5) that eval_knn.py prints for a checkpoint."""
     flags = ["--arch", "vit_nano", "--image_size", 32, "--nb_knn", 20, "--data_path", root, "--num_workers", 0]
-    eval_knn.main(arguments_of(eval_knn, *flags, "--pretrained_weights", weights, "--device", "cpu"))
+    eval_knn.main(arguments_of(eval_knn, *flags, "--pretrained_weights", weights, "--device", "cpu", *more))
     return [float(number) for number in re.search(r"Top1: (\S+), Top5: (\S+)", capsys.readouterr().out).groups()]
 
 
@@ -115,6 +115,16 @@ def test_logged_accuracies_match_eval_knn_and_the_best_checkpoint_is_saved(capsy
     assert logged[best][0] > min(top1 for top1, _ in logged)
     assert checkpoint(folder, "checkpoint_best.pth")["epoch"] == best + 1
     assert accuracies_printed(capsys, labeled, folder / "checkpoint_best.pth") == pytest.approx(logged[best], abs=0.005)
+
+
+def test_the_student_has_the_accuracies_that_eval_knn_prints_for_it(capsys, tiny_root, labeled, tmp_path):
+    flags = ["--knn_every", 1, "--knn_student", "true", "--momentum_teacher", 0.999, "--knn_data", labeled]
+    train(tiny_root, tmp_path, *flags, "--epochs", 3)
+    line = log_without_times(tmp_path)[-1]
+    logged = [line["knn_student_top1"], line["knn_student_top5"]]
+    printed = accuracies_printed(capsys, labeled, tmp_path / "checkpoint.pth", "--checkpoint_key", "student")
+    assert printed == pytest.approx(logged, abs=0.005)
+    assert logged != [line["knn_top1"], line["knn_top5"]]
 
 
 def test_two_processes_log_what_eval_knn_prints(capsys, tiny_root, labeled, tmp_path):
