@@ -251,6 +251,22 @@ def process_flags():
         network computes in. float32 gives the published numbers. bf16 and fp16 are faster on GPUs and round features
         to 2 or 3 digits; tf32 (NVIDIA GPUs) is in between. Features are stored in float32.""")
     return parser
+
+
+def feature_flags():
+    """The flags of evaluations that keep the features of all images, as a parser for `parents=[...]`."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[labeled_flags(), process_flags()])
+    parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS", help="""Input size of the
+        network. Images are resized to 8/7 of this size, then center-cropped. Default for a run: its global crops.""")
+    parser.add_argument("--batch_size_per_gpu", default=128, type=at_least(1), metavar="B",
+        help="Images per forward pass.")
+    parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
+        help="Keep the features on the GPU, if there is one. false: in main memory, which is slower but larger.")
+    parser.add_argument("--dump_features", default=None, metavar="DIR",
+        help="Write features and labels to this folder: {train,test}feat.pth and {train,test}labels.pth.")
+    parser.add_argument("--load_features", default=None, metavar="DIR",
+        help="Read features and labels written by --dump_features instead of running a network.")
+    return parser
 # fmt: on
 
 

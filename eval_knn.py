@@ -29,25 +29,15 @@ from utils import UserError, bool_flag
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parents = [dino_cli.model_flags(), dino_cli.labeled_flags(), dino_cli.process_flags()]
+    parents = [dino_cli.model_flags(), dino_cli.feature_flags()]
     parser = argparse.ArgumentParser("k-NN evaluation", add_help=False, parents=parents)
     # fmt: off
     parser.add_argument("--nb_knn", default=[10, 20, 100, 200], nargs="+", type=at_least(1), metavar="K",
         help="Number of neighbors, one or more values. 20 is a good default; use fewer if the classes are small.")
     parser.add_argument("--temperature", default=0.07, type=positive, metavar="T",
         help="Each neighbor votes with weight exp(similarity / T). A lower T favors the nearest neighbors.")
-    parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS", help="""Input size of the
-        network. Images are resized to 8/7 of this size, then center-cropped. Default for a run: its global crops.""")
     parser.add_argument("--baselines", default=False, type=bool_flag, metavar="BOOL", help="""Also print a table that
         compares the weights with chance, raw pixels and the same network untrained.""")
-    parser.add_argument("--batch_size_per_gpu", default=128, type=at_least(1), metavar="B",
-        help="Images per forward pass.")
-    parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
-        help="Keep the features on the GPU, if there is one. false: in main memory, which is slower but larger.")
-    parser.add_argument("--dump_features", default=None, metavar="DIR",
-        help="Write features and labels to this folder: {train,test}feat.pth and {train,test}labels.pth.")
-    parser.add_argument("--load_features", default=None, metavar="DIR",
-        help="Read features and labels written by --dump_features instead of running a network.")
     # fmt: on
     return parser
 

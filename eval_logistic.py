@@ -44,7 +44,7 @@ from utils import UserError, bool_flag
 
 def get_args_parser():
     """All flags, as a parser for `parents=[...]`."""
-    parents = [dino_cli.model_flags(), dino_cli.labeled_flags(), dino_cli.process_flags()]
+    parents = [dino_cli.model_flags(), dino_cli.feature_flags()]
     parser = argparse.ArgumentParser("Logistic regression", add_help=False, parents=parents)
     # fmt: off
     parser.add_argument("--train_list", default=None, metavar="FILE", help="""Train on these images only: a text file
@@ -59,16 +59,6 @@ def get_args_parser():
         help="End after N iterations of L-BFGS in any case, with a warning if this is too early.")
     parser.add_argument("--tolerance", default=1e-4, type=positive, metavar="LOSS",
         help="End when the objective is at most this far above its minimum. The gradient bounds the distance.")
-    parser.add_argument("--image_size", default=224, type=at_least(1), metavar="PIXELS", help="""Input size of the
-        network. Images are resized to 8/7 of this size, then center-cropped. Default for a run: its global crops.""")
-    parser.add_argument("--batch_size_per_gpu", default=128, type=at_least(1), metavar="B",
-        help="Images per forward pass.")
-    parser.add_argument("--use_cuda", default=True, type=bool_flag, metavar="BOOL",
-        help="Keep the features on the GPU, if there is one, and fit there. false: on the CPU.")
-    parser.add_argument("--dump_features", default=None, metavar="DIR",
-        help="Write features and labels to this folder: {train,test}feat.pth and {train,test}labels.pth.")
-    parser.add_argument("--load_features", default=None, metavar="DIR",
-        help="Read features and labels written by --dump_features instead of running a network.")
     # fmt: on
     return parser
 
