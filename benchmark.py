@@ -13,7 +13,6 @@ lowest and the highest; above 1 is faster than plain. On GPUs, times are of step
 
 import argparse
 import contextlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -33,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -360,11 +360,11 @@ def limits(args, gigabytes=0.5):
 
 
 def augment_images(make, images):
-    """The work of making the crops of each image, bytes of a JPEG file or decoded, on one thread."""
+    """The work of making the crops of each image, bytes of a JPEG file or uint8 [H, W, 3], on one thread."""
     torch.set_num_threads(1)
     utils.fix_random_seeds(0)
-    augment = make()
-    return repeat(lambda: [augment(Image.open(io.BytesIO(i)) if isinstance(i, bytes) else i) for i in images])
+    augment = dino_steps.open_and(make())
+    return repeat(lambda: [augment(image) for image in images])
 
 
 def crops(args, number=50):
@@ -372,7 +372,7 @@ def crops(args, number=50):
     with tempfile.TemporaryDirectory() as root:
         paths = sorted(Path(image_folder(root, args.data_path, number)).rglob("*.jpg"))
         files = [path.read_bytes() for path in paths]
-        small = [dino_images.load_image(path).resize((32, 32)) for path in paths * 4]
+        small = [np.array(dino_images.load_image(path).resize((32, 32))) for path in paths * 4]
     for sizes, local in (((224, 96), 8), ((32, 16), 0), ((32, 16), 6)):
         images, kind = (files, "JPEG files") if sizes[0] == 224 else (small, "decoded images")
         makers = dino_steps.augmentations(sorted({"pil", fast_or_pil()}, reverse=True), sizes, local)

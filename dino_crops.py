@@ -116,11 +116,10 @@ class RandomView:
 
     def draw(self, image):
         """A View for an image, of which only the size matters."""
-        _, height, width = transforms.functional.get_dimensions(image)
         number = torch.empty(1)
         return View(
             size=self.size,
-            box=draw_box(width, height, self.scale, number),
+            box=draw_box(*dino_images.size_of(image), self.scale, number),
             flip=number.uniform_().item() < 0.5,
             jitter=self.draw_jitter(number) if number.uniform_().item() <= self.jitter_p else (),
             gray=number.uniform_().item() < self.gray_p,
@@ -200,7 +199,7 @@ def eval_transform(image_size=224, inputs=utils.RGB):
 
 def shorten(image):
     """The middle of an image more than 16 times as long as it is wide: all of it, resized, could fill the memory."""
-    height, width = transforms.functional.get_dimensions(image)[1:]
+    width, height = dino_images.size_of(image)
     if max(height, width) <= 16 * min(height, width):
         return image
     return transforms.functional.center_crop(image, [min(side, 2 * min(height, width)) for side in (height, width)])
@@ -319,21 +318,23 @@ def opencv():
 
 
 def render_fast(image, views):
-    """Views of a PIL image, each uint8 [3, size, size]: render_pil's to within a level or two, much faster.
+    """Views of an image, each uint8 [3, size, size]: render_pil's to within a level or two, much faster.
 
     A JPEG that is not decoded yet (dino_images.open_image) is decoded at 1/2, 1/4 or 1/8 of its size if each view still
     has to be shrunk by 2 or more. Boxes are then rounded to whole pixels of the smaller image.
     """
-    width = image.width
-    pixels = decode_reduced(image, views)  # [1, 3, H, W]
-    shrunk = round(width / pixels.shape[-1])
+    width, _ = dino_images.size_of(image)
+    pixels = decode_reduced(image, views)  # [H, W, 3]
+    shrunk = round(width / pixels.shape[1])
     if shrunk > 1:
         views = [view._replace(box=tuple(round(edge / shrunk) for edge in view.box)) for view in views]
     return [render_fast_view(pixels, view) for view in views]
 
 
 def decode_reduced(image, views):
-    """A PIL image as uint8 [1, 3, H, W], channels last in memory, reduced where these views allow it."""
+    """An image as uint8 [H, W, 3], decoded unless it is, reduced where these views allow it."""
+    if isinstance(image, np.ndarray):
+        return image
     pixels = None
     if image.format == "JPEG" and image.mode == "RGB" and image.tile:  # not decoded yet, and a plain one
         spare = min(min(v.box[2] - v.box[0], v.box[3] - v.box[1]) / v.size for v in views)
@@ -342,9 +343,7 @@ def decode_reduced(image, views):
             image.draft(None, (image.width // shrink, image.height // shrink))
         else:
             pixels = decode_whole_jpeg(image.fp)
-    if pixels is None:
-        pixels = np.array(dino_images.to_rgb(image))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return np.array(dino_images.to_rgb(image)) if pixels is None else pixels
 
 
 def decode_whole_jpeg(file):
@@ -361,9 +360,9 @@ def decode_whole_jpeg(file):
 def render_fast_view(pixels, view):
     cv2 = opencv()
     left, top, right, bottom = view.box
-    region = pixels[:, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
-    crop = F.interpolate(region, (view.size, view.size), mode="bicubic", antialias=True)
-    crop = crop[0].permute(1, 2, 0).numpy()  # [size, size, 3]
+    region = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right])).permute(2, 0, 1)
+    crop = F.interpolate(region[None], (view.size, view.size), mode="bicubic", antialias=True)
+    crop = crop.numpy()[0].transpose(1, 2, 0)  # [size, size, 3]
     for operation, factor in view.jitter:
         crop = FAST_JITTER[operation](cv2, crop, factor)
     if view.flip:
@@ -412,7 +411,7 @@ def blur_kernel(radius):
 
     In steps of 1/256, as OpenCV computes, with a sum of exactly 1.
     """
-    kernel = [round(256 * weight) for weight in exact_blur_kernel(radius).tolist()]
+    kernel = [round(256 * weight) for weight in exact_blur_kernel(radius)]
     kernel[len(kernel) // 2] += 256 - sum(kernel)
     return np.array([weight / 256 for weight in kernel if weight > 0])
 
@@ -421,8 +420,18 @@ def exact_blur_kernel(radius):
     variance = radius * radius / 3
     whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    box = np.array([part, *[1.0] * (2 * whole + 1), part]) / (2 * (whole + part) + 1)
-    return np.convolve(np.convolve(box, box), box)
+    total = 2 * (whole + part) + 1
+    box = [part / total, *[1 / total] * (2 * whole + 1), part / total]
+    return convolve(convolve(box, box), box)
+
+
+def convolve(a, b):
+    """np.convolve for a few numbers, for which it takes longer than the blur."""
+    out = [0.0] * (len(a) + len(b) - 1)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b, i):
+            out[j] += x * y
+    return out
 
 
 # ---- rendering N channels ----
@@ -463,7 +472,7 @@ PLANES_JITTER = {
 
 
 def blur_planes(crop, radius):
-    kernel = torch.from_numpy(exact_blur_kernel(radius)).to(crop).expand(len(crop), 1, 1, -1)  # [C, 1, 1, length]
+    kernel = crop.new_tensor(exact_blur_kernel(radius)).expand(len(crop), 1, 1, -1)  # [C, 1, 1, length]
     reach = kernel.shape[-1] // 2
     crop = F.pad(crop, (reach, reach, reach, reach), mode="replicate")[None]
     for one_way in (kernel, kernel.transpose(2, 3)):

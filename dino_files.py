@@ -105,7 +105,7 @@ class TorchvisionImages:
 
 
 class DecodedImages:
-    """Images of one small size, decoded once for all loader processes: `open(i)` is a PIL image in RGB.
+    """Images of one small size, decoded once for all loader processes: `open(i)` is an image's pixels, uint8 [H, W, 3].
 
     Images of another size are opened as always. The processes are forked, so that anonymous memory is theirs in common.
     It is not counted as /dev/shm, which is 64 MB in many containers.
@@ -122,7 +122,7 @@ class DecodedImages:
             if image.size != self.size:
                 return image
             self.pixels[i], self.are_known[i] = dino_images.to_rgb(image), True
-        return Image.fromarray(self.pixels[i])
+        return self.pixels[i]
 
 
 SMALL_SIDE, SMALL_SET = 64, 2 * 2**30  # pixels and bytes, up to which images stay decoded in memory
@@ -131,10 +131,10 @@ SMALL_SIDE, SMALL_SET = 64, 2 * 2**30  # pixels and bytes, up to which images st
 def keep_small_decoded(images):
     """DecodedImages if the first photograph is small and a set of its size fits in memory; else None.
 
-    Opening and decoding a small image takes as long as two crops of it. torchvision has its small images in memory.
+    Opening and decoding a small image takes longer than two crops of it.
     """
     method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-    if method != "fork" or isinstance(images, TorchvisionImages):
+    if method != "fork":
         return None
     try:
         size = getattr(images.open(0), "size", (math.inf, 1))  # arrays in files have none

@@ -106,11 +106,13 @@ ORIENTATION = 0x0112  # EXIF tag
 
 
 def to_rgb(image):
-    """A PIL image or an ArrayFile, decoded, as 8-bit RGB. Raises BadImage if it is damaged.
+    """A PIL image, an ArrayFile, or uint8 [H, W, 3], as a PIL image in 8-bit RGB. Raises BadImage if it is damaged.
 
     Three planes, of an array or of a TIFF with three gray pages, become red, green and blue.
     """
     try:
+        if isinstance(image, np.ndarray):
+            return Image.fromarray(image)
         if isinstance(image, ArrayFile) or has_three_pages(image):
             levels = (255 * planes(image, utils.RGB)).round().byte()
             return Image.fromarray(levels.permute(1, 2, 0).numpy())
@@ -124,6 +126,14 @@ def to_rgb(image):
     except Exception as e:
         name = getattr(image, "filename", "")
         raise bad_image(name, one_line(e)) from e
+
+
+def size_of(image):
+    """(width, height) of a PIL image, of uint8 [H, W, 3], or of a tensor [C, H, W]."""
+    if isinstance(image, Image.Image):
+        return image.size
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.shape[-2:]
+    return width, height
 
 
 def has_three_pages(image):

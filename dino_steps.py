@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
@@ -251,6 +252,18 @@ def lightly_augmentation(sizes, number):
 
     names = ("global_crop_size", "local_crop_size")
     return DINOTransform(**dict(zip(names, sizes, strict=True)), n_local_views=number)
+
+
+def open_and(augment):
+    """`augment` for what a data set has in memory: bytes of a JPEG file, or uint8 [H, W, 3]."""
+    takes_pixels = isinstance(augment, main_dino.DataAugmentationDINO)  # the others take PIL images
+
+    def augment_content(content):
+        if isinstance(content, bytes):
+            return augment(Image.open(io.BytesIO(content)))
+        return augment(content if takes_pixels else Image.fromarray(content))
+
+    return augment_content
 
 
 def augmentations(kinds, sizes, number):

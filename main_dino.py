@@ -141,7 +141,7 @@ def check_args(args):
 
 
 class DataAugmentationDINO:
-    """PIL image -> 2 global and `local_crops_number` local crops, each augmented independently.
+    """PIL image or uint8 [H, W, 3] -> 2 global and `local_crops_number` local crops, each augmented independently.
 
     Returns tensors [3, size, size]: normalized floats or, `as_uint8`, integers. These are a quarter of the bytes for
     the loader to move, and utils.normalize converts them to the same floats on the device. With `inputs` (a

@@ -348,8 +348,7 @@ def test_jpegs_are_decoded_to_pils_pixels_and_not_rotated(tmp_path, photographs,
         image = Image.frombytes("CMYK", (50, 40), levels.tobytes())
     path = jpeg(tmp_path / "x.jpg", image, **{name: value for name, value in kind.items() if name != "mode"})
     pixels = dino_crops.decode_reduced(dino_images.open_image(path), [view_of(224, (9, 4, 40, 30))])
-    assert pixels.shape == (1, 3, image.height, image.width)
-    np.testing.assert_array_equal(pixels[0].permute(1, 2, 0), np.asarray(dino_images.load_image(path)))
+    np.testing.assert_array_equal(pixels, np.asarray(dino_images.load_image(path)))
 
 
 @pytest.mark.parametrize("kind", ["cut", "one byte", "text", "empty", "png"])
@@ -387,9 +386,9 @@ def large(tmp_path_factory):
 )  # fmt: skip
 def test_a_jpeg_is_reduced_as_long_as_each_crop_still_shrinks_by_two(large, sides, size, decoded):
     views = [view_of(size, (0, 0, *sides)), view_of(size, (0, 0, 1800, 1800))]
-    shape = dino_crops.decode_reduced(dino_images.open_image(large), views).shape
-    assert abs(shape[-1] - decoded) <= 1
-    assert abs(shape[-2] - decoded * 1801 / 3001) <= 1
+    height, width, _ = dino_crops.decode_reduced(dino_images.open_image(large), views).shape
+    assert abs(width - decoded) <= 1
+    assert abs(height - decoded * 1801 / 3001) <= 1
 
 
 @pytest.mark.parametrize("box", [(1500, 700, 2413, 1599), (3, 1, 2994, 1793)])

@@ -56,9 +56,8 @@ def test_images_in_one_folder_are_sorted_by_number_without_hidden_files(tmp_path
 
 def loader_of(root, *flags):
     args = arguments_of(main_dino, *SMALL_RUN, *flags)
-    augment = main_dino.DataAugmentationDINO(
-        (0.4, 1.0), (0.05, 0.4), 1, global_crops_size=32, local_crops_size=16, as_uint8=True
-    )
+    how = {"global_crops_size": 32, "local_crops_size": 16, "augmentation": args.augmentation, "as_uint8": True}
+    augment = main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 1, **how)
     return dino_data.training_loader(dino_data.find_images(root / "train"), augment, args, torch.device("cpu"))
 
 
@@ -89,10 +88,11 @@ FORKED = pytest.mark.skipif(
 
 
 @FORKED
-@pytest.mark.parametrize("workers", [0, 2])
-def test_small_images_stay_decoded_for_all_workers_and_give_the_same_crops(tmp_path, workers):
+@pytest.mark.parametrize(("workers", "augmentation"), [(0, "fast"), (2, "pil")])
+def test_small_images_stay_decoded_for_all_workers_and_give_the_same_crops(tmp_path, workers, augmentation):
     root = photographs_of(tmp_path, [(20, 30)] * 11 + [(40, 30)])
-    loader = loader_of(root, "--batch_size_per_gpu", 6, "--num_workers", workers)
+    flags = ["--num_workers", workers, "--augmentation", augmentation]
+    loader = loader_of(root, "--batch_size_per_gpu", 6, *flags)
     plain = dino_data.MultiCropDataset(loader.dataset.images, loader.dataset.augment, loader.dataset.seed)
     first = [(crops, indices) for crops, indices, _ in loader]
     for i in range(11):  # of one size: they are not read again
