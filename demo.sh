@@ -13,5 +13,6 @@ cd "$(dirname "$0")"
 export OMP_WAIT_POLICY=PASSIVE
 "$python" main_dino.py --config recipes/demo.yaml --output_dir "$output"
 "$python" visualize_attention.py --pretrained_weights "$output" --image_size 320 --output_dir "$output/attention"
-"$python" eval_knn.py --pretrained_weights "$output" --nb_knn 5 10 20 50 --num_workers 2 --baselines true
+"$python" eval_knn.py --pretrained_weights "$output" --image_size 64 --nb_knn 5 10 20 50 --num_workers 2 \
+  --baselines true
 echo "attention maps: $output/attention/overview.png"

@@ -84,7 +84,7 @@ def conditions(numbers):
     return found
 
 
-ENOUGH = 800  # steps of the demo, which is about as short as a run that learns can be
+ENOUGH = 945  # steps of the demo, which is about as short as a run that learns can be
 
 
 def suspicious_settings(args, steps):

@@ -260,11 +260,11 @@ def test_far_more_prototypes_than_images_are_a_warning(capsys):
 
 
 def test_a_run_too_short_to_learn_is_a_warning_that_names_enough_epochs(capsys):
-    for flags, warns in (((), True), (("--epochs", 20), False), (("--init_from", "published"), False)):
-        short = monitor("--momentum_teacher", 0.9995, "--epochs", 19, *flags, steps=10)
+    for flags, warns in (((), True), (("--epochs", 24), False), (("--init_from", "published"), False)):
+        short = monitor("--momentum_teacher", 0.9995, "--epochs", 23, *flags, steps=10)
         short.check_settings()
         assert ("short" in short.seen) == warns
-    assert "190 steps in all are too few to learn from random weights (the demo has 800). Use --epochs 80\n" in (
+    assert "230 steps in all are too few to learn from random weights (the demo has 945). Use --epochs 95\n" in (
         capsys.readouterr().out
     )
 
