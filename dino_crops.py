@@ -96,7 +96,7 @@ class View(NamedTuple):
 
 
 class RandomView:
-    """PIL image -> a crop of it, resized to `size` and augmented, as uint8 [3, size, size].
+    """PIL image or uint8 [H, W, 3] -> a crop of it, resized to `size` and augmented, as uint8 [3, size, size].
 
     `draw` consumes torch's random numbers as torchvision's transforms do, in their order, and Python's as blur and
     solarization do. Each is drawn into the same tensor: for small crops, torchvision's own drawing takes as long as all
@@ -228,7 +228,7 @@ def prepare(image, inputs):
 
 
 def render_pil(image, views):
-    """Views of a PIL image, each uint8 [3, size, size]: the same pixels as torchvision's transforms on PIL images."""
+    """Views of an image, each uint8 [3, size, size]: the same pixels as torchvision's transforms on PIL images."""
     image = dino_images.to_rgb(image)
     return [render_pil_view(image, view) for view in views]
 

@@ -119,7 +119,7 @@ class DecodedImages:
     def open(self, i):
         if not self.are_known[i]:
             image = self.images.open(i)
-            if image.size != self.size:
+            if getattr(image, "size", None) != self.size:  # arrays in files have none
                 return image
             self.pixels[i], self.are_known[i] = dino_images.to_rgb(image), True
         return self.pixels[i]

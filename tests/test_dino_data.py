@@ -18,6 +18,7 @@ from torchvision import transforms
 
 import dino_data
 import dino_files
+import dino_images
 import main_dino
 import utils
 from utils import UserError
@@ -140,6 +141,9 @@ def test_large_images_after_a_small_one_are_opened_as_always(tmp_path):
     root = photographs_of(tmp_path, [(20, 20)])
     Image.open(dino_data.find_photographs(["coffee.png"])[0]).save(root / "train" / "a" / "1.jpg")
     images = dino_data.find_images(root / "train")
+    np.save(root / "train" / "a" / "2.npy", np.zeros((20, 20, 3), np.uint8))
+    images.paths.append(str(root / "train" / "a" / "2.npy"))
+    assert dino_images.to_rgb(dino_files.keep_small_decoded(images).open(2)).size == (20, 20)
     image = dino_files.keep_small_decoded(images).open(1)
     assert image.tile  # not decoded yet: a loader may decode it at half its size
     assert image.size == (600, 400)
