@@ -354,8 +354,9 @@ def test_a_torchvision_data_set_is_used_by_its_name(mnist, tmp_path, capsys):
     flags = ["--arch", "vit_nano", "--pretrained_weights", "random", "--image_size", 32, "--num_workers", 0]
     eval_knn.main(arguments_of(eval_knn, *flags, "--nb_knn", 1, "--device", "cpu", "--data_path", "torchvision:MNIST"))
     assert "40 training and 20 validation images in 10 classes" in capsys.readouterr().out
-    decoded = dino_files.keep_small_decoded(train)
-    assert decoded is None or decoded.open(3).tolist() == np.asarray(train.open(3).convert("RGB")).tolist()
+    if multiprocessing.get_all_start_methods()[0] == "fork":
+        pixels = dino_files.keep_small_decoded(train).open(3)
+        np.testing.assert_array_equal(pixels, train.open(3).convert("RGB"))
     flags = [*SMALL_RUN, "--data_path", "torchvision:MNIST", "--output_dir", tmp_path / "run", "--epochs", 1]
     main_dino.train_dino(arguments_of(main_dino, *flags, "--knn_every", 1))
     assert "knn_top1" in log_without_times(tmp_path / "run")[0]
