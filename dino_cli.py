@@ -35,7 +35,7 @@ def between(low, high, number=int):
             raise argparse.ArgumentTypeError(f"{text} must be {parse.range}")
         return value
 
-    parse.__name__ = number.__name__  # for argparse's message about what is not a number
+    parse.__name__ = number.__name__  # for argparse's message about a value that is no number
     parse.range = f"between {low} and {high}" if math.isfinite(high) else f"at least {low}"
     return parse
 
@@ -397,7 +397,7 @@ def setup_for_distributed(is_master):
 
 
 def close_bars():
-    """Remove the progress bars of interrupted loops, so that what follows has a line of its own."""
+    """Remove the progress bars of interrupted loops, so that the next output starts a line."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
 

@@ -80,7 +80,7 @@ def strengths_of(args):
     return Strengths(*(getattr(args, name) for name in Strengths._fields))
 
 
-# ---- what is drawn ----
+# ---- random choices ----
 
 
 class View(NamedTuple):

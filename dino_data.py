@@ -1,7 +1,7 @@
 """Data sets, samplers and loaders, and the sample set that trains with no data at hand.
 
-The path of a training image: (epoch, index) from the sampler -> file -> PIL image (RGB) -> crops, uint8 -> batch. Its
-crops are a function of (seed, epoch, index) alone, whichever process makes them and in whatever order.
+The path of a training image: (epoch, index) from the sampler -> file -> PIL image or uint8 [H, W, 3] -> crops, uint8
+-> batch. Its crops are a function of (seed, epoch, index) alone, whichever process makes them and in whatever order.
 """
 
 import argparse

@@ -143,8 +143,8 @@ def suspicious_settings(args, steps):
 class HealthMonitor:
     """Checks a run's numbers on rank 0 and warns once per condition, also across restarts.
 
-    `warnings` has what is not in the log yet; `collapse` describes a collapse, if there is one. `steps` is per epoch,
-    `state` what `state_dict` returned.
+    `warnings` has those that are not in the log yet; `collapse` describes a collapse, if there is one. `steps` is per
+    epoch, `state` the result of `state_dict`.
     """
 
     # The attributes that a checkpoint keeps. Values of other types are left out.

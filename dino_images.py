@@ -239,7 +239,7 @@ def check_shape(shape):
 
 
 def decode(image, inputs):
-    """An opened image, decoded: a PIL image in RGB, or its `planes` for other than 3 channels. Raises BadImage."""
+    """An opened image or uint8 [H, W, 3] -> PIL image in RGB, or `planes` for other than 3 channels. Raises BadImage."""
     return to_rgb(image) if inputs.photographs else planes(image, inputs)
 
 

@@ -156,7 +156,7 @@ class Bare:
         self.metrics.update(loss=loss, lr=group["lr"], wd=group["weight_decay"], entropy=entropy, kl=loss - entropy)
 
     def means(self):
-        """Means over the epoch and over all processes of what was logged."""
+        """Means of the logged values over the epoch and over all processes."""
         self.metrics.synchronize_between_processes()
         means = {name: meter.global_avg for name, meter in self.metrics.meters.items() if meter.count}
         utils.log("Averaged stats:", "  ".join(f"{name}: {value:.6g}" for name, value in means.items()))
@@ -432,7 +432,7 @@ class Run(Bare):
     # ---- files ----
 
     def save(self, epoch, images_done, meters, copies=()):
-        """Write checkpoint.pth and `copies` on rank 0. A full disk is a warning; what was there before stays."""
+        """Write checkpoint.pth and `copies` on rank 0. A full disk is a warning; earlier files stay."""
         if not torch.stack([p.isfinite().all() for p in self.parts.student.parameters()]).all():
             raise UserError(
                 "the weights are no longer finite: the gradient of a step was not. The checkpoints are from before. "

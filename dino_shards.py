@@ -99,7 +99,7 @@ def shards_of_word(folder, part):
     return os.path.join(glob.escape(folder), f"{either}.tar") if found else None
 
 
-# ---- what is in a shard ----
+# ---- contents of a shard ----
 
 
 class Member(NamedTuple):
@@ -271,7 +271,7 @@ def load_index(path, state, extensions):
 
 
 def shard_index(paths, extensions):
-    """[(number of images, digest of their names)] of shards. One process per machine indexes what is new."""
+    """[(number of images, digest of their names)] of shards. One process per machine indexes new ones."""
     shards = [(path, state_of(path), extensions) for path in paths]
     if None in (read_head(*shard) for shard in shards):
         folder = Path(utils.cache_dir()) / "shards"

@@ -129,7 +129,7 @@ def check_args(args):
 
 
 def build_augmentation(args, inputs):
-    """PIL image -> augmented crop, uint8 [3, image_size, image_size]. Raises UserError for an unknown --aa."""
+    """PIL image or uint8 [H, W, 3] -> augmented crop, uint8 [3, size, size]. Raises UserError for an unknown --aa."""
     try:
         from timm.data import create_transform
     except ImportError as e:

@@ -273,7 +273,7 @@ def train_one_epoch(extract, heads, data_loader, labels, optimizers, epoch_name,
         losses_on_host = utils.HostCopy(losses)  # copied while the backward pass runs
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        losses.sum().backward()  # the gradient of a layer is that of its own loss
+        losses.sum().backward()  # a layer gets only the gradient of its own loss
         numbers = losses_on_host.read()
         check_finite(numbers, f"in epoch {epoch_name}")
         for meters, loss, optimizer in zip(metrics, numbers, optimizers, strict=True):

@@ -273,7 +273,7 @@ def update_teacher(teacher, student, momentum):
 
 
 def train_one_epoch(parts, data_loader, schedules, epoch, args, autocast=None, run=None):
-    """One pass over the data, or over the part that a resumed run has left. Returns the means of what was logged.
+    """One pass over the data, or over the part that a resumed run has left. Returns the means of the logged values.
 
     `schedules` has lr, weight_decay and momentum, one value per step of the run. `run` (a dino_run.Run) counts steps,
     logs, saves, and raises utils.Stopped on a signal; without one the epoch runs bare, as in tests.

@@ -72,7 +72,7 @@ def get_args_parser():
     job.add_argument("--wait", action="store_true",
         help="Wait for the job, print its log, and exit with the exit code of the run.")
     job.add_argument("--evaluate_after", default=[], type=evaluations, metavar="knn,linear,logistic",
-        help="Evaluate the teacher after training, with these scripts. Each is a job of its own on one node.")
+        help="Evaluate the teacher after training, with these scripts. Each is a separate job on one node.")
     job.add_argument("--evaluate_data", default=None, metavar="DIR",
         help="Folder with train and val for --evaluate_after. Default: the parent folder of --data_path.")
     # fmt: on

@@ -370,7 +370,7 @@ class SmoothedValue:
         self.count += n
 
     def read(self):
-        """Fetch what is still on the device."""
+        """Fetch the values that are still on the device."""
         read_together([self])
         return self
 
