@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
 import dino_images
@@ -256,7 +256,8 @@ def planes_of(pixels):
 
 def pil_contrast(image, factor):
     """ImageEnhance.Contrast: blend with the mean gray of the image."""
-    mean = int(np.asarray(image.convert("L")).sum() / (image.width * image.height) + 0.5)
+    levels = np.frombuffer(image.convert("L").tobytes(), np.uint8)
+    mean = int(levels.sum() / levels.size + 0.5)
     return Image.blend(Image.new("RGB", image.size, (mean,) * 3), image, factor)
 
 
@@ -275,7 +276,7 @@ def pil_hue(image, factor):
     for channel, table in enumerate(hue_weights()):
         weight = np.frombuffer(levels.translate(table[shift : shift + 256]), np.uint8)
         colors[:, channel] = weight * drop + value
-    return Image.fromarray(pixels)
+    return Image.frombytes("RGB", image.size, pixels.tobytes())
 
 
 @functools.cache
@@ -291,9 +292,9 @@ def hue_weights():
 
 
 PIL_JITTER = {
-    "brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
+    "brightness": lambda image, factor: Image.blend(Image.new("RGB", image.size), image, factor),
     "contrast": pil_contrast,
-    "saturation": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
+    "saturation": lambda image, factor: Image.blend(image.convert("L").convert("RGB"), image, factor),
     "hue": pil_hue,
 }
 

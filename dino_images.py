@@ -239,7 +239,7 @@ def check_shape(shape):
 
 
 def decode(image, inputs):
-    """An opened image or uint8 [H, W, 3] -> PIL image in RGB, or `planes` for other than 3 channels. Raises BadImage."""
+    """Opened image or uint8 [H, W, 3] -> PIL image in RGB, or `planes` for other than 3 channels. Raises BadImage."""
     return to_rgb(image) if inputs.photographs else planes(image, inputs)
 
 
