@@ -266,6 +266,15 @@ def test_an_old_python_is_named(checkout):
     assert not (checkout / ".venv").exists()
 
 
+@pytest.mark.parametrize(("option", "code"), [("-h", 0), ("--help", 0), ("--epochs", 1)])
+def test_the_demo_takes_no_option_for_a_folder(checkout, option, code):
+    shutil.copy(ROOT / "demo.sh", checkout)
+    done = subprocess.run(["./demo.sh", option], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.splitlines()[-1] == "Usage: ./demo.sh [OUTPUT_DIR]"
+    assert not (checkout / ".venv").exists()
+
+
 def test_pip_install_brings_the_requirements_and_no_module(tmp_path, monkeypatch):
     """Modules called utils or hubconf would be in the way of other projects."""
     build = pytest.importorskip("setuptools.build_meta")
