@@ -430,7 +430,7 @@ def check_resumable(path, checkpoint, args):
     if changed and not getattr(args, "allow_changed_args", True):
         raise UserError(
             f"{path} was made with {', '.join(then)}; this run has {', '.join(wanted)}, which would change the result. "
-            "Use the same settings, or add --allow_changed_args true"
+            "Use the same settings or another --output_dir, or add --allow_changed_args true"
         )
     if changed:
         pairs = (f"{new} (was {str(before[name])[:200]})" for new, name in zip(wanted, changed, strict=True))

@@ -133,11 +133,16 @@ def find_recipe(name):
     """The path of a recipe. `name` is a file, or one in recipes/ without its suffix: demo. Raises UserError."""
     if os.path.isfile(name) or os.path.basename(name) != name or Path(name).suffix:
         return name
-    known = {path.stem: str(path) for path in Path(__file__).resolve().parent.glob("recipes/*.yaml")}
+    known = recipes()
     if name not in known:
         near = utils.did_you_mean(name, known) or f". There are {', '.join(sorted(known))}"
         raise UserError(f"--config {name} is neither a file nor the name of a recipe{near}")
     return known[name]
+
+
+def recipes():
+    """{name: path} of the recipes in recipes/."""
+    return {path.stem: str(path) for path in Path(__file__).resolve().parent.glob("recipes/*.yaml")}
 
 
 def read_recipe(path, known):
@@ -150,7 +155,8 @@ def read_recipe(path, known):
             recipe = yaml.load(file, Loader=yaml.BaseLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
         reason = getattr(e, "strerror", None) or " ".join(str(e).split())[:300]
-        raise UserError(f"can't read the recipe --config {path}: {reason}") from e
+        near = utils.did_you_mean(Path(path).stem, recipes()) if isinstance(e, FileNotFoundError) else ""
+        raise UserError(f"can't read the recipe --config {path}: {reason}{near}") from e
     if not isinstance(recipe, dict):
         raise UserError(f"the recipe {path} has no `flag: value` lines")
     for key, value in recipe.items():

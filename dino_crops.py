@@ -313,7 +313,8 @@ def opencv():
 
         cv2.IMREAD_COLOR_RGB  # noqa: B018 (new in OpenCV 4.11)
     except (ImportError, AttributeError) as e:
-        raise UserError("--augmentation fast needs OpenCV 4.11 or newer: pip install opencv-python-headless") from e
+        remedy = "pip install opencv-python-headless, or use --augmentation pil"
+        raise UserError(f"--augmentation fast needs OpenCV 4.11 or newer: {remedy}") from e
     cv2.setNumThreads(0)
     return cv2
 

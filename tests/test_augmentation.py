@@ -425,7 +425,8 @@ def test_without_opencv_or_with_an_old_one_the_run_ends_before_any_work(monkeypa
     dino_crops.opencv.cache_clear()
     monkeypatch.setitem(sys.modules, "cv2", installed)
     flags = ["--device", "cpu", "--augmentation", "fast", "--output_dir", tmp_path / "run"]
-    message = "error: --augmentation fast needs OpenCV 4.11 or newer: pip install opencv-python-headless"
+    message = "error: --augmentation fast needs OpenCV 4.11 or newer: pip install opencv-python-headless, "
+    message += "or use --augmentation pil"
     assert ending(monkeypatch, capsys, main_dino, *flags) == (2, message)
     assert not (tmp_path / "run").exists()
 
