@@ -3,7 +3,10 @@
 # compare its k-NN accuracy with raw pixels and with the untrained network. Needs no GPU and no data.
 # Usage: ./demo.sh [OUTPUT_DIR]
 set -euo pipefail
-case ${1:-} in -*) sed -n '2,4s/^# //p' "$0"; [[ $1 = -h || $1 = --help ]]; exit ;; esac
+case ${1:-} in
+  -h | --help) sed -n '2,4s/^# //p' "$0"; exit ;;
+  -*) echo "error: unknown option $1 (usage: ./demo.sh [OUTPUT_DIR])" >&2; exit 2 ;;
+esac
 output=${1:-runs/demo}
 case $output in /*) ;; *) [ $# -eq 0 ] || output=$PWD/$output ;; esac
 cd "$(dirname "$0")"

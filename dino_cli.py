@@ -155,7 +155,8 @@ def read_recipe(path, known):
             recipe = yaml.load(file, Loader=yaml.BaseLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
         reason = getattr(e, "strerror", None) or " ".join(str(e).split())[:300]
-        near = utils.did_you_mean(Path(path).stem, recipes()) if isinstance(e, FileNotFoundError) else ""
+        ours = isinstance(e, FileNotFoundError) and Path(path).parent.name in ("", "recipes")
+        near = utils.did_you_mean(Path(path).stem, recipes()) if ours else ""
         raise UserError(f"can't read the recipe --config {path}: {reason}{near}") from e
     if not isinstance(recipe, dict):
         raise UserError(f"the recipe {path} has no `flag: value` lines")

@@ -1,6 +1,6 @@
 """Train a network by self-distillation with no labels: DINO (Caron et al., ICCV 2021, arXiv 2104.14294).
 
-    python main_dino.py --config recipes/demo.yaml --output_dir runs/demo                          # CPU, no data, 6 min
+    python main_dino.py --config recipes/demo.yaml --output_dir runs/demo                          # CPU, no data, 3 min
     python main_dino.py --config recipes/own_photos.yaml --data_path photos --output_dir runs/own  # one GPU
     torchrun --nproc_per_node 8 main_dino.py --data_path imagenet/train --output_dir runs/vits16   # eight GPUs
 

@@ -217,6 +217,21 @@ def test_hue_shifts_equal_torchvisions_for_all_kinds_of_colors(factor):
     assert dino_crops.pil_hue(image, factor).tobytes() == TF.adjust_hue(image, factor).tobytes()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (33, 21)])
+@pytest.mark.parametrize(
+    ("operation", "factors"),
+    [(name, (0.0, 0.3, 1.0, 2.5, 11.0)) for name in ("brightness", "contrast", "saturation")]
+    + [("hue", (-0.5, -0.31, 0.2, 0.5))],
+)
+def test_color_changes_of_any_strength_equal_torchvisions(operation, factors, size):
+    levels = np.random.RandomState(4).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    for image in (Image.fromarray(levels), Image.fromarray(levels[..., 0]).convert("RGB"), Image.new("RGB", size, 255)):
+        for factor in factors:
+            got = dino_crops.PIL_JITTER[operation](image, factor)
+            expected = getattr(TF, f"adjust_{operation}")(image, factor)
+            assert (got.mode, got.size, got.tobytes()) == (expected.mode, expected.size, expected.tobytes())
+
+
 def test_conversion_from_hsv_equals_pils(monkeypatch):
     saturation, value = np.meshgrid(np.arange(256), np.arange(256))
     for hue in range(0, 256, 5):
