@@ -6,9 +6,9 @@
     python benchmark.py scaling --processes 1 2 4 --threads 4 --arch vit_small --batch_size_per_gpu 16
 
 Prints tables and writes only temporary files. The baseline is the algorithm in its simplest form: `Plain*` and
-`plain_*` in dino_steps.py. The rows of a table are measured in turn, round by round, each in its own process, so that
-other load on the machine affects all of them. A ratio such as `/ plain` is the median over the rounds, followed by the
-lowest and the highest; above 1 is faster than plain. On GPUs, times are of steps in a row, by the GPU's own clock.
+`plain_*` in dino_steps.py. The rows of a table are measured alternately, round by round, each in its own process, so
+that other load on the machine affects all of them. A ratio such as `/ plain` is the median over the rounds, followed by
+the lowest and the highest; above 1 is faster than plain. On GPUs, times are of steps in a row, by the GPU's own clock.
 """
 
 import argparse
@@ -214,7 +214,7 @@ def measure_kept(how):
 
 
 def take_turns(works, rounds, **how):
-    """{name: [Measured of each round]} for {name: prepare}, in turn; an empty list where the GPU has too little memory.
+    """{name: [Measured of each round]} for {name: prepare}, alternately; [] where the GPU has too little memory.
 
     `how` are arguments of `measure`. Raises UserError for a process that dies.
     """

@@ -445,7 +445,7 @@ def restart_from_checkpoint(path, run_variables=None, args=None, **objects):
 
     `objects` are modules, optimizers or scalers (None is skipped) by their keys in the file; a `module.` prefix of a
     module's keys does not matter. `args` are this run's, to compare. A damaged file is replaced by *.prev.pth. Returns
-    the path of what was loaded, or None. Raises UserError if it does not fit.
+    the path of the loaded file, or None. Raises UserError if it does not fit.
     """
     checkpoint, path = load_newest(str(path))
     if checkpoint is None:

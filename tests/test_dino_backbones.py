@@ -300,7 +300,7 @@ def test_timms_weights_are_asked_for_by_timms_name_and_fit(monkeypatch, arch, pa
 
     def create(asked, pretrained, **kwargs):
         assert (asked, pretrained) == (name, True)
-        return real(asked, pretrained=False, **kwargs)  # stands in for the download
+        return real(asked, pretrained=False, **kwargs)  # instead of a download
 
     real = timm.create_model
     monkeypatch.setattr(timm, "create_model", create)
@@ -421,7 +421,7 @@ def test_random_weights_stay_and_are_logged(capsys):
 
 @pytest.fixture
 def downloads(monkeypatch):
-    """Stands in for the network: the URLs asked for; each holds what `state` does."""
+    """A replacement for the network: the URLs asked for; each has the tensors of `state`."""
     asked = []
 
     def download(url):

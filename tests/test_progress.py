@@ -67,7 +67,7 @@ def on_terminal(*words, env=None, type_at=""):
 
 
 def left_on_screen(written):
-    """The lines that stay: of each, what was written over the rest after the last return to its start."""
+    """The lines that stay: of each, the text after the last return to its start, over the rest of the old text."""
     lines = []
     for line in written.replace("\r\n", "\n").split("\n"):
         shown = ""

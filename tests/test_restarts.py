@@ -115,7 +115,7 @@ def hanging_image_after_signal(number):
 
 
 def lost_stdout(kind):
-    """From step 1 on, nobody reads what is printed, or there is no room for it."""
+    """From step 1 on, nobody reads the output, or there is no room for it."""
 
     def lose():
         read, write = os.pipe()
@@ -593,7 +593,7 @@ def test_a_changed_setting_that_changes_the_result_must_be_allowed(refusal, stop
     before = (run / "checkpoint.pth").read_bytes()
     line = refusal(main_dino, *flags, *flag.split())
     assert f"was made with {then}; this run has {now}, which would change the result" in line
-    assert "--allow_changed_args true" in line
+    assert line.endswith("Use the same settings or another --output_dir, or add --allow_changed_args true")
     assert (run / "checkpoint.pth").read_bytes() == before
 
 

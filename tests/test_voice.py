@@ -48,7 +48,7 @@ BEYOND_PROSE = {"runs", "__pycache__"}
 
 
 def prose_files():
-    """All sources, docs and recipes but this file, which lists what is not to be written."""
+    """All sources, docs and recipes but this file, which lists the phrases to avoid."""
     for folder, subfolders, names in os.walk(ROOT):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in BEYOND_PROSE]
         for name in names:

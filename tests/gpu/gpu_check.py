@@ -119,7 +119,7 @@ def shown(value):
 
 
 class Sizes:
-    """What is measured: the paper's ViT-S/16 on 2 crops of 224 and 8 of 96 pixels; or, tiny, next to nothing."""
+    """The sizes to measure: the paper's ViT-S/16 on 2 crops of 224 and 8 of 96 pixels; or, tiny, next to nothing."""
 
     def __init__(self, tiny):
         self.tiny = tiny
@@ -1229,7 +1229,7 @@ def gather(given, states, took):
 
 
 def report(given, found, states, took):
-    """What was found, on the screen; what matters most comes last."""
+    """Print the findings; the most important ones come last."""
     numbers = {k: v for section in states for k, v in found.get(section, {}).get("numbers", {}).items()}
     steps = {k: v for k, v in numbers.items() if isinstance(v, dict) and "images_s" in v}
     print("\n" + "=" * 100)

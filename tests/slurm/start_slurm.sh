@@ -72,7 +72,7 @@ SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
-# schedule by the resources that the nodes claim, not by those of the machine
+# schedule by the resources that the nodes claim, not by the machine's
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU=100
