@@ -243,7 +243,7 @@ def render_pil_view(image, view):
         crop = crop.convert("L")
     if view.blur is not None:
         crop = crop.filter(ImageFilter.GaussianBlur(view.blur))
-    # np.asarray(crop) takes half as long again, which counts for small crops.
+    # np.asarray(crop) takes a quarter longer, which counts for small crops.
     pixels = np.frombuffer(crop.tobytes(), np.uint8).reshape(view.size, view.size, -1)  # last: 3 or, gray, 1
     if view.solarize:
         pixels = np.minimum(pixels, ~pixels)  # ~ is 255 - value
@@ -261,8 +261,8 @@ def pil_contrast(image, factor):
 def pil_hue(image, factor):
     """torchvision's hue shift, in PIL's HSV.
 
-    Back from HSV to RGB, PIL's formula is applied to all pixels at once, in a third of PIL's time: a channel is
-    v * (1 - s * w), where w from 0 to 1 is a function of the hue. Equal to PIL for each of the 256^3 colors.
+    Back from HSV to RGB, PIL's formula is applied to all pixels at once, for large crops in a third of PIL's time: a
+    channel is v * (1 - s * w), where w from 0 to 1 is a function of the hue. Equal to PIL for each of the 256^3 colors.
     """
     colors = np.frombuffer(bytearray(image.convert("HSV").tobytes()), np.uint8).reshape(-1, 3)
     levels, shift = colors[:, 0].tobytes(), int(factor * 255) % 256
