@@ -299,7 +299,7 @@ def prepare_for_training(student, teacher, args, device, amp_dtype):
     if args.grad_checkpointing:
         checkpoint_activations(student.backbone, args.arch)
     if args.compile:
-        compile_in_place(student, teacher)
+        compile_in_place(student, teacher, mode=None if args.compile is True else args.compile)
 
 
 def use_fastest_kernels(backbone, device, amp_dtype):
@@ -377,8 +377,8 @@ def checkpoint_activations(backbone, arch):
         ) from e
 
 
-def compile_in_place(*models):
-    """torch.compile for models that keep their state-dict keys, with one graph per list of crop sizes.
+def compile_in_place(*models, mode=None):
+    """torch.compile, in one of its modes, for models that keep their state-dict keys; one graph per list of crop sizes.
 
     Random numbers stay torch's own, so that drop path drops the same. Raises UserError without a C++ compiler.
     """
@@ -390,7 +390,7 @@ def compile_in_place(*models):
     torch._inductor.config.fallback_random = True
     warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round products that are float32 on purpose
     for model in models:
-        model.compile(dynamic=False)
+        model.compile(dynamic=False, mode=mode)
 
 
 # ---- weights ----

@@ -38,9 +38,11 @@ def flags():
     run.add_argument("--saveckp_freq", default=20, type=at_least(0), metavar="EPOCHS",
         help="Every N epochs, also keep the checkpoint as checkpointNNNN.pth. 0: never.")
     run.add_argument("--saveckp_iters", default=0, type=at_least(0), metavar="STEPS",
-        help="Also save checkpoint.pth every N steps. 0: after each epoch only.")
+        help="Also save checkpoint.pth every N steps. 0: after epochs only.")
     run.add_argument("--save_every_minutes", default=15.0, type=at_least(0, float), metavar="MINUTES",
         help="Also save checkpoint.pth when this much time has passed since it was last saved. 0: never.")
+    run.add_argument("--save_every_epochs", default=1, type=at_least(1), metavar="N", help="""Save checkpoint.pth after
+        every N-th epoch, and after the last. More than 1 saves time where an epoch takes seconds.""")
     run.add_argument("--allow_changed_args", default=False, type=bool_flag, metavar="BOOL",
         help="Resume although settings have changed that change the result, such as --epochs or --lr.")
     run.add_argument("--max_bad_steps", default=5, type=at_least(0), metavar="N", help="""Skip a step whose loss is not
@@ -67,8 +69,9 @@ def flags():
         weights, the order of the images, the crops and drop path. Results do not depend on --num_workers.""")
     machine.add_argument("--num_workers", default=dino_cli.default_workers(), type=at_least(0), metavar="N",
         help="Processes per GPU that load images. Default: the cores of this process, at most 10.")
-    machine.add_argument("--compile", default=False, type=bool_flag, metavar="BOOL",
-        help="torch.compile networks and loss. The first step takes minutes, the rest are faster; for long runs.")
+    machine.add_argument("--compile", default=False, type=compile_mode, metavar="MODE", help="""true: torch.compile
+        networks and loss. The first step takes minutes, the rest are faster; for long runs. reduce-overhead: with CUDA
+        graphs, too, for networks so small that a GPU waits for the host to launch its kernels.""")
     machine.add_argument("--grad_checkpointing", default=False, type=bool_flag, metavar="BOOL", help="""Recompute a
         ViT's activations in the backward pass: a third more compute for a fraction of the memory.""")
     machine.add_argument("--dist_url", default="env://", metavar="URL", help="Rendezvous of several processes.")
@@ -76,6 +79,16 @@ def flags():
         help="Passed by some launchers; ignored.")
     # fmt: on
     return parser
+
+
+def compile_mode(text):
+    """argparse type of --compile: an on/off flag, or a mode of torch.compile."""
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return text if text == "reduce-overhead" else bool_flag(text)
+    raise argparse.ArgumentTypeError(f"{text!r} must be {compile_mode.range}")
+
+
+compile_mode.range = "true, false or reduce-overhead"
 
 
 def check_flags(args):
@@ -136,6 +149,8 @@ class Bare:
         batches = self.metrics.log_every(data_loader, 10, f"Epoch: [{epoch}/{self.args.epochs}]", start=done)
         for step, (crops, *about) in enumerate(batches, start=epoch * self.steps_per_epoch + done):
             self.received(*about)
+            if self.args.compile:  # CUDA graphs of this step may use the memory of the last one's
+                torch.compiler.cudagraph_mark_step_begin()
             yield step, crops
             self.images_done += self.args.images_per_step
             self.steps_made += 1
@@ -179,7 +194,9 @@ class Run(Bare):
         utils.check_same_everywhere(*what, "--data_path must have the same ones for all")
         self.path = os.path.join(args.output_dir, "checkpoint.pth")
         self.bad_steps, self.collapsed, self.unsaved, self.stats = 0, False, {}, {}
-        self.buffers = [*parts.student.buffers(), *parts.teacher.buffers()]  # statistics of batch norms
+        buffers = [*parts.student.buffers(), *parts.teacher.buffers()]  # statistics of batch norms
+        buffers = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype for b in buffers}]
+        self.buffers = [(same, [b.clone() for b in same]) for same in buffers]  # and what they were before the step
 
     def __enter__(self):
         args, images = self.args, self.data_loader.dataset.images
@@ -273,7 +290,8 @@ class Run(Bare):
 
     def received(self, indices, unreadable):
         self.indices = indices
-        self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        for buffers, before in self.buffers:
+            torch._foreach_copy_(before, buffers)  # one call: each copy on its own would cost a GPU's host milliseconds
         new = {image.name: image.reason for image in unreadable if image.name not in self.bad_images}
         for name, reason in new.items():
             utils.say(f"warning: can't read the image {utils.printable(name)}: {reason}. Another image replaces it")
@@ -306,8 +324,8 @@ class Run(Bare):
         bad, self.signal, self.save_now, self.collapsed = self.verdict.read()
         self.bad_steps = self.bad_steps + 1 if bad else 0
         if bad:
-            for buffer, value in zip(self.buffers, self.buffers_before, strict=True):
-                buffer.copy_(value)
+            for buffers, before in self.buffers:
+                torch._foreach_copy_(buffers, before)
             self.report_bad_step(step)
             self.save_now = False
             self.save_or_stop()
@@ -403,7 +421,8 @@ class Run(Bare):
         copies = [os.path.join(self.args.output_dir, "checkpoint_best.pth")] if best else []
         if self.args.saveckp_freq and epoch % self.args.saveckp_freq == 0:
             copies.append(os.path.join(self.args.output_dir, f"checkpoint{epoch:04}.pth"))
-        self.save(epoch + 1, 0, [], copies)
+        if copies or (epoch + 1) % self.args.save_every_epochs == 0 or epoch + 1 == self.args.epochs:
+            self.save(epoch + 1, 0, [], copies)
         self.images_done, self.metrics = 0, TrainingLog(self.args)
 
     def measure_neighbors(self, when):

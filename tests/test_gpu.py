@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, run_script
 
 import dino_backbones
+import dino_steps
 import main_dino
 import utils
 
@@ -53,6 +54,25 @@ def test_the_benchmark_measures_networks_on_a_gpu(device):
     assert all(float(rows[name][0]) > 0 for name in steps)
     assert rows["this bf16"][-1] == "0"  # host waits
     assert float(rows["plain bf16"][-1]) > 0
+
+
+@pytest.mark.slow
+@on_gpu
+@pytest.mark.parametrize("arch", ["resnet8", "vit_nano"])
+def test_cuda_graphs_train_as_eager_steps_do(device, arch):
+    """In two passes per step. The first step compiles, the second one records the graphs, the others replay them."""
+    flags = {"arch": arch, "patch_size": 8, "out_dim": 64, "global_crops_size": 32, "local_crops_size": 16}
+    flags |= {"local_crops_number": 2, "batch_size_per_gpu": 8, "grad_accum_steps": 2, "use_fp16": False}
+    losses, weights = [], []
+    for mode in ("false", "reduce-overhead"):
+        args = dino_steps.training_args(**flags, device=device, compile=mode)
+        training, crops = dino_steps.OurTraining(args), dino_steps.random_crops(args, 16)
+        losses.append([training.train(crops, 1, lr=1e-3)["loss"] for _ in range(6)])
+        networks = (training.parts.student, training.parts.teacher)
+        weights.append(torch.cat([v.flatten().double() for n in networks for v in n.state_dict().values()]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[0][-1] < losses[0][0] - 0.1
+    assert (weights[0] - weights[1]).norm() < 1e-2 * weights[0].norm()
 
 
 @on_gpu
