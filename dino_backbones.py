@@ -386,7 +386,7 @@ def compile_in_place(*models, mode=None):
 
     compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
     if not any(name and shutil.which(name) for name in compilers):
-        raise UserError("--compile needs a C++ compiler, such as g++. Install one, or remove --compile")
+        raise UserError("--compile needs a C++ compiler, such as g++. Install one, or use --compile false")
     torch._inductor.config.fallback_random = True
     warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round products that are float32 on purpose
     for model in models:

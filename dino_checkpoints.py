@@ -362,11 +362,11 @@ FREE_ARGS = (  # these do not change the result
     "config", "init_from", "data_path", "data_format", "output_dir", "dist_url",
     # how the run is watched, saved and stopped
     "max_bad_images", "strict_images", "max_bad_steps", "stop_on_collapse", "tensorboard", "wandb", "knn_every",
-    "knn_data", "knn_student", "saveckp_freq", "saveckp_iters", "save_every_minutes", "allow_changed_args",
+    "knn_data", "knn_student", "saveckp_freq", "saveckp_iters", "save_every_minutes", "saveckp_epochs",
+    "allow_changed_args",
     # which hardware does it; images_per_step, which follows from these, is compared
     "device", "num_workers", "local_rank", "rank", "gpu", "world_size", "batch_size_per_gpu", "grad_accum_steps",
-    "grad_checkpointing", "compile",
-    "compute_stats",  # the mean and std that it measures are compared
+    "grad_checkpointing", "compile", "compute_stats",  # the mean and std that this measures are compared
 )
 # fmt: on
 # Behavior of runs that are older than these arguments, and of the authors' runs.

@@ -41,8 +41,8 @@ def flags():
         help="Also save checkpoint.pth every N steps. 0: after epochs only.")
     run.add_argument("--save_every_minutes", default=15.0, type=at_least(0, float), metavar="MINUTES",
         help="Also save checkpoint.pth when this much time has passed since it was last saved. 0: never.")
-    run.add_argument("--save_every_epochs", default=1, type=at_least(1), metavar="N", help="""Save checkpoint.pth after
-        every N-th epoch, and after the last. More than 1 saves time where an epoch takes seconds.""")
+    run.add_argument("--saveckp_epochs", default=1, type=at_least(1), metavar="EPOCHS", help="""Save checkpoint.pth
+        after every N-th epoch, the last, and those with a copy. More than 1 saves time if epochs take seconds.""")
     run.add_argument("--allow_changed_args", default=False, type=bool_flag, metavar="BOOL",
         help="Resume although settings have changed that change the result, such as --epochs or --lr.")
     run.add_argument("--max_bad_steps", default=5, type=at_least(0), metavar="N", help="""Skip a step whose loss is not
@@ -421,7 +421,7 @@ class Run(Bare):
         copies = [os.path.join(self.args.output_dir, "checkpoint_best.pth")] if best else []
         if self.args.saveckp_freq and epoch % self.args.saveckp_freq == 0:
             copies.append(os.path.join(self.args.output_dir, f"checkpoint{epoch:04}.pth"))
-        if copies or (epoch + 1) % self.args.save_every_epochs == 0 or epoch + 1 == self.args.epochs:
+        if copies or (epoch + 1) % self.args.saveckp_epochs == 0 or epoch + 1 == self.args.epochs:
             self.save(epoch + 1, 0, [], copies)
         self.images_done, self.metrics = 0, TrainingLog(self.args)
 

@@ -45,6 +45,7 @@ TWO_SMALL_CROPS = {
     "momentum_teacher_end": 0.99,
     "saveckp_freq": 0,
 }
+FEW_LAUNCHES = {"compile": "reduce-overhead", "saveckp_epochs": 10, "augmentation": "fast", "num_workers": 14}
 # The number of training images, and the settings that differ from the defaults (ViT-S/16, 100 epochs).
 IMAGENET = 1_281_167
 CHANGES = {
@@ -118,13 +119,14 @@ CHANGES = {
             **TWO_SMALL_CROPS,
             "arch": "resnet18_cifar",
             "out_dim": 2048,
+            **FEW_LAUNCHES,
+            "global_crops_size": 32,
             "warmup_teacher_temp": 0.025,
-            "teacher_temp": 0.025,
+            "warmup_teacher_temp_epochs": 20,
             "epochs": 90,
             "warmup_epochs": 5,
             "batch_size_per_gpu": 256,
             "lr": 0.002,
-            "num_workers": 16,
         },
     ),
     "cifar10_vit": (
@@ -133,13 +135,12 @@ CHANGES = {
             **TWO_SMALL_CROPS,
             "arch": "vit_tiny",
             "patch_size": 4,
-            "augmentation": "fast",
-            "num_workers": 16,
+            **FEW_LAUNCHES,
             "out_dim": 4096,
             "drop_path_rate": 0.0,
             "warmup_teacher_temp": 0.03,
             "teacher_temp": 0.03,
-            "epochs": 110,
+            "epochs": 150,
             "batch_size_per_gpu": 512,
             "lr": 0.0006,
             "weight_decay_end": 0.1,
@@ -344,7 +345,8 @@ def test_the_run_on_one_gpu_is_the_run_on_eight_in_eight_passes():
 
 @pytest.mark.parametrize("name", ["resnet18", "vit", "cpu"])
 def test_the_recipes_for_small_images_train(tiny_root, tmp_path, name):
-    few = ["--epochs", 1, "--warmup_epochs", 1, "--batch_size_per_gpu", 8, "--num_workers", 0, "--tensorboard", "off"]
+    few = ["--compile", "false", "--warmup_teacher_temp_epochs", 0]
+    few += ["--epochs", 1, "--warmup_epochs", 1, "--batch_size_per_gpu", 8, "--num_workers", 0, "--tensorboard", "off"]
     where = ["--data_path", tiny_root / "train", "--output_dir", tmp_path, "--device", "cpu", "--knn_every", 0]
     recipe = ROOT / "recipes" / f"cifar10_{name}.yaml"
     run_script("main_dino.py", "--config", recipe, *few, *where)
@@ -418,6 +420,7 @@ def test_a_mistake_in_a_recipe_is_one_line(read, text, message):
         ("lr: [1, 2]", "unrecognized arguments: 2"),
         ("global_crops_scale: 1", "argument --global_crops_scale: expected 2 arguments"),
         ("use_fp16: 7", "argument --use_fp16: '7' must be true or false"),
+        ("compile: 7", "argument --compile: '7' must be true, false or reduce-overhead"),
     ],
 )
 def test_a_wrong_value_in_a_recipe_is_one_line(read, capsys, line, message):

@@ -499,6 +499,16 @@ def test_by_default_a_short_run_saves_after_epochs_only(flags, run):
     assert [progress(run / f"checkpoint{name}.pth") for name in (".prev", "")] == [5, 10]
 
 
+@pytest.mark.parametrize("at", [7, 14])
+def test_rarer_checkpoints_are_of_every_nth_epoch_and_the_last(whole, flags, run, at):
+    flags += ["--saveckp_epochs", 2]
+    assert Run(*flags, spoil=("kill_in_step", at)).end()[0] == [-signal.SIGKILL]
+    assert not (run / "checkpoint.prev.pth").exists()
+    assert [progress(file) for file in run.glob("checkpoint.pth")] == [10] * (at > 9)
+    finish(*flags)
+    assert_same(result(run), whole)
+
+
 def test_the_gradient_scaler_is_resumed_within_an_epoch(common, tmp_path):
     flags = [*common, "--amp_dtype", "fp16", "--epochs", 1, "--output_dir"]
     finish(*flags, tmp_path / "whole")
