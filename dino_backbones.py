@@ -330,7 +330,7 @@ def warn_of_size(model, args, amp_dtype):
     activations = args.batch_size_per_gpu * tokens * model.embed_dim * len(model.blocks) * bytes_per_value
     weights = 5 * 4 * (sum(p.numel() for p in model.parameters()) + 256 * args.out_dim)  # Adam, gradients, teacher
     utils.log(
-        f"warning: {args.arch} is large for a CPU: expect about {(activations + weights) / 1e9:.0f} GB of memory and "
+        f"warning: {args.arch} is large for a CPU: expect about {(activations + weights) / 1e9:.1f} GB of memory and "
         "slow steps. Try --config recipes/demo.yaml, or a smaller --batch_size_per_gpu"
     )
 
@@ -384,8 +384,8 @@ def compile_in_place(*models, mode=None):
     """
     import torch._inductor.config
 
-    compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
-    if not any(name and shutil.which(name) for name in compilers):
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
+    if not any(map(shutil.which, compilers)):
         raise UserError("--compile needs a C++ compiler, such as g++. Install one, or use --compile false")
     torch._inductor.config.fallback_random = True
     warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round products that are float32 on purpose
