@@ -386,7 +386,9 @@ def compile_in_place(*models, mode=None):
 
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
     if not any(map(shutil.which, compilers)):
-        raise UserError("--compile needs a C++ compiler, such as g++. Install one, or use --compile false")
+        raise UserError(
+            f"--compile needs a C++ compiler: there is no {' or '.join(compilers)}. Install one, or use --compile false"
+        )
     torch._inductor.config.fallback_random = True
     warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round products that are float32 on purpose
     for model in models:

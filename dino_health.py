@@ -266,7 +266,7 @@ def describe_start(args, parser, device, amp_dtype, steps_per_epoch):
     changed = textwrap.fill(", ".join(words) or "none", 118, break_long_words=False, break_on_hyphens=False)
     lines = [
         f"{args.arch}{patch} on {args.world_size} x {name} in {precision}: {args.images:,} images, {steps_per_epoch:,} "
-        f"steps per epoch, {args.epochs} epoch{'s' * (args.epochs > 1)}",
+        f"steps per epoch, {args.epochs} epochs",
         "settings that differ from the defaults (all are in run.json):",
         textwrap.indent(changed, "  "),
         "a line per 10 steps: loss = entropy of the teacher + KL divergence of the student from it",
