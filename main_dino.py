@@ -268,8 +268,8 @@ class Parts(NamedTuple):
 
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
-    """theta_teacher <- momentum theta_teacher + (1 - momentum) theta_student; buffers are not averaged."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    """theta_teacher <- momentum theta_teacher + (1 - momentum) theta_student, for lists of parameters, not buffers."""
+    torch._foreach_lerp_(teacher, student, 1 - momentum)
 
 
 def train_one_epoch(parts, data_loader, schedules, epoch, args, autocast=None, run=None):
@@ -284,6 +284,7 @@ def train_one_epoch(parts, data_loader, schedules, epoch, args, autocast=None, r
     student, teacher, dino_loss, optimizer, scaler = parts
     autocast, run = autocast or nullcontext(), run or dino_run.Bare(args, len(data_loader))
     device, passes, inputs = dino_loss.center.device, args.grad_accum_steps, utils.inputs_of(args)
+    weights = [list(model.parameters()) for model in (teacher, student)]  # found once per epoch, because it takes long
     for step, crops in run.steps(data_loader, epoch):  # crops from the loader: a list of [B, 3, h, w]
         # Learning rate and weight decay of this step; biases and norms (group 1) are never decayed.
         for group in optimizer.param_groups:
@@ -313,13 +314,13 @@ def train_one_epoch(parts, data_loader, schedules, epoch, args, autocast=None, r
 
         # Student: clip each parameter's gradient on its own, then update.
         scaler.unscale_(optimizer)
-        norms = utils.clip_gradients(student, args.clip_grad)
+        norms = utils.clip_gradients(weights[1], args.clip_grad)
         utils.cancel_gradients_last_layer(epoch, student, args.freeze_last_layer)
         scaler.step(optimizer)
         scaler.update()
 
         # Teacher and center.
-        update_teacher(teacher, student, float(schedules["momentum"][step]))
+        update_teacher(*weights, float(schedules["momentum"][step]))
         dino_loss.update_center(torch.stack(teacher_means))
 
         run.end_step(step, parts, torch.stack(losses).mean(), torch.stack(entropies).mean(), norms)
@@ -335,9 +336,8 @@ def build_student_and_teacher(args, device, amp_dtype):
     """Two networks with the same weights; the student has drop path, the teacher gets no gradients."""
     networks = []
     for drop_path_rate in (args.drop_path_rate, 0.0):
-        backbone, width = dino_backbones.build_backbone(
-            args.arch, args.patch_size, args.global_crops_size, drop_path_rate, args.in_chans
-        )
+        how = args.patch_size, args.global_crops_size, drop_path_rate, args.in_chans
+        backbone, width = dino_backbones.build_backbone(args.arch, *how)
         # Both get norm_last_layer: the teacher has no gradients, so its gain (weight_g) follows the student's.
         head = DINOHead(width, args.out_dim, args.use_bn_in_head, args.norm_last_layer, **dino_ablations.head(args))
         networks.append(utils.MultiCropWrapper(backbone, head))

@@ -132,7 +132,10 @@ def fix_random_seeds(seed=0, cpu_only=False):
 
 def seed_step(seed, step):
     """Seed drop path, the randomness of a step, as a function of (seed, step, rank) alone."""
-    fix_random_seeds(derive_seed(seed, STEP, step, get_rank()))
+    seed = derive_seed(seed, STEP, step, get_rank())
+    fix_random_seeds(seed, cpu_only=uses_gpu())
+    if uses_gpu():
+        torch.cuda.manual_seed(seed)
 
 
 # ---- devices ----
@@ -703,10 +706,12 @@ class LARS(torch.optim.Optimizer):
 def clip_gradients(model, clip):
     """Clip each parameter's gradient to an L2 norm of `clip`, one parameter at a time; 0 leaves them as they are.
 
-    Unlike torch.nn.utils.clip_grad_norm_, which clips the global norm: a large gradient in one layer does not shrink
-    the others. Returns the norms before clipping, one per parameter with a gradient, on the device (no host sync).
+    `model` is a module or a list of parameters. Unlike torch.nn.utils.clip_grad_norm_, which clips the global norm, a
+    large gradient in one layer does not shrink the others. Returns the norms before clipping, one per parameter with a
+    gradient, on the device (no host sync).
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    params = model.parameters() if isinstance(model, nn.Module) else model
+    gradients = [p.grad for p in params if p.grad is not None]
     if not gradients:
         return torch.zeros(0)
     norms = torch.stack(torch._foreach_norm(gradients))
@@ -722,7 +727,8 @@ def scale_each(tensors, factors):
     if factors[0].device.type == "cuda":  # a copy as large as all tensors, instead of a kernel launch for each
         sizes = [tensor.numel() for tensor in tensors]
         factors = torch.cat([f.expand(n) for f, n in zip(factors, sizes, strict=True)]).split(sizes)
-        factors = [f.view(tensor.shape) for f, tensor in zip(factors, tensors, strict=True)]
+        # With the strides of the tensors, channels last among them: torch has one kernel for equal strides only.
+        factors = [f.as_strided(tensor.shape, tensor.stride()) for f, tensor in zip(factors, tensors, strict=True)]
     torch._foreach_mul_(tensors, factors)
 
 

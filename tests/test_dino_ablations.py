@@ -117,13 +117,13 @@ def test_the_teacher_is_a_copy_of_the_student(teacher, tiny_root, tmp_path, monk
 
     def recording_optimizer(name, groups, device):
         optimizer = build(name, groups, device)
-        optimizer.register_step_pre_hook(lambda *_: students.append(weights_of(groups)))
+        optimizer.register_step_pre_hook(lambda *_: students.append(first_mlp_of(groups[0]["params"])))
         return optimizer
 
-    def recording_update(network, student, momentum):
-        update(network, student, momentum)
-        teachers.append(network.backbone.blocks[0].mlp.fc1.weight.clone())
-        students_after.append(student.backbone.blocks[0].mlp.fc1.weight.detach().clone())
+    def recording_update(teacher, student, momentum):
+        update(teacher, student, momentum)
+        teachers.append(first_mlp_of(teacher))
+        students_after.append(first_mlp_of(student))
 
     students_after = []
     monkeypatch.setattr(utils, "build_optimizer", recording_optimizer)
@@ -138,9 +138,9 @@ def test_the_teacher_is_a_copy_of_the_student(teacher, tiny_root, tmp_path, monk
     assert not torch.equal(before[1], before[2])
 
 
-def weights_of(groups):
-    """The first block's first MLP weight, of vit_nano's shape, from the groups of an optimizer."""
-    return next(p for p in groups[0]["params"] if p.shape == (512, 128)).detach().clone()
+def first_mlp_of(params):
+    """The first block's first MLP weight, of vit_nano's shape."""
+    return next(p for p in params if p.shape == (512, 128)).detach().clone()
 
 
 def test_a_copied_teacher_resumes_bit_identically(tiny_root, tmp_path):

@@ -288,7 +288,7 @@ def test_teacher_averages_parameters_and_keeps_its_buffers():
     teacher, student = network(), network()
     before = {name: p.detach().double().clone() for name, p in teacher.named_parameters()}
     student[1].running_mean.fill_(7.0)
-    main_dino.update_teacher(teacher, student, 0.9)
+    main_dino.update_teacher(list(teacher.parameters()), list(student.parameters()), 0.9)
     for name, p in teacher.named_parameters():
         assert_near(p, 0.9 * before[name] + 0.1 * dict(student.named_parameters())[name].detach().double(), 1e-6)
     assert torch.equal(teacher[1].running_mean, torch.zeros(4))

@@ -626,10 +626,11 @@ def micro(tools):
         ours = tools.ours()
         gradients_of(ours, tools.crops_of(sizes.batches[1]))
         utils, main_dino = tools.utils, tools.main_dino
+        student, teacher = (list(network.parameters()) for network in (ours.parts.student, ours.parts.teacher))
         pieces = {
-            "clip": lambda: utils.clip_gradients(ours.parts.student, 3.0),
+            "clip": lambda: utils.clip_gradients(student, 3.0),
             "optimizer": ours.parts.optimizer.step,
-            "teacher": lambda: main_dino.update_teacher(ours.parts.teacher, ours.parts.student, 0.996),
+            "teacher": lambda: main_dino.update_teacher(teacher, student, 0.996),
         }
         for name, work in pieces.items():
             device_ms = tools.milliseconds(work)
