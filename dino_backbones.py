@@ -5,14 +5,13 @@ import inspect
 import math
 import os
 import re
-import shutil
-import warnings
 
 import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dino_checkpoints
+import dino_compile
 import dino_cpu
 import dino_layouts
 import utils
@@ -299,7 +298,7 @@ def prepare_for_training(student, teacher, args, device, amp_dtype):
     if args.grad_checkpointing:
         checkpoint_activations(student.backbone, args.arch)
     if args.compile:
-        compile_in_place(student, teacher, mode=None if args.compile is True else args.compile)
+        dino_compile.compile_in_place(student, teacher, mode=None if args.compile is True else args.compile)
 
 
 def use_fastest_kernels(backbone, device, amp_dtype):
@@ -375,24 +374,6 @@ def checkpoint_activations(backbone, arch):
             f"--grad_checkpointing works for ViTs and for timm networks without batch norms that support it, not for "
             f"--arch {arch}. Remove it"
         ) from e
-
-
-def compile_in_place(*models, mode=None):
-    """torch.compile, in one of its modes, for models that keep their state-dict keys; one graph per list of crop sizes.
-
-    Random numbers stay torch's own, so that drop path drops the same. Raises UserError without a C++ compiler.
-    """
-    import torch._inductor.config
-
-    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-    if not any(map(shutil.which, compilers)):
-        raise UserError(
-            f"--compile needs a C++ compiler: there is no {' or '.join(compilers)}. Install one, or use --compile false"
-        )
-    torch._inductor.config.fallback_random = True
-    warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round products that are float32 on purpose
-    for model in models:
-        model.compile(dynamic=False, mode=mode)
 
 
 # ---- weights ----

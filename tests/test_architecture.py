@@ -27,7 +27,10 @@ ARROWS = {
     "dino_crops": {"dino_cli", "dino_images", "utils"},
     "dino_shards": {"dino_files", "dino_images", "utils"},
     "dino_data": BELOW_DATA,
-    "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "dino_cpu", "dino_layouts", "utils"},
+    "dino_compile": {"utils"},
+    "dino_backbones": {
+        *("vision_transformer", "hubconf", "dino_checkpoints", "dino_compile", "dino_cpu", "dino_layouts", "utils"),
+    },
     "dino_features": {"dino_data", "dino_crops", "dino_backbones", "dino_checkpoints", "utils"},
     "dino_classifiers": {"dino_checkpoints", "utils"},
     "dino_vectors": {"dino_checkpoints", "utils"},

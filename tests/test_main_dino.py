@@ -31,6 +31,7 @@ from PIL import Image
 import dino_backbones
 import dino_checkpoints
 import dino_cli
+import dino_compile
 import dino_run
 import dino_steps
 import main_dino
@@ -661,7 +662,7 @@ def test_compile_without_a_compiler_is_an_error(monkeypatch, named):
     if not named:
         monkeypatch.setenv("PATH", "")
     with pytest.raises(utils.UserError, match="--compile needs"):
-        dino_backbones.compile_in_place(vits.vit_nano())
+        dino_compile.compile_in_place(vits.vit_nano())
 
 
 def test_training_works_without_local_crops(tiny_root, tmp_path):
