@@ -11,7 +11,6 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dino_checkpoints
-import dino_compile
 import dino_cpu
 import dino_layouts
 import utils
@@ -297,8 +296,6 @@ def prepare_for_training(student, teacher, args, device, amp_dtype):
         use_fastest_kernels(backbone, device, amp_dtype)
     if args.grad_checkpointing:
         checkpoint_activations(student.backbone, args.arch)
-    if args.compile:
-        dino_compile.compile_in_place(student, teacher, mode=None if args.compile is True else args.compile)
 
 
 def use_fastest_kernels(backbone, device, amp_dtype):

@@ -1,25 +1,68 @@
-"""--compile: torch.compile for networks."""
+"""--compile: torch.compile for networks and loss; CUDA graphs for networks so small that a GPU waits for its host."""
 
 import os
 import shutil
 import warnings
 
+import torch
+
+import utils
 from utils import UserError
 
 
-def compile_in_place(*models, mode=None):
-    """torch.compile, in one of its modes, for models that keep their state-dict keys; one graph per list of crop sizes.
-
-    Random numbers stay torch's own, so that drop path drops the same. Raises UserError without a C++ compiler.
-    """
-    import torch._inductor.config
-
+def check_flags(args):
+    """Raise UserError if a run can't be compiled as its arguments say."""
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-    if not any(map(shutil.which, compilers)):
+    if args.compile and not any(map(shutil.which, compilers)):
         raise UserError(
             f"--compile needs a C++ compiler: there is no {' or '.join(compilers)}. Install one, or use --compile false"
         )
+    if args.compile == "reduce-overhead":
+        for flag, off in {"grad_accum_steps": 1, "grad_checkpointing": False}.items():
+            if getattr(args, flag) != off:
+                raise UserError(
+                    f"--{flag} {getattr(args, flag)} does not work with --compile reduce-overhead. Use --compile true"
+                )
+
+
+def compile_training(parts, args, amp_dtype):
+    """Compile networks and loss of a main_dino.Parts in place; they keep their state-dict keys.
+
+    There is one compiled graph per list of crop sizes. Random numbers stay torch's own, so that drop path drops the
+    same.
+    """
+    import torch._inductor.config
+
+    utils.log("note: compiling the networks, before or in the first step, takes a minute or more")
     torch._inductor.config.fallback_random = True
     warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round products that are float32 on purpose
-    for model in models:
-        model.compile(dynamic=False, mode=mode)
+    student, loss = getattr(parts.student, "module", parts.student), parts.dino_loss  # without DDP
+    for network in (student, parts.teacher):
+        network.forward = torch.compile(network.forward, dynamic=False)
+    loss.terms = torch.compile(loss.terms, dynamic=False)
+    if args.compile == "reduce-overhead" and loss.center.device.type == "cuda":
+        record_cuda_graphs(student, parts.teacher, loss, args, amp_dtype)
+
+
+def record_cuda_graphs(student, teacher, loss, args, amp_dtype):
+    """Record forward and backward passes of networks and loss as CUDA graphs, which replace them in training.
+
+    A step then launches five graphs instead of hundreds of kernels. Their memory is fixed: weights and center have to
+    be changed in place, and the next pass overwrites what they return. Raises UserError for several processes.
+    """
+    if utils.get_world_size() > 1:
+        raise UserError("--compile reduce-overhead is for one process. Use --compile true")
+    # Gradients are recorded on another stream than steps run on. Each is waited for, as torch warns; that costs little.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+    device, batch_size = loss.center.device, args.batch_size_per_gpu
+    sizes = [args.global_crops_size] * 2 + [args.local_crops_size] * args.local_crops_number
+    crops = [torch.zeros(batch_size, args.in_chans, size, size, device=device) for size in sizes]
+    buffers = [*student.buffers(), *teacher.buffers()]  # statistics of batch norms, which recording changes
+    before = [buffer.clone() for buffer in buffers]
+    with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None, cache_enabled=False):
+        torch.cuda.make_graphed_callables((teacher, student), ((crops[:2],), (crops,)), allow_unused_input=True)
+        teacher_output, student_output = teacher(crops[:2]), student(crops).detach().requires_grad_()
+    # The loss reads the memory that the networks write to, so nothing is copied between them.
+    inputs = student_output, teacher_output, torch.ones((), device=device)
+    loss.terms = torch.cuda.make_graphed_callables(loss.terms, inputs)
+    torch._foreach_copy_(buffers, before)

@@ -271,8 +271,6 @@ def describe_start(args, parser, device, amp_dtype, steps_per_epoch):
         textwrap.indent(changed, "  "),
         "a line per 10 steps: loss = entropy of the teacher + KL divergence of the student from it",
     ]
-    if args.compile:
-        lines.append("note: the first step compiles the networks, which takes a minute or more")
     unused = args.images - steps_per_epoch * args.images_per_step
     if unused > 0.05 * args.images:
         lines.append(f"note: {unused:,} images per epoch do not fill a step of {args.images_per_step} and are not used")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import dino_checkpoints
 import dino_cli
+import dino_compile
 import dino_features
 import dino_files
 import dino_health
@@ -93,6 +94,7 @@ compile_mode.range = "true, false or reduce-overhead"
 
 def check_flags(args):
     """Raise UserError for flags of the run that can't work, before any work is done."""
+    dino_compile.check_flags(args)
     for flag in ("knn_data", "knn_student"):
         if getattr(args, flag) and not args.knn_every:
             value = getattr(args, flag)
@@ -149,8 +151,6 @@ class Bare:
         batches = self.metrics.log_every(data_loader, 10, f"Epoch: [{epoch}/{self.args.epochs}]", start=done)
         for step, (crops, *about) in enumerate(batches, start=epoch * self.steps_per_epoch + done):
             self.received(*about)
-            if self.args.compile:  # CUDA graphs of this step may use the memory of the last one's
-                torch.compiler.cudagraph_mark_step_begin()
             yield step, crops
             self.images_done += self.args.images_per_step
             self.steps_made += 1

@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 
 import dino_backbones
 import dino_cli
+import dino_compile
 import dino_crops
 import main_dino
 import utils
@@ -98,10 +99,11 @@ class OurTraining:
         temperatures = {"warmup_teacher_temp": 0.04, "teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0}
         sizes = {"out_dim": args.out_dim, "ncrops": len(crop_sizes(args)), "nepochs": args.epochs}
         loss = main_dino.DINOLoss(**sizes, **temperatures).to(self.device)
-        if args.compile:
-            loss.terms = torch.compile(loss.terms, dynamic=False)
         optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(student), self.device)
         self.parts = main_dino.Parts(student, teacher, loss, optimizer, scaler)
+        if args.compile:
+            with contextlib.redirect_stdout(io.StringIO()):
+                dino_compile.compile_training(self.parts, args, amp_dtype)
 
     def train(self, crops, steps, watch=None, lr=1e-5, run=None):
         """A run of steps with constant settings. Returns the means that main_dino.py logs."""

@@ -24,6 +24,7 @@ import torch.nn as nn
 import dino_ablations
 import dino_backbones
 import dino_cli
+import dino_compile
 import dino_crops
 import dino_data
 import dino_run
@@ -398,8 +399,6 @@ def train_dino(args):
         warmup_teacher_temp_epochs=args.warmup_teacher_temp_epochs,
         nepochs=args.epochs,
     ).to(device)
-    if args.compile:
-        dino_loss.terms = torch.compile(dino_loss.terms, dynamic=False)
     optimizer = utils.build_optimizer(args.optimizer, utils.get_params_groups(student), device)
     fp16_scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     schedules = build_schedules(args, len(data_loader))
@@ -408,6 +407,8 @@ def train_dino(args):
     parts = Parts(student, teacher, dino_loss, optimizer, fp16_scaler)
     dino_ablations.apply(args, parts, schedules)
     with dino_run.Run(args, parts, data_loader, get_args_parser(), amp_dtype) as run:  # locks, resumes, catches signals
+        if args.compile and run.first_epoch < args.epochs:
+            dino_compile.compile_training(parts, args, amp_dtype)
         for epoch in range(run.first_epoch, args.epochs):
             run.begin_epoch(epoch)
             means = train_one_epoch(parts, data_loader, schedules, epoch, args, autocast, run)

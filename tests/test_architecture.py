@@ -27,10 +27,7 @@ ARROWS = {
     "dino_crops": {"dino_cli", "dino_images", "utils"},
     "dino_shards": {"dino_files", "dino_images", "utils"},
     "dino_data": BELOW_DATA,
-    "dino_compile": {"utils"},
-    "dino_backbones": {
-        *("vision_transformer", "hubconf", "dino_checkpoints", "dino_compile", "dino_cpu", "dino_layouts", "utils"),
-    },
+    "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "dino_cpu", "dino_layouts", "utils"},
     "dino_features": {"dino_data", "dino_crops", "dino_backbones", "dino_checkpoints", "utils"},
     "dino_classifiers": {"dino_checkpoints", "utils"},
     "dino_vectors": {"dino_checkpoints", "utils"},
@@ -38,16 +35,20 @@ ARROWS = {
     "dino_linear": {"dino_classifiers", "utils"},
     "dino_signals": {"utils"},
     "dino_ablations": {"dino_cli", "utils"},
+    "dino_compile": {"utils"},
     "dino_run": {
         *("dino_features", "dino_data", "dino_files", "dino_health", "dino_signals", "dino_checkpoints"),
-        *("dino_cli", "utils"),
+        *("dino_cli", "dino_compile", "utils"),
     },
     "main_dino": {
-        *("dino_ablations", "dino_run", "dino_backbones", "dino_data", "dino_crops", "dino_cli"),
-        *("vision_transformer", "utils"),
+        *("dino_ablations", "dino_run", "dino_backbones", "dino_compile", "dino_data", "dino_crops"),
+        *("dino_cli", "vision_transformer", "utils"),
     },
     "run_with_submitit": {"main_dino", "eval_knn", "eval_logistic", *BELOW_FEATURES},
-    "dino_steps": {"main_dino", "dino_backbones", "dino_crops", "dino_cli", "utils", "vision_transformer"},
+    "dino_steps": {
+        *("main_dino", "dino_backbones", "dino_compile", "dino_crops", "dino_cli"),
+        *("vision_transformer", "utils"),
+    },
     "benchmark": {"main_dino", "dino_steps", "eval_video_segmentation", *BELOW_FEATURES},
 }
 SCRIPTS = {name for name in MODULES if name.startswith("eval_")}

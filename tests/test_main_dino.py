@@ -31,9 +31,7 @@ from PIL import Image
 import dino_backbones
 import dino_checkpoints
 import dino_cli
-import dino_compile
 import dino_run
-import dino_steps
 import main_dino
 import utils
 import vision_transformer as vits
@@ -636,33 +634,27 @@ def test_compile_gives_the_same_losses_to_rounding(tiny_root, tmp_path):
         folder = tmp_path / compiled
         words = (script, *flags, "--compile", compiled, "--output_dir", folder)
         said = run_script(*words, env={"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_COMPILE_THREADS": "1"}).stdout
-        assert ("the first step compiles" in said) == (compiled != "false")
+        assert ("compiling the networks" in said) == (compiled != "false")
         losses.append(json.loads((folder / "log.txt").read_text())["train_loss"])
         keys.append(torch.load(folder / "checkpoint.pth", weights_only=True)["student"].keys())
     assert keys[0] == keys[1] == keys[2]
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
 
 
-@pytest.mark.parametrize(("flag", "mode"), [("false", ""), ("true", None), ("reduce-overhead", "reduce-overhead")])
-def test_the_compiler_gets_its_mode_and_the_beginning_of_each_step(monkeypatch, flag, mode):
-    modes, begun = [], []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *, dynamic, mode: modes.append(mode))
-    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
-    sizes = {"arch": "resnet8", "out_dim": 16, "global_crops_size": 16, "local_crops_number": 0, "device": "cpu"}
-    args = dino_steps.training_args(**sizes, batch_size_per_gpu=2, grad_accum_steps=2, compile=flag)
-    dino_steps.OurTraining(args).train(dino_steps.random_crops(args, 4), 3)
-    assert modes == [mode] * (2 * (flag != "false"))  # student and teacher
-    assert len(begun) == 3 * (flag != "false")
+@pytest.mark.parametrize(("flag", "value"), [("grad_accum_steps", 2), ("grad_checkpointing", True)])
+def test_flags_that_cuda_graphs_cannot_follow_are_an_error(refusal, tmp_path, flag, value):
+    words = ["--compile", "reduce-overhead", f"--{flag}", value, "--output_dir", tmp_path]
+    error = refusal(main_dino, *SMALL_RUN, *words)
+    assert f"--{flag} {value} does not work with --compile reduce-overhead" in error
 
 
 @pytest.mark.parametrize("named", ["", "/nowhere/g++"])
-def test_compile_without_a_compiler_is_an_error(monkeypatch, named):
+def test_compile_without_a_compiler_is_an_error(monkeypatch, refusal, tmp_path, named):
     monkeypatch.setenv("CXX", named)
     if not named:
         monkeypatch.setenv("PATH", "")
-    with pytest.raises(utils.UserError, match="--compile needs"):
-        dino_compile.compile_in_place(vits.vit_nano())
+    error = refusal(main_dino, *SMALL_RUN, "--compile", "true", "--output_dir", tmp_path)
+    assert f"--compile needs a C++ compiler: there is no {named or 'g++'}" in error
 
 
 def test_training_works_without_local_crops(tiny_root, tmp_path):
