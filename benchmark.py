@@ -41,9 +41,9 @@ import dino_backbones
 import dino_cli
 import dino_cpu
 import dino_crops
-import dino_data
 import dino_features
 import dino_images
+import dino_sample
 import dino_steps
 import eval_video_segmentation
 import utils
@@ -295,7 +295,7 @@ def image_folder(root, data_path, number, side=500, classes=1):
     folders = [folder / f"class{i}" for i in range(classes)]
     for each in folders:
         each.mkdir(parents=True)
-    for source in dino_data.find_photographs() if data_path == "sample" else ():
+    for source in dino_sample.find_photographs() if data_path == "sample" else ():
         files.append(folder.parent / f"{Path(source).stem}.jpg")
         image = dino_images.load_image(source)
         image.thumbnail((side, side), Image.Resampling.LANCZOS)

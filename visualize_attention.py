@@ -29,6 +29,7 @@ import dino_data
 import dino_features
 import dino_files
 import dino_images
+import dino_sample
 import utils
 from dino_cli import at_least, between
 from utils import UserError
@@ -79,7 +80,7 @@ def find_images(image_path):
     Raises UserError if there are none.
     """
     if image_path is None:
-        return list(map(Path, dino_data.find_photographs([EXAMPLE])))
+        return list(map(Path, dino_sample.find_photographs([EXAMPLE])))
     found = []
     for path in map(Path, image_path):
         if path.is_dir():

@@ -28,13 +28,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dino_cli
-import dino_data
+import dino_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 # A folder beside the checkout with goldens/ and data/. Tests that need it are skipped if there is none.
 SHARED = Path(os.environ.get("DINO_TEST_DATA", ROOT.parent / "shared"))
 torch.set_num_threads(1)
-dino_data.SAMPLE_TRAIN, dino_data.SAMPLE_VAL = 60, 15  # a quarter of the sample data set, whose images take seconds
+dino_sample.SAMPLE_TRAIN, dino_sample.SAMPLE_VAL = 60, 15  # a quarter of the sample data set, whose images take seconds
 
 
 # ---- reference numbers ----
@@ -102,7 +102,7 @@ def sample_root(tmp_path_factory):
     os.environ["DINO_CACHE"] = str(cache)
     with open(base.parent / "dino-cache.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # otherwise each process would build it
-        return Path(dino_data.sample_dataset())
+        return Path(dino_sample.sample_dataset())
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ SOURCES = {name: path.read_text(encoding="utf-8") for name, path in MODULES.item
 
 # ---- imports ----
 
-BELOW_DATA = {"dino_shards", "dino_files", "dino_images", "dino_crops", "dino_checkpoints", "dino_cli", "utils"}
+BELOW_DATA = {"dino_shards", "dino_files", "dino_images", "dino_crops", "dino_sample", "dino_checkpoints"}
+BELOW_DATA |= {"dino_cli", "utils"}
 BELOW_FEATURES = {"dino_features", "dino_data", "dino_backbones", "dino_layouts", "hubconf", "vision_transformer"}
 BELOW_FEATURES |= BELOW_DATA | {"dino_cpu", "dino_classifiers"}
 # A file imports only these files of ours. utils imports none: its __getattr__ finds public names when they are needed.
@@ -25,6 +26,7 @@ ARROWS = {
     "dino_images": {"utils"},
     "dino_files": {"dino_images", "utils"},
     "dino_crops": {"dino_cli", "dino_images", "utils"},
+    "dino_sample": {"dino_images", "utils"},
     "dino_shards": {"dino_files", "dino_images", "utils"},
     "dino_data": BELOW_DATA,
     "dino_backbones": {"vision_transformer", "hubconf", "dino_checkpoints", "dino_cpu", "dino_layouts", "utils"},

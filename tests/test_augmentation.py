@@ -18,6 +18,7 @@ import dino_checkpoints
 import dino_crops
 import dino_data
 import dino_images
+import dino_sample
 import main_dino
 import utils
 from dino_crops import View
@@ -31,7 +32,7 @@ KINDS = ("pil", "fast")
 @pytest.fixture(scope="module")
 def photographs():
     """Five color photographs, one of them made gray, and one that is taller than wide."""
-    images = [dino_images.load_image(path) for path in dino_data.find_photographs(PHOTOGRAPHS)]
+    images = [dino_images.load_image(path) for path in dino_sample.find_photographs(PHOTOGRAPHS)]
     images[1] = images[1].convert("L").convert("RGB")
     return images + [images[2].transpose(Image.Transpose.ROTATE_90)]
 
@@ -387,7 +388,7 @@ def test_damaged_files_give_the_same_error_with_pil_and_fast(tmp_path, photograp
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """A JPEG of 3001 x 1801 pixels with details of one pixel."""
-    (path,) = dino_data.find_photographs(["coffee.png"])
+    (path,) = dino_sample.find_photographs(["coffee.png"])
     image = dino_images.load_image(path).resize((3001, 1801), Image.Resampling.BICUBIC)
     levels = np.asarray(image).astype(int) + np.random.RandomState(0).randint(-12, 13, (1801, 3001, 1))
     image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))

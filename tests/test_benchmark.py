@@ -18,9 +18,9 @@ from conftest import FORKS, arguments_of, assert_near, ending, start_forks
 import benchmark
 import dino_backbones
 import dino_cpu
-import dino_data
 import dino_features
 import dino_images
+import dino_sample
 import dino_steps
 import eval_video_segmentation
 import main_dino
@@ -150,7 +150,7 @@ def test_a_plain_loss_that_is_not_finite_ends_the_measurement():
 
 
 def test_plain_crops_have_the_pixels_of_augmentation_pil():
-    image = dino_images.load_image(dino_data.find_photographs(["coffee.png"])[0])
+    image = dino_images.load_image(dino_sample.find_photographs(["coffee.png"])[0])
     plain = dino_steps.PlainAugmentation()
     ours = main_dino.DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 8, as_uint8=True)
     for seed in range(4):
@@ -163,7 +163,7 @@ def test_plain_crops_have_the_pixels_of_augmentation_pil():
 
 
 def test_crops_of_torchvisions_v2_transforms_are_nearly_the_plain_ones():
-    image = dino_images.load_image(dino_data.find_photographs(["coffee.png"])[0])
+    image = dino_images.load_image(dino_sample.find_photographs(["coffee.png"])[0])
     plain, v2 = (make((64, 32), 1) for make in (dino_steps.PlainAugmentation, dino_steps.V2Augmentation))
     assert [tuple(crop.shape) for crop in v2(image)] == [(3, 64, 64)] * 2 + [(3, 32, 32)]
     utils.fix_random_seeds(0)

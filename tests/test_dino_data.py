@@ -19,6 +19,7 @@ from torchvision import transforms
 import dino_data
 import dino_files
 import dino_images
+import dino_sample
 import main_dino
 import utils
 from utils import UserError
@@ -139,7 +140,7 @@ def test_images_stay_decoded_only_where_processes_are_forked_and_memory_suffices
 @FORKED
 def test_large_images_after_a_small_one_are_opened_as_always(tmp_path):
     root = photographs_of(tmp_path, [(20, 20)])
-    Image.open(dino_data.find_photographs(["coffee.png"])[0]).save(root / "train" / "a" / "1.jpg")
+    Image.open(dino_sample.find_photographs(["coffee.png"])[0]).save(root / "train" / "a" / "1.jpg")
     images = dino_data.find_images(root / "train")
     np.save(root / "train" / "a" / "2.npy", np.zeros((20, 20, 3), np.uint8))
     images.paths.append(str(root / "train" / "a" / "2.npy"))
@@ -197,12 +198,12 @@ def contents(root):
 
 
 def test_the_sample_has_eighteen_classes_in_train_and_val(sample_root):
-    for part, number in (("train", dino_data.SAMPLE_TRAIN), ("val", dino_data.SAMPLE_VAL)):
+    for part, number in (("train", dino_sample.SAMPLE_TRAIN), ("val", dino_sample.SAMPLE_VAL)):
         assert dino_data.find_data("sample", part) == str(sample_root / part)
         images = dino_data.find_images("sample", part)
-        assert images.classes == sorted(Path(name).stem for name in dino_data.PHOTOGRAPHS)
+        assert images.classes == sorted(Path(name).stem for name in dino_sample.PHOTOGRAPHS)
         assert images.targets.bincount().tolist() == [number] * 18
-        assert images.open(0).size == (dino_data.SAMPLE_SIDE, dino_data.SAMPLE_SIDE)
+        assert images.open(0).size == (dino_sample.SAMPLE_SIDE, dino_sample.SAMPLE_SIDE)
     assert dino_data.find_data("some/folder", "val") == "some/folder"
 
 
@@ -211,8 +212,8 @@ def test_training_crops_are_from_the_left_of_a_photograph_and_validation_crops_f
     image = Image.new("L", (200, 100))
     image.paste(255, (120, 0, 200, 100))
     image.save(tmp_path / "two.png")
-    dino_data.write_sample_crops(tmp_path / "two.png", tmp_path, random.Random(0))
-    for part, number in (("train", dino_data.SAMPLE_TRAIN), ("val", dino_data.SAMPLE_VAL)):
+    dino_sample.write_sample_crops(tmp_path / "two.png", tmp_path, random.Random(0))
+    for part, number in (("train", dino_sample.SAMPLE_TRAIN), ("val", dino_sample.SAMPLE_VAL)):
         crops = [np.asarray(Image.open(path)) for path in (tmp_path / part / "two").iterdir()]
         assert len(crops) == number
         assert all((crop < 100).all() if part == "train" else (crop > 100).all() for crop in crops)
@@ -222,24 +223,24 @@ def test_training_crops_are_from_the_left_of_a_photograph_and_validation_crops_f
 def quick_sample(monkeypatch, tmp_path):
     """The cache in which a small sample data set will be built."""
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(dino_data, "SAMPLE_TRAIN", 3)
-    monkeypatch.setattr(dino_data, "SAMPLE_VAL", 2)
+    monkeypatch.setattr(dino_sample, "SAMPLE_TRAIN", 3)
+    monkeypatch.setattr(dino_sample, "SAMPLE_VAL", 2)
     return tmp_path / "cache"
 
 
 def test_the_sample_is_built_once_and_the_same_everywhere(monkeypatch, tmp_path, quick_sample):
-    built = dino_data.sample_dataset()
+    built = dino_sample.sample_dataset()
     first = contents(built)
     assert len(first) == 18 * 5
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "second"))
-    assert contents(dino_data.sample_dataset()) == first
+    assert contents(dino_sample.sample_dataset()) == first
     monkeypatch.setenv("DINO_CACHE", str(quick_sample))
-    monkeypatch.setattr(dino_data, "find_photographs", lambda: pytest.fail("built again"))
-    assert dino_data.sample_dataset() == built
+    monkeypatch.setattr(dino_sample, "find_photographs", lambda: pytest.fail("built again"))
+    assert dino_sample.sample_dataset() == built
 
 
 def build(queue):
-    queue.put(dino_data.sample_dataset())
+    queue.put(dino_sample.sample_dataset())
 
 
 def test_processes_that_build_the_sample_at_the_same_time_all_get_all_of_it(quick_sample):
@@ -256,7 +257,7 @@ def test_processes_that_build_the_sample_at_the_same_time_all_get_all_of_it(quic
 
 
 def test_a_build_that_is_killed_leaves_no_sample(tmp_path):
-    code = "import dino_data; dino_data.sample_dataset()"
+    code = "import dino_sample; dino_sample.sample_dataset()"
     environment = {**os.environ, "DINO_CACHE": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
     deadline = time.monotonic() + 60
@@ -269,12 +270,12 @@ def test_a_build_that_is_killed_leaves_no_sample(tmp_path):
 
 
 def test_missing_photographs_are_named_with_the_remedy(monkeypatch, quick_sample):
-    monkeypatch.setattr(dino_data, "PHOTOGRAPHS", ("astronaut.png", "unicorn.png"))
+    monkeypatch.setattr(dino_sample, "PHOTOGRAPHS", ("astronaut.png", "unicorn.png"))
     with pytest.raises(UserError, match=r"has no unicorn\.png"):
-        dino_data.sample_dataset()
-    monkeypatch.setattr(dino_data.importlib.util, "find_spec", lambda name: None)
+        dino_sample.sample_dataset()
+    monkeypatch.setattr(dino_sample.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install scikit-image"):
-        dino_data.sample_dataset()
+        dino_sample.sample_dataset()
     assert not quick_sample.exists()
 
 
@@ -282,7 +283,7 @@ def test_a_cache_that_is_not_writable_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DINO_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="DINO_CACHE"):
-        dino_data.sample_dataset()
+        dino_sample.sample_dataset()
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch):

@@ -9,9 +9,9 @@ from conftest import arguments_of, assert_near, shared, sharp_nano
 from PIL import Image
 
 import dino_backbones
-import dino_data
 import dino_features
 import dino_images
+import dino_sample
 import eval_attention_masks
 import utils
 
@@ -57,7 +57,7 @@ def voc(tmp_path_factory):
     root = tmp_path_factory.mktemp("VOC2012")
     for folder in ("ImageSets/Segmentation", "JPEGImages", "SegmentationObject"):
         (root / folder).mkdir(parents=True)
-    photographs = dino_data.find_photographs(["astronaut.png", "coffee.png", "chelsea.png"])
+    photographs = dino_sample.find_photographs(["astronaut.png", "coffee.png", "chelsea.png"])
     for number, path in enumerate(photographs):
         image = Image.open(path).convert("RGB").resize((100, 80))
         image.save(root / "JPEGImages" / f"2007_{number}.jpg")

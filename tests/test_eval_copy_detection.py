@@ -13,9 +13,9 @@ import torch
 from conftest import area_under_curve, arguments_of, assert_near, run_script, shared, tensor, wide_nano
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-import dino_data
 import dino_features
 import dino_images
+import dino_sample
 import eval_copy_detection as copy_detection
 import utils
 import vision_transformer as vits
@@ -62,7 +62,7 @@ def copydays(tmp_path_factory):
     folders = {name: root / name for name in ("original", "strong", *blocks)}
     for folder in folders.values():
         folder.mkdir(parents=True)
-    files = {Path(path).stem: path for path in dino_data.find_photographs()}
+    files = {Path(path).stem: path for path in dino_sample.find_photographs()}
     for number, (name, photograph) in enumerate(PHOTOGRAPHS.items()):
         image = dino_images.load_image(files[photograph])
         image.thumbnail((160, 160))

@@ -14,9 +14,9 @@ from conftest import area_under_curve, arguments_of, run_script, shared, wide_na
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision import transforms
 
-import dino_data
 import dino_features
 import dino_images
+import dino_sample
 import eval_image_retrieval as retrieval
 import vision_transformer as vits
 
@@ -29,7 +29,7 @@ SMALL = ["--arch", "vit_nano", "--patch_size", "8", "--device", "cpu", "--num_wo
 @pytest.fixture(scope="module")
 def photographs():
     chosen = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left")
-    files = {os.path.basename(path).split(".")[0]: path for path in dino_data.find_photographs()}
+    files = {os.path.basename(path).split(".")[0]: path for path in dino_sample.find_photographs()}
     return [dino_images.load_image(files[name]) for name in chosen]
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from conftest import arguments_of, assert_near, fill, run_script, shared, sizes_of_results, tensor
 from PIL import Image
 
-import dino_data
 import dino_images
+import dino_sample
 import eval_video_segmentation as evs
 import vision_transformer as vits
 from utils import UserError
@@ -30,7 +30,7 @@ SMALL = ["--arch", "vit_nano", "--patch_size", "32", "--pretrained_weights", "ra
 @pytest.fixture(scope="module")
 def photographs():
     """Two photographs [HEIGHT, WIDTH, 3]."""
-    files = [file for file in dino_data.find_photographs() if file.endswith(("coffee.png", "chelsea.png"))]
+    files = [file for file in dino_sample.find_photographs() if file.endswith(("coffee.png", "chelsea.png"))]
     return [np.array(dino_images.load_image(file).resize((WIDTH, HEIGHT))) for file in files]
 
 

@@ -15,8 +15,8 @@ from torch import nn
 
 import dino_backbones
 import dino_crops
-import dino_data
 import dino_layouts
+import dino_sample
 import export
 import hubconf
 import utils
@@ -315,7 +315,7 @@ def test_the_tensors_have_the_names_that_files_on_the_hub_have(folder):
 
 
 def test_transformers_prepares_a_photograph_as_the_evaluations_do(folder, transformers):
-    photograph = Image.open(dino_data.find_photographs()[0]).convert("RGB").resize((100, 70))
+    photograph = Image.open(dino_sample.find_photographs()[0]).convert("RGB").resize((100, 70))
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     got = torch.as_tensor(np.asarray(processor(photograph, return_tensors="np")["pixel_values"]))
     want = utils.normalize(dino_crops.eval_transform(48)(photograph)[None])

@@ -16,7 +16,7 @@ from conftest import arguments_of, assert_near, shared, sharp_nano
 from PIL import Image
 
 import dino_backbones
-import dino_data
+import dino_sample
 import utils
 import video_generation
 
@@ -44,7 +44,7 @@ def weights(tmp_path_factory):
 def frames(tmp_path_factory):
     """12 frames of 100 × 72 pixels, a window that moves over a photograph, numbered without leading zeros."""
     folder = tmp_path_factory.mktemp("frames")
-    photograph = next(path for path in dino_data.find_photographs() if path.endswith("coffee.png"))
+    photograph = next(path for path in dino_sample.find_photographs() if path.endswith("coffee.png"))
     with Image.open(photograph) as image:
         for i in range(12):
             image.crop((20 * i, 10 * i, 20 * i + 300, 10 * i + 216)).resize((100, 72)).save(folder / f"shot{i}.png")
