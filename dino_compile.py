@@ -65,4 +65,5 @@ def record_cuda_graphs(student, teacher, loss, args, amp_dtype):
     # The loss reads the memory that the networks write to, so nothing is copied between them.
     inputs = student_output, teacher_output, torch.ones((), device=device)
     loss.terms = torch.cuda.make_graphed_callables(loss.terms, inputs)
-    torch._foreach_copy_(buffers, before)
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)

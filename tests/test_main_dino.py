@@ -31,6 +31,7 @@ from PIL import Image
 import dino_backbones
 import dino_checkpoints
 import dino_cli
+import dino_compile
 import dino_run
 import main_dino
 import utils
@@ -646,6 +647,30 @@ def test_flags_that_cuda_graphs_cannot_follow_are_an_error(refusal, tmp_path, fl
     words = ["--compile", "reduce-overhead", f"--{flag}", value, "--output_dir", tmp_path]
     error = refusal(main_dino, *SMALL_RUN, *words)
     assert f"--{flag} {value} does not work with --compile reduce-overhead" in error
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "vit_nano"])
+def test_recording_graphs_changes_no_statistics(monkeypatch, arch):
+    """With a stand-in for torch's function, which needs a GPU: it runs what it would record."""
+    ran = []
+
+    def rehearse(callables, inputs, **_):
+        several = isinstance(callables, tuple)
+        for function, given in zip(callables, inputs, strict=True) if several else [(callables, inputs)]:
+            ran.append(function(*given))
+        return callables
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", rehearse)
+    flags = ["--arch", arch, "--out_dim", 16, "--global_crops_size", 16, "--local_crops_number", 0]
+    args = arguments(*flags, "--batch_size_per_gpu", 2)
+    student, teacher = main_dino.build_student_and_teacher(args, torch.device("cpu"), None)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    loss = main_dino.DINOLoss(16, 2, 0.04, 0.04, 0, 1)
+    dino_compile.record_cuda_graphs(student, teacher, loss, args, None)
+    assert [output.shape for output in ran[:2]] == [(4, 16)] * 2  # teacher, student
+    assert ran[2][0].requires_grad  # the loss, with gradients for the student
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 @pytest.mark.parametrize("named", ["", "/nowhere/g++"])
