@@ -83,7 +83,7 @@ def flags():
 
 
 def compile_mode(text):
-    """argparse type of --compile: an on/off flag, or a mode of torch.compile."""
+    """argparse type of --compile: an on/off flag, or `reduce-overhead`."""
     with contextlib.suppress(argparse.ArgumentTypeError):
         return text if text == "reduce-overhead" else bool_flag(text)
     raise argparse.ArgumentTypeError(f"{text!r} must be {compile_mode.range}")
