@@ -141,7 +141,7 @@ def load_checkpoint(path, verify=False):
     except ImportError as e:
         raise UserError(f"{path} needs safetensors to be read: pip install safetensors") from e
     except FileNotFoundError as e:
-        raise UserError(f"there is no file {path}") from e
+        raise UserError(f"there is no file or folder {path}") from e
     except Exception as e:  # torch raises a dozen types, depending on where the damage is
         reason = " ".join(str(e).split())
         # torch has one message for unknown types and another for modules such as os that it blocks.

@@ -119,12 +119,11 @@ def get_args_parser():
 def check_args(args):
     """Raise UserError for flags that contradict each other, before any work is done."""
     args.arch = dino_backbones.ALIASES.get(args.arch, args.arch)
-    for flag in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-        if getattr(args, flag) > args.epochs:
-            raise UserError(
-                f"--{flag} {getattr(args, flag)} is longer than the run (--epochs {args.epochs}). Lower --{flag} or "
-                "train longer"
-            )
+    warmups = {flag: getattr(args, flag) for flag in ("warmup_epochs", "warmup_teacher_temp_epochs")}
+    if long := [f"--{flag} {value}" for flag, value in warmups.items() if value > args.epochs]:
+        verb = "is" if len(long) == 1 else "are"
+        what = f"{' and '.join(long)} {verb} longer than the run (--epochs {args.epochs})"
+        raise UserError(f"{what}. Shorten the warm-up, or train longer")
     for flag in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, flag)
         if low > high:

@@ -92,7 +92,7 @@ def test_a_torn_checkpoint_is_a_user_error(tmp_path, keep):
 
 
 def test_a_missing_checkpoint_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match=r"there is no file .*nowhere\.pth"):
+    with pytest.raises(UserError, match=r"there is no file or folder .*nowhere\.pth"):
         dino_checkpoints.load_checkpoint(tmp_path / "nowhere.pth")
 
 

@@ -114,6 +114,10 @@ def test_parser_can_be_a_parent_of_another():
     ("flags", "says"),
     [
         ("--epochs 5", "--warmup_epochs 10 is longer than the run (--epochs 5)"),
+        (
+            "--epochs 5 --warmup_teacher_temp_epochs 6",
+            "--warmup_epochs 10 and --warmup_teacher_temp_epochs 6 are longer than the run (--epochs 5)",
+        ),
         ("--epochs 20 --warmup_teacher_temp_epochs 30", "--warmup_teacher_temp_epochs 30 is longer"),
         ("--global_crops_size 100", "--global_crops_size 100 is not a multiple of --patch_size 16. Use 96 or 112"),
         ("--local_crops_size 8", "--local_crops_size 8 is not a multiple of --patch_size 16. Use 16"),
@@ -824,7 +828,7 @@ def test_an_interrupted_run_resumes_from_its_own_weights_not_from_init_from(tiny
 
 def test_missing_or_unfit_initial_weights_are_one_line(monkeypatch, capsys, tiny_root, tmp_path):
     run = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "out", "--init_from"]
-    assert "there is no file nowhere.pth" in ending(monkeypatch, capsys, main_dino, *run, "nowhere.pth")[1]
+    assert "there is no file or folder nowhere.pth" in ending(monkeypatch, capsys, main_dino, *run, "nowhere.pth")[1]
     torch.save(vits.vit_tiny().state_dict(), tmp_path / "tiny.pth")
     assert "is [1, 1, 192] in" in ending(monkeypatch, capsys, main_dino, *run, tmp_path / "tiny.pth")[1]
     assert not (tmp_path / "out" / "checkpoint.pth").exists()
