@@ -16,6 +16,7 @@ dino_steps.py of the checkout.
 
 import argparse
 import contextlib
+import cProfile
 import fcntl
 import gc
 import json
@@ -133,6 +134,7 @@ class Sizes:
     def flags(self, **others):
         of_size = {"arch": self.arch, "patch_size": self.patch, "out_dim": self.out_dim}
         of_size |= {"global_crops_size": self.large, "local_crops_size": self.small, "local_crops_number": self.locals}
+        of_size["batch_size_per_gpu"] = self.batch
         return {**of_size, "freeze_last_layer": 0, "tensorboard": "off", **others}
 
 
@@ -196,14 +198,14 @@ class Tools:
     def ours(self, precision="bf16", wrap=None, **flags):
         return self.steps.OurTraining(self.args(precision, **flags), wrap or (lambda *networks: networks))
 
-    def crops_of(self, batch):
+    def crops_of(self, batch, args=None):
         """Crops as a loader returns them: uint8 [B, 3, h, w], pinned."""
-        crops = self.steps.random_crops(self.args(), batch)
+        crops = self.steps.random_crops(args or self.args(), batch)
         return [crop.pin_memory() for crop in crops] if self.cuda else crops
 
     def speed(self, training, batch, steps=None, warm=None):
         """{images/s, ms per step, peak MB} at a batch size. At 2 the ms are what the host takes to launch it all."""
-        work = self.benchmark.steps_of(training, self.steps.random_crops(self.args(), batch))
+        work = self.benchmark.steps_of(training, self.steps.random_crops(training.args, batch))
         self.free()
         with self.alone():
             warm = self.sizes.warm if warm is None else warm
@@ -546,7 +548,7 @@ def profile(tools, ours, name):
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recorded
 
-    steps, crops = 3, tools.crops_of(tools.sizes.batch)
+    steps, crops = 3, tools.crops_of(ours.args.batch_size_per_gpu, ours.args)
     ours.train(crops, 2)
     with tools.alone(), recorded(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
         ours.train(crops, steps)
@@ -1104,6 +1106,26 @@ def compiled(tools):
         if tools.has_time(name, 60):
             with found.trying(f"--compile true, {flags}, {sizes.batch} images"):
                 found.put(f"{name}_{sizes.batch}", tools.speed(tools.ours("compiled", **flags), sizes.batch))
+    if tools.has_time("small images", 60):
+        with found.trying("small images, --compile reduce-overhead"):
+            small_images(tools)
+
+
+def small_images(tools):
+    """recipes/cifar10_resnet18.yaml's steps on crops in memory, and where the host's time goes."""
+    batch, steps = (4, 2) if tools.sizes.tiny else (128, 100)
+    flags = {"arch": "resnet8" if tools.sizes.tiny else "resnet18_cifar", "out_dim": 2048, "use_bn_in_head": True}
+    flags |= {"global_crops_size": 28, "local_crops_number": 0, "batch_size_per_gpu": batch}
+    ours = tools.ours("compiled", compile="reduce-overhead", **flags)
+    tools.found.put("small_images", tools.speed(ours, batch, steps=steps))
+    profile(tools, ours, "small_images")
+    crops, record = tools.crops_of(batch, ours.args), cProfile.Profile()
+    with tools.alone():
+        record.runcall(ours.train, crops, steps)
+    lines = sorted(record.getstats(), key=lambda line: -line.inlinetime)[:20]
+    names = [getattr(line.code, "co_name", str(line.code)) for line in lines]
+    times = [round(1e3 * line.inlinetime / steps, 3) for line in lines]
+    tools.found.put("small_images_host_ms", dict(zip(names, times, strict=True)))
 
 
 def per_block(*networks):
