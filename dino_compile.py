@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import warnings
 
 import torch
@@ -12,10 +13,11 @@ from utils import UserError
 
 def check_flags(args):
     """Raise UserError if a run can't be compiled as its arguments say."""
-    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-    if args.compile and not any(map(shutil.which, compilers)):
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # as torch does
+    if args.compile and not shutil.which(compiler.partition(" ")[0]):
         raise UserError(
-            f"--compile needs a C++ compiler: there is no {' or '.join(compilers)}. Install one, or use --compile false"
+            f"--compile needs a C++ compiler: there is no {compiler or 'program in CXX'}. Install one and name it in "
+            "CXX, or use --compile false"
         )
     if args.compile == "reduce-overhead":
         for flag, off in {"grad_accum_steps": 1, "grad_checkpointing": False}.items():
@@ -29,10 +31,12 @@ def compile_training(parts, args, amp_dtype):
     """Compile networks and loss of a main_dino.Parts in place; they keep their state-dict keys.
 
     There is one compiled graph per list of crop sizes. Random numbers stay torch's own, so that drop path drops the
-    same.
+    same. Raises UserError for CUDA graphs of several processes.
     """
     import torch._inductor.config
 
+    if args.compile == "reduce-overhead" and utils.get_world_size() > 1:
+        raise UserError("--compile reduce-overhead is for one process. Use --compile true")
     utils.log("note: compiling the networks, before or in the first step, takes a minute or more")
     torch._inductor.config.fallback_random = True
     warnings.filterwarnings("ignore", "TensorFloat32")  # advice to round products that are float32 on purpose
@@ -48,10 +52,8 @@ def record_cuda_graphs(student, teacher, loss, args, amp_dtype):
     """Record forward and backward passes of networks and loss as CUDA graphs, which replace them in training.
 
     A step then launches five graphs instead of hundreds of kernels. Their memory is fixed: weights and center have to
-    be changed in place, and the next pass overwrites what they return. Raises UserError for several processes.
+    be changed in place, and the next pass overwrites what they return.
     """
-    if utils.get_world_size() > 1:
-        raise UserError("--compile reduce-overhead is for one process. Use --compile true")
     # Gradients are recorded on another stream than steps run on. Each is waited for, as torch warns; that costs little.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     device, batch_size = loss.center.device, args.batch_size_per_gpu

@@ -52,6 +52,8 @@ class StopRequest:
         # From here on all processes end together, and launchers send SIGTERM to the rest when the first has ended. It
         # must not change the exit code, from which a job script decides whether to requeue.
         self.waiting = False
+        if self.signal and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)  # Python's exit would take SIGALRM for the end
         agreed = error is None or issubclass(error, (UserError, Stopped))
         ending = agreed and self.before.get(signal.SIGTERM) is utils.terminate
         for number, handler in self.before.items():

@@ -677,13 +677,17 @@ def test_recording_graphs_changes_no_statistics(monkeypatch, arch):
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("named", ["", "/nowhere/g++"])
-def test_compile_without_a_compiler_is_an_error(monkeypatch, refusal, tmp_path, named):
-    monkeypatch.setenv("CXX", named)
-    if not named:
+@pytest.mark.parametrize(
+    ("named", "missing"), [(None, ""), ("", "program in CXX"), ("/nowhere/g++ -O2", "/nowhere/g++ -O2")]
+)
+def test_compile_without_a_compiler_is_an_error(monkeypatch, refusal, tmp_path, named, missing):
+    if named is None:
+        monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", "")
+    else:
+        monkeypatch.setenv("CXX", named)
     error = refusal(main_dino, *SMALL_RUN, "--compile", "true", "--output_dir", tmp_path)
-    assert f"--compile needs a C++ compiler: there is no {named or 'g++'}" in error
+    assert f"--compile needs a C++ compiler: there is no {missing}" in error
 
 
 def test_training_works_without_local_crops(tiny_root, tmp_path):

@@ -786,6 +786,16 @@ def test_a_wait_for_a_batch_ends_some_time_after_a_signal(monkeypatch, early):
         assert (stopped.value.signal, stop.signal, seen) == (signal.SIGUSR1, signal.SIGUSR1, ["a batch"])
 
 
+def test_a_run_that_has_stopped_may_take_long_to_exit():
+    """The alarm that ends a wait for a batch would end Python itself, which resets its handler when it exits."""
+    with dino_signals.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        batches = iter(stop.watch([1]))
+        assert next(batches) == 1
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 4
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
 def test_a_second_ctrl_c_interrupts_at_once():
     with dino_signals.StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
