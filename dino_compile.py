@@ -13,13 +13,9 @@ from utils import UserError
 
 def check_flags(args):
     """Raise UserError if a run can't be compiled as its arguments say."""
-    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # as torch does
-    if args.compile and not shutil.which(compiler.partition(" ")[0]):
-        raise UserError(
-            f"--compile needs a C++ compiler: there is no {compiler or 'program in CXX'}. Install one and name it in "
-            "CXX, or use --compile false"
-        )
     if args.compile == "reduce-overhead":
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5):
+            raise UserError(f"--compile reduce-overhead needs torch 2.5, not {torch.__version__}. Use --compile true")
         for flag, off in {"grad_accum_steps": 1, "grad_checkpointing": False}.items():
             if getattr(args, flag) != off:
                 raise UserError(
@@ -31,10 +27,16 @@ def compile_training(parts, args, amp_dtype):
     """Compile networks and loss of a main_dino.Parts in place; they keep their state-dict keys.
 
     There is one compiled graph per list of crop sizes. Random numbers stay torch's own, so that drop path drops the
-    same. Raises UserError for CUDA graphs of several processes.
+    same. Raises UserError without a C++ compiler, and for CUDA graphs of several processes.
     """
     import torch._inductor.config
 
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))  # as torch does
+    if not shutil.which(compiler.partition(" ")[0]):
+        raise UserError(
+            f"--compile needs a C++ compiler: there is no {compiler or 'program in CXX'}. Install one and name it in "
+            "CXX, or use --compile false"
+        )
     if args.compile == "reduce-overhead" and utils.get_world_size() > 1:
         raise UserError("--compile reduce-overhead is for one process. Use --compile true")
     utils.log("note: compiling the networks, before or in the first step, takes a minute or more")

@@ -72,7 +72,7 @@ def flags():
         help="Processes per GPU that load images. Default: the cores of this process, at most 10.")
     machine.add_argument("--compile", default=False, type=compile_mode, metavar="MODE", help="""true: torch.compile
         networks and loss. The first step takes minutes, the rest are faster; for long runs. reduce-overhead: with CUDA
-        graphs, too, for networks so small that a GPU waits for the host to launch its kernels.""")
+        graphs, too, for networks so small that a GPU waits for the host to launch its kernels; for one process.""")
     machine.add_argument("--grad_checkpointing", default=False, type=bool_flag, metavar="BOOL", help="""Recompute a
         ViT's activations in the backward pass: a third more compute for a fraction of the memory.""")
     machine.add_argument("--dist_url", default="env://", metavar="URL", help="Rendezvous of several processes.")

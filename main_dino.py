@@ -268,8 +268,8 @@ class Parts(NamedTuple):
 
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
-    """theta_teacher <- momentum theta_teacher + (1 - momentum) theta_student, for lists of parameters, not buffers."""
-    torch._foreach_lerp_(teacher, student, 1 - momentum)
+    """theta_teacher <- momentum theta_teacher + (1 - momentum) theta_student; buffers are not averaged."""
+    torch._foreach_lerp_(utils.parameters_of(teacher), utils.parameters_of(student), 1 - momentum)
 
 
 def train_one_epoch(parts, data_loader, schedules, epoch, args, autocast=None, run=None):

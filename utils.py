@@ -132,8 +132,7 @@ def fix_random_seeds(seed=0, cpu_only=False):
 
 def seed_step(seed, step):
     """Seed drop path, the randomness of a step, as a function of (seed, step, rank) alone."""
-    seed = derive_seed(seed, STEP, step, get_rank())
-    fix_random_seeds(seed, cpu_only=uses_gpu())
+    fix_random_seeds(seed := derive_seed(seed, STEP, step, get_rank()), cpu_only=uses_gpu())
     if uses_gpu():
         torch.cuda.manual_seed(seed)
 
@@ -702,27 +701,29 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 
+def parameters_of(model):
+    """The parameters of a module, or a list of parameters as it is."""
+    return list(model.parameters()) if isinstance(model, nn.Module) else model
+
+
 @torch.no_grad()
 def clip_gradients(model, clip):
     """Clip each parameter's gradient to an L2 norm of `clip`, one parameter at a time; 0 leaves them as they are.
 
-    `model` is a module or a list of parameters. Unlike torch.nn.utils.clip_grad_norm_, which clips the global norm, a
-    large gradient in one layer does not shrink the others. Returns the norms before clipping, one per parameter with a
-    gradient, on the device (no host sync).
+    `model` is a module or a list of parameters. Unlike with torch.nn.utils.clip_grad_norm_, a large gradient in one
+    layer does not shrink the others. Returns the norms before clipping, one per gradient, on the device (no host sync).
     """
-    params = model.parameters() if isinstance(model, nn.Module) else model
-    gradients = [p.grad for p in params if p.grad is not None]
+    gradients = [p.grad for p in parameters_of(model) if p.grad is not None]
     if not gradients:
         return torch.zeros(0)
     norms = torch.stack(torch._foreach_norm(gradients))
     if clip:
-        factors = (clip / (norms + 1e-6)).clamp(max=1.0)
-        scale_each(gradients, factors)
+        scale_each(gradients, (clip / (norms + 1e-6)).clamp(max=1.0))
     return norms
 
 
 def scale_each(tensors, factors):
-    """Multiply each tensor, in place, by its own factor; `factors` [n] stay on the device."""
+    """Multiply each dense tensor, in place, by its own factor; `factors` [n] stay on the device."""
     factors = list(factors.unbind())
     if factors[0].device.type == "cuda":  # a copy as large as all tensors, instead of a kernel launch for each
         sizes = [tensor.numel() for tensor in tensors]

@@ -162,6 +162,14 @@ def test_arrays_with_three_channels_train(tmp_path):
     assert (crops[0].shape, unreadable) == ((4, 3, 32, 32), [])
 
 
+def test_crops_of_one_size_leave_a_loader_process_as_one_tensor():
+    batch = [([torch.full((3, side, side), 10 * i + k) for k, side in enumerate((8, 8, 4))], i, None) for i in (5, 7)]
+    crops, indices, unreadable = dino_data.pack(batch)
+    assert [tuple(same.shape) for same in crops] == [(2, 2, 3, 8, 8), (1, 2, 3, 4, 4)]
+    assert [same[..., 0, 0, 0].tolist() for same in crops] == [[[50, 70], [51, 71]], [[52, 72]]]
+    assert (indices.tolist(), unreadable) == ([5, 7], [])
+
+
 def test_a_small_image_that_is_damaged_is_reported_in_each_epoch(tmp_path):
     root = photographs_of(tmp_path, [(20, 20)] * 8)
     loader = loader_of(root, "--batch_size_per_gpu", 8)

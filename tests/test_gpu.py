@@ -58,10 +58,12 @@ def test_the_benchmark_measures_networks_on_a_gpu(device):
 
 @pytest.mark.slow
 @on_gpu
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("arch", ["resnet8", "vit_nano"])
-def test_cuda_graphs_train_as_eager_steps_do(device, arch):
+def test_cuda_graphs_train_as_eager_steps_do(device, arch, mixed):
+    rounding = 10 if mixed else 1  # of bf16, which compiled code rounds less often
     flags = {"arch": arch, "patch_size": 8, "out_dim": 64, "global_crops_size": 32, "local_crops_size": 16}
-    flags |= {"local_crops_number": 2, "batch_size_per_gpu": 16, "use_fp16": False}
+    flags |= {"local_crops_number": 2, "batch_size_per_gpu": 16, "use_fp16": mixed}
     losses, weights, launches = [], [], []
     for mode in ("false", "reduce-overhead"):
         args = dino_steps.training_args(**flags, device=device, compile=mode)
@@ -72,9 +74,9 @@ def test_cuda_graphs_train_as_eager_steps_do(device, arch):
         networks = (training.parts.student, training.parts.teacher)
         weights.append(torch.cat([v.flatten().double() for n in networks for v in n.state_dict().values()]))
     assert launches == [0, 5 * 6]  # teacher, student, loss, and two of them backward
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3 * rounding)
     assert losses[0][-1] < losses[0][0] - 0.1
-    assert (weights[0] - weights[1]).norm() < 1e-2 * weights[0].norm()
+    assert (weights[0] - weights[1]).norm() < 1e-2 * rounding * weights[0].norm()
 
 
 @on_gpu

@@ -33,6 +33,7 @@ import dino_checkpoints
 import dino_cli
 import dino_compile
 import dino_run
+import dino_steps
 import main_dino
 import utils
 import vision_transformer as vits
@@ -599,6 +600,14 @@ def test_a_run_does_not_depend_on_the_callers_random_state(finished, tiny_root, 
     assert_same_run(train(tiny_root, tmp_path), finished[0])
 
 
+def test_each_step_seeds_the_gpu_that_is_in_use(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(utils, "uses_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    utils.seed_step(3, 5)
+    assert seeds == [torch.initial_seed()]  # the CPU has it, too
+
+
 def test_drop_path_is_a_function_of_seed_step_and_rank(monkeypatch):
     draws = {}
     for step, rank in ((0, 0), (1, 0), (0, 1), (0, 0)):
@@ -665,29 +674,43 @@ def test_recording_graphs_changes_no_statistics(monkeypatch, arch):
         return callables
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", rehearse)
-    flags = ["--arch", arch, "--out_dim", 16, "--global_crops_size", 16, "--local_crops_number", 0]
-    args = arguments(*flags, "--batch_size_per_gpu", 2)
+    flags = ["--arch", arch, "--out_dim", 16, "--global_crops_size", 32, "--local_crops_size", 16]
+    args = arguments(*flags, "--local_crops_number", 1, "--batch_size_per_gpu", 2)
     student, teacher = main_dino.build_student_and_teacher(args, torch.device("cpu"), None)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    loss = main_dino.DINOLoss(16, 2, 0.04, 0.04, 0, 1)
+    loss = main_dino.DINOLoss(16, 3, 0.04, 0.04, 0, 1)
     dino_compile.record_cuda_graphs(student, teacher, loss, args, None)
-    assert [output.shape for output in ran[:2]] == [(4, 16)] * 2  # teacher, student
+    assert [len(output) for output in ran[:2]] == [4, 6]  # in the order of a step: teacher, student
     assert ran[2][0].requires_grad  # the loss, with gradients for the student
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
+def test_cuda_graphs_of_several_processes_are_an_error(monkeypatch):
+    args = dino_steps.training_args(arch="resnet8", out_dim=16, device="cpu", compile="reduce-overhead")
+    monkeypatch.setattr(utils, "get_world_size", lambda: 2)
+    with pytest.raises(utils.UserError, match="is for one process"):
+        dino_steps.OurTraining(args)
+
+
+def test_cuda_graphs_need_torch_2_5(monkeypatch, refusal, tmp_path):
+    monkeypatch.setattr(torch, "__version__", "2.4.1+cu121")
+    error = refusal(main_dino, *SMALL_RUN, "--compile", "reduce-overhead", "--output_dir", tmp_path)
+    assert "--compile reduce-overhead needs torch 2.5, not 2.4.1+cu121" in error
+
+
 @pytest.mark.parametrize(
     ("named", "missing"), [(None, ""), ("", "program in CXX"), ("/nowhere/g++ -O2", "/nowhere/g++ -O2")]
 )
-def test_compile_without_a_compiler_is_an_error(monkeypatch, refusal, tmp_path, named, missing):
+def test_compile_without_a_compiler_is_an_error(monkeypatch, named, missing):
+    args = dino_steps.training_args(arch="resnet8", out_dim=16, device="cpu", compile="true")
     if named is None:
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", "")
     else:
         monkeypatch.setenv("CXX", named)
-    error = refusal(main_dino, *SMALL_RUN, "--compile", "true", "--output_dir", tmp_path)
-    assert f"--compile needs a C++ compiler: there is no {missing}" in error
+    with pytest.raises(utils.UserError, match=re.escape(f"--compile needs a C++ compiler: there is no {missing}")):
+        dino_steps.OurTraining(args)
 
 
 def test_training_works_without_local_crops(tiny_root, tmp_path):
