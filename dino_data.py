@@ -484,7 +484,8 @@ def pack(batch):
     """
     crops, indices, unreadable = zip(*batch, strict=True)
     same = itertools.groupby(zip(*crops, strict=True), key=lambda views: views[0].shape)
-    crops = [torch.stack([torch.stack(views) for views in group]) for _, group in same]
+    # default_collate writes to shared memory, and raises here if there is too little of it.
+    crops = [default_collate([torch.stack(views) for views in group]) for _, group in same]
     return crops, np.array(indices), [image for image in unreadable if image]
 
 
