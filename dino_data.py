@@ -480,7 +480,7 @@ class CropLoader(DataLoader):
 def pack(batch):
     """`collate` with consecutive crops of one size in one tensor [n, B, C, h, w], and indices as a numpy array.
 
-    A tensor that comes from a loader process costs the one that trains a third of a millisecond, however small it is.
+    Each tensor from a loader process costs the one that trains a connection and a handshake, however small it is.
     """
     crops, indices, unreadable = zip(*batch, strict=True)
     same = itertools.groupby(zip(*crops, strict=True), key=lambda views: views[0].shape)

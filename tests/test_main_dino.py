@@ -6,6 +6,7 @@ import math
 import random
 import re
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -684,6 +685,22 @@ def test_recording_graphs_changes_no_statistics(monkeypatch, arch):
     assert ran[2][0].requires_grad  # the loss, with gradients for the student
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("flag", ["false", "true", "reduce-overhead"])
+def test_networks_and_loss_are_compiled(monkeypatch, flag):
+    compiled = []
+    monkeypatch.setenv("CXX", sys.executable)  # a program that exists
+    monkeypatch.setattr(torch, "compile", lambda function, *, dynamic: compiled.append(function.__self__) or function)
+    args = dino_steps.training_args(arch="resnet8", out_dim=16, global_crops_size=32, device="cpu", compile=flag)
+    parts = dino_steps.OurTraining(args).parts
+    assert compiled == [parts.student, parts.teacher, parts.dino_loss] * (flag != "false")
+
+
+def test_a_finished_run_needs_no_compiler(tiny_root, tmp_path, monkeypatch):
+    before = train(tiny_root, tmp_path, "--epochs", 1)
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    assert_same_run(train(tiny_root, tmp_path, "--epochs", 1, "--compile", "true"), before)
 
 
 def test_cuda_graphs_of_several_processes_are_an_error(monkeypatch):
