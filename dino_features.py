@@ -222,6 +222,9 @@ def load_features(folder, device, multilabel=False):
     With `multilabel`, labels may also be [N, C] of 1 (has the label), -1 (has not) and 0 (not counted). Raises
     UserError if a file is missing, or if the tensors do not fit together.
     """
+    for name in FEATURE_FILES:
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise UserError(f"--load_features {folder} has no {name}. Use a folder that --dump_features wrote")
     tensors = [dino_checkpoints.load_checkpoint(os.path.join(folder, name)) for name in FEATURE_FILES]
     for part, features, labels in (("train", *tensors[:2]), ("test", *tensors[2:])):
         both = isinstance(features, torch.Tensor) and isinstance(labels, torch.Tensor)

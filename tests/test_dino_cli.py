@@ -120,6 +120,7 @@ def test_a_recipe_is_found_by_its_name_from_any_folder(recipes, parse):
     ("name", "says"),
     [
         ("shrot", "--config shrot is neither a file nor the name of a recipe; did you mean short?"),
+        ("hor", "--config hor is neither a file nor the name of a recipe; did you mean short?"),
         ("x", "--config x is neither a file nor the name of a recipe. There are short"),
         ("short.yml", "can't read the recipe --config short.yml: No such file or directory; did you mean short?"),
         ("./short", "can't read the recipe --config ./short: No such file"),

@@ -328,7 +328,7 @@ def test_the_parent_of_a_voc_folder_is_an_error_that_names_the_year(refusal, voc
         (["--dump_features", "x", "--normalize", "false"], "Remove --normalize false"),
         (["--image_size", 30], "--image_size 30 is not a multiple of --patch_size 16"),
         (["--data_path", "/no/where"], "--data_path /no/where does not exist"),
-        (["--load_features", "/no/where"], "/no/where/trainfeat.pth"),
+        (["--load_features", "/no/where"], "--load_features /no/where has no trainfeat.pth. Use a folder that --dump_"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_one_line_and_exit_code_2(refusal, flags, message):
