@@ -51,7 +51,8 @@ def norms_of_weights(network):
 
 # ---- warnings ----
 
-VITS = ("vit_nano", "vit_tiny", "vit_small", "vit_base")  # the networks that --patch_size is for
+# The networks that --patch_size is for.
+VITS = tuple(f"vit_{size}{stem}" for size in ("nano", "tiny", "small", "base") for stem in ("", "_conv"))
 
 PATIENCE = 3  # log lines in a row that must show a condition before it is a warning
 COLLAPSE = ("uniform", "dominant", "agreement", "features")

@@ -64,6 +64,8 @@ def check_args(args):
     vit, ending, endings = dino_backbones.vit_factory(args.arch), Path(args.output).suffix, ENDINGS[args.to]
     if args.to == "hf" and not vit:
         raise UserError(f"--to hf supports the vit_ networks, not --arch {args.arch}. Use --to backbone or onnx")
+    if args.to in ("timm", "hf") and vit and args.arch.endswith("_conv"):
+        raise UserError(f"--to {args.to} has no ViT with the stem of --arch {args.arch}. Use --to backbone or onnx")
     if endings and ending not in endings:
         raise UserError(f"--output {args.output} must end in {' or '.join(endings)} for --to {args.to}")
     if args.to == "hf" and ending in (*TENSOR_FILES, ".onnx"):

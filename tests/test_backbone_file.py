@@ -95,6 +95,15 @@ def test_resnets_for_small_images_load_through_the_hub(tmp_path, arch):
         assert torch.equal(utils.load_run(path)[0](images), source(images))
 
 
+def test_a_vit_with_a_convolutional_stem_loads_from_its_file(tmp_path):
+    source, _ = dino_backbones.build_backbone("vit_nano_conv", patch_size=4, img_size=24)
+    flags = ("--arch", "vit_nano_conv", "--patch_size", 4, "--global_crops_size", 24)
+    path = dino_checkpoints.write_backbone(tmp_path, source, arguments_of(main_dino, *flags))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(utils.load_run(path)[0](images), source.eval()(images))
+
+
 def test_convnets_are_written_in_the_usual_memory_format(tmp_path):
     source, _ = dino_backbones.build_backbone("resnet18", img_size=32)
     source.to(memory_format=torch.channels_last)

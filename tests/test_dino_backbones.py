@@ -60,6 +60,32 @@ def test_the_resnet_for_cpus_has_eight_layers_and_torchvisions_keys():
         assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (len(conv.weight) * 9)), rel=0.1)
 
 
+def test_a_convolutional_stem_sees_more_of_the_image_than_its_patch():
+    model, width = dino_backbones.build_backbone("vit_nano_conv", patch_size=4, img_size=24)
+    plain = dino_backbones.build_backbone("vit_nano", patch_size=4, img_size=24)[0]
+    others = [key for key in plain.state_dict() if not key.startswith("patch_embed")]
+    assert [key for key in model.state_dict() if not key.startswith("patch_embed")] == others
+    images = torch.randn(2, 3, 24, 32, requires_grad=True)
+    patches = model.eval().patch_embed(images)
+    assert patches.shape == (2, 6 * 8, width)
+    assert model(images).shape == (2, width)
+    for network, rows, columns in ((model, range(4, 13), range(8, 17)), (plain, range(8, 12), range(12, 16))):
+        patch = network.patch_embed(images)[0, 2 * 8 + 3]  # third row, fourth column
+        (seen,) = torch.autograd.grad(patch.square().sum(), images)
+        seen = seen.abs().sum(dim=1).nonzero()  # [pixels, (image, row, column)]
+        assert seen[:, 0].unique().tolist() == [0]
+        assert set(seen[:, 1].tolist()) == set(rows)
+        assert set(seen[:, 2].tolist()) == set(columns)
+
+
+def test_a_convolutional_stem_halves_the_image_to_the_size_of_its_patches():
+    stem = dino_backbones.conv_stem(patch_size=16, in_chans=1, width=64)
+    shapes = [tuple(conv.weight.shape) for conv in stem if isinstance(conv, nn.Conv2d)]
+    assert shapes == [(4, 1, 3, 3), (8, 4, 3, 3), (16, 8, 3, 3), (32, 16, 3, 3), (64, 32, 3, 3), (64, 64, 1, 1)]
+    assert stem(torch.randn(2, 1, 64, 32)).shape == (2, 64, 4, 2)
+    assert dino_backbones.conv_stem(patch_size=1, in_chans=3, width=8)(torch.zeros(1, 3, 5, 7)).shape == (1, 8, 5, 7)
+
+
 @pytest.mark.parametrize(
     ("arch", "width"),
     [
@@ -107,6 +133,7 @@ def test_drop_path_reaches_networks_of_timm_that_have_it():
         ("vit_smal", 96, "unknown --arch vit_smal; did you mean vit_small"),
         ("qwertz", 96, "vit_small or resnet50"),
         ("vgg11_cifar", 32, "unknown --arch vgg11_cifar"),
+        ("vit_tinyconv", 32, "unknown --arch vit_tinyconv; did you mean vit_tiny_conv"),
         ("timm:convit_tiny", 96, "--arch timm:convit_tiny does not take images of 96 pixels"),
         ("timm:sam2_hiera_tiny_", 96, "unknown --arch timm:sam2_hiera_tiny_; did you mean timm:sam2_hiera_tiny"),
         ("vit_b_16", 96, "--arch vit_b_16 does not take images of 96 pixels"),
@@ -184,16 +211,19 @@ def test_weights_that_see_only_padding_are_found(kernel, padding, step, stride):
         (["--arch", "resnet18", "--local_crops_size", 32, "--amp_dtype", "fp16"], torch.float16),
         (["--arch", "resnet18", "--local_crops_size", 32, "--use_fp16", "false"], None),
         (["--arch", "vit_nano", "--local_crops_size", 16], torch.bfloat16),
+        (["--arch", "vit_nano_conv", "--local_crops_size", 32], torch.bfloat16),
+        (["--arch", "vit_nano_conv", "--local_crops_size", 16], None),
     ],
 )
-def test_convnets_are_trained_in_float32_on_a_cpu_if_their_maps_shrink_to_a_pixel(capsys, flags, dtype):
+def test_convolutions_are_trained_in_float32_on_a_cpu_if_their_maps_shrink_to_a_pixel(capsys, flags, dtype):
     args = arguments_of(main_dino, "--amp_dtype", "bf16", "--global_crops_size", 96, *flags)
     assert dino_backbones.training_dtype(args, torch.device("cpu")) is dtype
     said = capsys.readouterr().out
     if dtype or not args.use_fp16:
         assert said == ""
     else:
-        assert said.startswith("note: --arch resnet18 is trained in float32: for crops of 32 pixels, ")
+        size = min(args.global_crops_size, args.local_crops_size)
+        assert said.startswith(f"note: --arch {args.arch} is trained in float32: for crops of {size} pixels, ")
         assert said.count("\n") == 1
 
 
@@ -497,3 +527,9 @@ def test_only_the_authors_two_other_names_are_aliases(arch, becomes):
     args = arguments_of(main_dino, "--arch", arch)
     main_dino.check_args(args)
     assert args.arch == becomes
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "vit_tiny_conv", "resnet8"])
+def test_a_network_that_timm_does_not_have_starts_from_a_file(arch):
+    with pytest.raises(UserError, match=f"timm has no weights of {arch}.*Give a file of weights"):
+        dino_backbones.initial_weights("timm", arch, 16)

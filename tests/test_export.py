@@ -95,6 +95,8 @@ def printed_usage(capsys):
         (["--to", "backbone", "--output", "a.pt"], r"must end in \.pth or \.safetensors"),
         (["--to", "hf", "--output", "a.safetensors"], r"a\.safetensors names a file.*folder"),
         (["--to", "hf", "--output", "a", "--arch", "resnet18"], "resnet18.*backbone or onnx"),
+        (["--to", "hf", "--output", "a", "--arch", "vit_nano_conv"], "hf has no ViT with the stem.*backbone or onnx"),
+        (["--to", "timm", "--output", "a.pth", "--arch", "vit_nano_conv"], "timm has no ViT with the stem"),
         (["--to", "onnx", "--output", "a.onnx", "--image_size", "48", "8"], "48 8 is not a multiple.*--patch_size 16"),
         (["--to", "backbone", "--output", "a.pth", "--image_size", "48"], "any image size. Remove the flag"),
         (["--to", "backbone", "--output", "a.pth", "--pretrained_weights", ""], "no published weights of.* vit_nano"),

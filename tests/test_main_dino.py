@@ -619,11 +619,13 @@ def test_drop_path_is_a_function_of_seed_step_and_rank(monkeypatch):
     assert len({tuple(draw.tolist()) for draw in draws.values()}) == 3
 
 
-def test_grad_checkpointing_changes_no_number(tiny_root, tmp_path):
-    flags = ["--epochs", 1, "--warmup_epochs", 0, "--drop_path_rate", 0.5]
+@pytest.mark.parametrize("arch", ["vit_nano", "vit_nano_conv"])
+def test_grad_checkpointing_changes_no_number(tiny_root, tmp_path, arch):
+    flags = ["--epochs", 1, "--warmup_epochs", 0, "--drop_path_rate", 0.5, "--arch", arch]
     plain = train(tiny_root, tmp_path / "plain", *flags)
     again = train(tiny_root, tmp_path / "again", *flags, "--grad_checkpointing", "true")
     assert_same(plain["student"], again["student"])
+    assert any("running_mean" in key for key in plain["student"]) == arch.endswith("_conv")
 
 
 def test_grad_checkpointing_of_a_network_with_batch_norms_is_an_error(refusal, tmp_path, tiny_root):
