@@ -38,11 +38,11 @@ def vit_factory(arch):
 
 
 def conv_vit(name):
-    """The function that builds `name`, one of our ViTs and the suffix `_conv`: with `conv_stem` for its patches."""
+    """A function that builds one of our ViTs with a ConvStem; `name` is the ViT's name and `_conv`."""
 
     def build(patch_size=16, in_chans=3, **kwargs):
         model = vars(vits)[name.removesuffix("_conv")](patch_size=patch_size, in_chans=in_chans, **kwargs)
-        model.patch_embed.proj = conv_stem(patch_size, in_chans, model.embed_dim)
+        model.patch_embed.proj = ConvStem(patch_size, in_chans, model.embed_dim)
         return model
 
     return build
@@ -135,21 +135,30 @@ def build_backbone(arch, patch_size=16, img_size=224, drop_path_rate=0.0, in_cha
     return model, features_width(model, img_size, arch, in_chans)
 
 
-def conv_stem(patch_size, in_chans, width):
-    """Convolutions from images [B, in_chans, H, W] to patches [B, width, H / patch_size, W / patch_size].
+class ConvStem(nn.Sequential):
+    """Convolutions from images [B, in_chans, H, W] to patches [B, width, H // patch_size, W // patch_size].
 
-    Of 3 x 3 pixels with batch norm, the first at full size, the others with stride 2, and a last one of 1 x 1: ViTs
-    learn sooner with them (arXiv 2106.14881). Raises UserError if `patch_size` is not a power of 2.
+    They are 3 x 3, with batch norm and ReLU. The first keeps the size of the image; each other one halves it and has
+    twice the channels. The last one is 1 x 1. But for the first, the stem is that of arXiv 2106.14881. Raises UserError
+    if `patch_size` is not a power of 2, or larger than `width`.
     """
-    halvings = patch_size.bit_length() - 1
-    if patch_size != 2**halvings:
-        raise UserError(f"--patch_size {patch_size} is not a power of 2, which ViTs with a convolutional stem need")
-    widths = [in_chans, *(width >> i for i in range(halvings, -1, -1))]
-    layers = []
-    for i, (before, after) in enumerate(pairwise(widths)):
-        conv = nn.Conv2d(before, after, 3, stride=2 if i else 1, padding=1, bias=False)
-        layers += [conv, nn.BatchNorm2d(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+
+    def __init__(self, patch_size, in_chans, width):
+        halvings = patch_size.bit_length() - 1
+        if patch_size != 2**halvings or patch_size > width:
+            raise UserError(f"--patch_size {patch_size} does not fit a ViT with a stem of convolutions. Use 4, 8 or 16")
+        widths = [in_chans, *(width >> i for i in range(halvings, -1, -1))]
+        layers = []
+        for i, (before, after) in enumerate(pairwise(widths)):
+            conv = nn.Conv2d(before, after, 3, stride=2 if i else 1, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as in the ResNets
+            layers += [conv, nn.BatchNorm2d(after), nn.ReLU()]
+        super().__init__(*layers, nn.Conv2d(width, width, 1))
+        self.patch_size = patch_size
+
+    def forward(self, x):
+        rows, columns = (side // self.patch_size * self.patch_size for side in x.shape[-2:])
+        return super().forward(x[..., :rows, :columns])  # whole patches only, as one convolution per patch sees them
 
 
 def build_convnet(arch, drop_path_rate=0.0, in_chans=3):
@@ -290,8 +299,9 @@ def training_dtype(args, device):
     kernel with padding on a map of one pixel, as in convnets for small crops.
     """
     amp_dtype = pick_amp_dtype(device, args.use_fp16, args.amp_dtype)
-    one_per_patch = vit_factory(args.arch) and not args.arch.endswith("_conv")  # these convolutions have no padding
-    if amp_dtype is not torch.bfloat16 or device.type != "cpu" or one_per_patch:
+    if amp_dtype is not torch.bfloat16 or device.type != "cpu":
+        return amp_dtype
+    if vit_factory(args.arch) and not args.arch.endswith("_conv"):  # one convolution, without padding
         return amp_dtype
     size = min([args.global_crops_size] + [args.local_crops_size] * (args.local_crops_number > 0))
     model, blind = build_backbone(args.arch, args.patch_size, args.global_crops_size, in_chans=args.in_chans)[0], []
@@ -302,7 +312,7 @@ def training_dtype(args, device):
     if not any(blind):
         return amp_dtype
     utils.log(
-        f"note: --arch {args.arch} is trained in float32: for crops of {size} pixels, {sum(blind)} of its convolutions "
+        f"note: --arch {args.arch} is trained in float32: for crops of {size} pixels, some of its convolutions "
         "have weights that see only padding, whose gradients torch leaves unwritten in bf16 on CPUs"
     )
     return None

@@ -135,7 +135,9 @@ def find_recipe(name):
         return name
     known = recipes()
     if name not in known:
-        near = utils.did_you_mean(name, known) or f". There are {', '.join(sorted(known))}"
+        longer = [other for other in sorted(known) if len(name) > 2 and name in other]
+        near = f"; did you mean {', '.join(longer)}?" if longer else utils.did_you_mean(name, known)
+        near = near or f". There are {', '.join(sorted(known))}"
         raise UserError(f"--config {name} is neither a file nor the name of a recipe{near}")
     return known[name]
 

@@ -51,7 +51,7 @@ def norms_of_weights(network):
 
 # ---- warnings ----
 
-# The networks that --patch_size is for.
+# The networks that --patch_size is for, as in dino_backbones.vit_names.
 VITS = tuple(f"vit_{size}{stem}" for size in ("nano", "tiny", "small", "base") for stem in ("", "_conv"))
 
 PATIENCE = 3  # log lines in a row that must show a condition before it is a warning

@@ -89,7 +89,7 @@ def our_names(state, wanted, source, checkpoint_key="teacher"):
                 f"{source} has several such networks: {found}. Save the one to use in its own file, or name it with "
                 "--checkpoint_key in an evaluation"
             )
-        if prefixes:
+        if prefixes and all(names.values()):  # else the layout lacks some of our layers
             state = {
                 key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])
             }
@@ -144,10 +144,15 @@ def check_layers(state, wanted, source, arch=None):
     if kinds or (foreign and shared and same_width):
         what = f" ({', '.join(kinds)})" if kinds else ""
         named = [key for keys in kinds.values() for key in keys] or foreign
+        hint = (
+            "timm may have the network: use --arch timm:<name> with a file of timm's weights, or export the features "
+            "from there"
+        )
+        if all(key.startswith("patch_embed.") for key in named):
+            hint = "ViTs whose --arch ends in _conv have other layers for each --patch_size"
         raise UserError(
             f"{source} has layers{what} that {arch or 'the model'} does not have, so its features would be wrong: "
-            f"{utils.summarize(named)}. Check --arch. timm may have the network: use --arch timm:<name> with a file "
-            "of timm's weights, or export the features from there"
+            f"{utils.summarize(named)}. Check --arch. {hint}"
         )
     unused = [key for key in unused if not key.startswith(("head.", "fc."))]
     if unused and shared:
@@ -169,7 +174,7 @@ def matching_keys(state, wanted, source, arch=None):
     if missing:
         raise UserError(
             f"{source} has only {len(matched)} of the {len(wanted)} tensors of {arch or 'the model'}; it lacks "
-            f"{utils.summarize(missing)}. Check --arch and --checkpoint_key"
+            f"{utils.summarize(missing)}. Check --arch, --patch_size and --checkpoint_key"
         )
     for key in matched:
         if state[key].shape != wanted[key].shape:

@@ -178,7 +178,7 @@ def export_backbone(model, path, size, args, inputs=utils.RGB):
     opened.load_state_dict(state, strict=True)
     words = "".join(f", {key}={value}" for key, value in {"img_size": size[0], **channels}.items())
     network = f'dino_backbones.build_backbone("{args.arch}", {args.patch_size}{words})[0]'
-    return opened.eval(), f"torch {torch.__version__}", f"model = {network}; model.load_state_dict({expression})"
+    return opened.eval(), f"torch {torch.__version__}", f"model = {network}.eval(); model.load_state_dict({expression})"
 
 
 def export_onnx(model, path, size, args, inputs=utils.RGB):

@@ -44,7 +44,7 @@ def get_args_parser():
     model = parser.add_argument_group("model")
     model.add_argument("--arch", default="vit_small", metavar="NAME", help="""vit_nano (ours, for CPUs), vit_tiny,
         vit_small, vit_base; an XCiT such as xcit_small_12_p16; a torchvision classification network such as resnet50;
-        resnet18_cifar and vit_tiny_conv (for small images) and the like; or timm:<name>. --list_archs prints them all.""")
+        resnet18_cifar, vit_tiny_conv and the like (for small images); or timm:<name>. --list_archs prints all.""")
     model.add_argument("--list_archs", action=dino_backbones.ListArchs, nargs=0, default=argparse.SUPPRESS,
         help="Print every name that --arch knows, and exit.")
     model.add_argument("--patch_size", default=16, type=at_least(1), metavar="PIXELS", help="""Side of a ViT's patches.

@@ -88,7 +88,7 @@ def bool_flag(text):
 
 
 def did_you_mean(name, known):
-    near = [k for k in sorted(known) if name in k][:8] or difflib.get_close_matches(name, sorted(known), cutoff=0.5)
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 

@@ -79,11 +79,37 @@ def test_a_convolutional_stem_sees_more_of_the_image_than_its_patch():
 
 
 def test_a_convolutional_stem_halves_the_image_to_the_size_of_its_patches():
-    stem = dino_backbones.conv_stem(patch_size=16, in_chans=1, width=64)
+    stem = dino_backbones.ConvStem(patch_size=16, in_chans=1, width=64)
     shapes = [tuple(conv.weight.shape) for conv in stem if isinstance(conv, nn.Conv2d)]
     assert shapes == [(4, 1, 3, 3), (8, 4, 3, 3), (16, 8, 3, 3), (32, 16, 3, 3), (64, 32, 3, 3), (64, 64, 1, 1)]
     assert stem(torch.randn(2, 1, 64, 32)).shape == (2, 64, 4, 2)
-    assert dino_backbones.conv_stem(patch_size=1, in_chans=3, width=8)(torch.zeros(1, 3, 5, 7)).shape == (1, 8, 5, 7)
+    assert dino_backbones.ConvStem(patch_size=1, in_chans=3, width=8)(torch.zeros(1, 3, 5, 7)).shape == (1, 8, 5, 7)
+    wide = dino_backbones.ConvStem(patch_size=4, in_chans=3, width=256)
+    for conv in (wide[3], wide[6]):  # He et al.: the variance is 2 / fan-out
+        assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (len(conv.weight) * 9)), rel=0.05)
+    for patch_size in (6, 256):
+        with pytest.raises(UserError, match=f"--patch_size {patch_size} does not fit a ViT with a stem"):
+            dino_backbones.ConvStem(patch_size=patch_size, in_chans=3, width=128)
+
+
+def test_a_convolutional_stem_sees_whole_patches_only():
+    model = dino_backbones.build_backbone("vit_nano_conv", patch_size=8, img_size=32)[0].eval()
+    images = torch.randn(2, 3, 37, 30)
+    with torch.no_grad():
+        assert torch.equal(model(images), model(images[:, :, :32, :24]))
+
+
+@pytest.mark.parametrize(("arch", "other"), [("vit_nano", "vit_nano_conv"), ("vit_nano_conv", "vit_nano")])
+def test_weights_of_another_stem_are_an_error(save, arch, other):
+    weights = save(dino_backbones.build_backbone(other, 4, 24)[0].state_dict())
+    with pytest.raises(UserError, match="_conv have other layers"):
+        dino_backbones.load_weights(dino_backbones.build_backbone(arch, 4, 24)[0], weights, arch=arch)
+
+
+def test_weights_of_a_stem_for_other_patches_are_an_error(save):
+    weights = save(dino_backbones.build_backbone("vit_nano_conv", 4, 24)[0].state_dict())
+    with pytest.raises(UserError, match=r"lacks .*Check --arch, --patch_size and --checkpoint_key"):
+        dino_backbones.load_weights(dino_backbones.build_backbone("vit_nano_conv", 8, 24)[0], weights, arch="x")
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,12 @@ def test_the_vit_of_transformers_is_read(tmp_path, prefix):
     assert (trained["arch"], trained["patch_size"], trained["image_size"]) == ("vit_nano", 8, 32)
 
 
+def test_a_vit_with_another_stem_can_not_start_from_their_weights(exported):
+    model, _ = dino_backbones.build_backbone("vit_nano_conv", 16, 32)
+    with pytest.raises(UserError, match=r"tensors of vit_nano_conv is in .*Check --arch"):
+        dino_backbones.load_weights(model, str(exported[1] / "square" / "model.safetensors"), arch="vit_nano_conv")
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """(a network, the folder that `export.py --to hf` wrote of it, with mean and std of its own)."""

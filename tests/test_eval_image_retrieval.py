@@ -296,6 +296,12 @@ def test_loading_and_storage_do_not_change_the_results(capsys, data, weights, fl
     assert run() == run(*flags) != {}
 
 
+def test_a_vit_with_a_convolutional_stem_takes_images_of_any_shape(capsys, data):
+    flags = ("--arch", "vit_nano_conv", "--data_path", data, "--pretrained_weights", "random", "--multiscale", "true")
+    retrieval.main(arguments_of(retrieval, *SMALL, *flags))
+    assert results(capsys.readouterr().out).keys() == {"Medium", "Hard", "Easy"}
+
+
 @pytest.mark.slow
 def test_two_processes_print_what_one_prints(data, weights):
     flags = ("eval_image_retrieval.py", *SMALL, "--data_path", data, "--pretrained_weights", weights)

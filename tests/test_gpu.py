@@ -59,7 +59,7 @@ def test_the_benchmark_measures_networks_on_a_gpu(device):
 @pytest.mark.slow
 @on_gpu
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("arch", ["resnet8", "vit_nano_conv"])
+@pytest.mark.parametrize("arch", ["resnet8", "vit_nano", "vit_nano_conv"])
 def test_cuda_graphs_train_as_eager_steps_do(device, arch, mixed):
     rounding = 10 if mixed else 1  # of bf16, which compiled code rounds less often
     flags = {"arch": arch, "patch_size": 8, "out_dim": 64, "global_crops_size": 32, "local_crops_size": 16}
