@@ -154,6 +154,7 @@ def test_the_printed_line_opens_plain_weights(tmp_path, nano, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     names = {"dino_backbones": dino_backbones, "torch": torch}
     exec(printed_usage(capsys), names)
+    assert not names["model"].training
     assert all(torch.equal(value, network().state_dict()[key]) for key, value in names["model"].state_dict().items())
 
 

@@ -437,7 +437,8 @@ def test_curves_of_several_runs_are_one_picture(tmp_path):
     assert {(31, 119, 180), (255, 127, 14), (44, 160, 44)} <= colors  # matplotlib's first three, one per run
     report.main(arguments_of(report, *runs, "--curves", tmp_path / "curves.svg"))
     text = (tmp_path / "curves.svg").read_text()
-    assert all(f"<!-- {word} -->" in text for word in ("seed2", "loss", "k-NN top-1 (%)", "raw pixels"))
+    assert all(f"<!-- {word} -->" in text for word in ("seed2", "loss", "k-NN top-1 (%)", "raw pixels", "2"))
+    assert "<!-- 1.5" not in text  # an epoch
 
 
 def test_curves_of_runs_with_odd_and_equal_names_are_all_drawn(tmp_path, monkeypatch):
