@@ -357,7 +357,7 @@ def write_curves(folders, output):
             data = columns(run.log, key)
             axes.plot([epoch + 1 for epoch in data["epoch"]], data.get(key, []), marker=".", label=name)
         axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # no half epochs in short runs
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # no parts of epochs
         axes.spines[["top", "right"]].set_visible(False)
     for key, name, style in (("knn_raw_pixels", "raw pixels", "dotted"), ("knn_start", "before training", "dashed")):
         if levels := [level for run in runs for level in last_of(run, key)]:  # nearly the same for all seeds

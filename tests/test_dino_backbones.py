@@ -102,7 +102,7 @@ def test_a_convolutional_stem_sees_whole_patches_only():
 @pytest.mark.parametrize(("arch", "other"), [("vit_nano", "vit_nano_conv"), ("vit_nano_conv", "vit_nano")])
 def test_weights_of_another_stem_are_an_error(save, arch, other):
     weights = save(dino_backbones.build_backbone(other, 4, 24)[0].state_dict())
-    with pytest.raises(UserError, match="_conv have other layers"):
+    with pytest.raises(UserError, match="_conv have other patches"):
         dino_backbones.load_weights(dino_backbones.build_backbone(arch, 4, 24)[0], weights, arch=arch)
 
 
