@@ -149,7 +149,7 @@ def check_layers(state, wanted, source, arch=None):
             "from there"
         )
         if all(key.startswith("patch_embed.") for key in named):
-            hint = "ViTs whose names end in _conv have other patches than those without"
+            hint = "A ViT whose name ends in _conv has another patch embedding"
         raise UserError(
             f"{source} has layers{what} that {arch or 'the model'} does not have, so its features would be wrong: "
             f"{utils.summarize(named)}. Check --arch. {hint}"

@@ -10,6 +10,7 @@ import torch.nn as nn
 from conftest import arguments_of, same_state, tensor, tiny_vit
 
 import dino_backbones
+import dino_health
 import dino_layouts
 import hubconf
 import main_dino
@@ -92,6 +93,10 @@ def test_a_convolutional_stem_halves_the_image_to_the_size_of_its_patches():
             dino_backbones.ConvStem(patch_size=patch_size, in_chans=3, width=128)
 
 
+def test_the_health_checks_know_all_networks_with_patches():
+    assert set(dino_health.VITS) == set(dino_backbones.vit_names())
+
+
 def test_a_convolutional_stem_sees_whole_patches_only():
     model = dino_backbones.build_backbone("vit_nano_conv", patch_size=8, img_size=32)[0].eval()
     images = torch.randn(2, 3, 37, 30)
@@ -102,7 +107,7 @@ def test_a_convolutional_stem_sees_whole_patches_only():
 @pytest.mark.parametrize(("arch", "other"), [("vit_nano", "vit_nano_conv"), ("vit_nano_conv", "vit_nano")])
 def test_weights_of_another_stem_are_an_error(save, arch, other):
     weights = save(dino_backbones.build_backbone(other, 4, 24)[0].state_dict())
-    with pytest.raises(UserError, match="_conv have other patches"):
+    with pytest.raises(UserError, match="_conv has another patch embedding"):
         dino_backbones.load_weights(dino_backbones.build_backbone(arch, 4, 24)[0], weights, arch=arch)
 
 
