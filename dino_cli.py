@@ -348,8 +348,7 @@ def run(main, flags, description):
         if hint:
             print(f"hint: {hint}", file=sys.stderr, flush=True)
         sys.exit(1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    utils.leave_processes()
 
 
 def say_error(message):

@@ -100,7 +100,7 @@ def gather_rows(*tensors):
         everyone = [torch.empty_like(rows) for _ in range(utils.get_world_size())] if utils.is_main_process() else None
         dist.gather(rows, everyone, group=group)
         gathered.append(torch.cat(everyone) if everyone else None)
-    dist.destroy_process_group(group)
+    utils.leave_processes(group)
     return gathered
 
 

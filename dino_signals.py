@@ -6,8 +6,6 @@ import sys
 import threading
 import time
 
-import torch.distributed as dist
-
 import utils
 from utils import Stopped, UserError
 
@@ -111,6 +109,5 @@ class StopRequest:
             if callable(handler) and handler not in (signal.default_int_handler, utils.terminate):
                 self.__exit__()
                 handler(each, None)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        utils.leave_processes()
         sys.exit(128 + number)

@@ -23,8 +23,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 import dino_cli
 import main_dino
 import utils
@@ -227,8 +225,7 @@ class Task:
             leave(job, stop.code)
         if job.cluster == "slurm":  # the run is done: a signal would kill the process while it shuts down
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        utils.leave_processes()
 
 
 def set_rank(job):

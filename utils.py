@@ -25,7 +25,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,14 +33,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.init import trunc_normal_  # noqa: F401 - public
 from tqdm import tqdm
-
-if TYPE_CHECKING:  # for editors
-    from dino_backbones import load_pretrained_linear_weights, load_pretrained_weights  # noqa: F401
-    from dino_checkpoints import restart_from_checkpoint  # noqa: F401
-    from dino_cli import reduce_dict, setup_for_distributed  # noqa: F401
-    from dino_crops import GaussianBlur, Solarization  # noqa: F401
-    from dino_features import PCA, accuracy, compute_ap, compute_map, load_run, multi_scale  # noqa: F401
-    from dino_health import get_sha  # noqa: F401
 
 # Public names that live in another file.
 ELSEWHERE = {
@@ -216,6 +208,13 @@ def join_processes(args, device):
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+
+
+def leave_processes(group=None):
+    """Destroy a process group, by default that of all processes, if there is one."""
+    if dist.is_initialized():
+        time.sleep(0.1)  # threads of gloo may need the GIL to free a tensor: torch 2.4 waits for them, but keeps it
+        dist.destroy_process_group(group)
 
 
 def name_slurm_master():

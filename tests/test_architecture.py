@@ -61,10 +61,8 @@ ARROWS["eval_linear"] = {"dino_linear", *BELOW_FEATURES}
 
 
 def imported(tree):
-    """Names of the modules that a syntax tree imports, but for those under `if TYPE_CHECKING`."""
+    """Names of the modules that a syntax tree imports."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            continue
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
