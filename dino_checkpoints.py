@@ -6,12 +6,14 @@ and ours for a resume within an epoch: images_done, meters, health. Besides tens
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
 import re
 import shutil
 import zipfile
+from _codecs import encode
 from pathlib import Path
 
 import numpy as np
@@ -109,15 +111,13 @@ def run_state(parts, args, progress):
 def _allow_public_checkpoints():
     """Let weights_only loading accept what public checkpoints contain besides tensors, and nothing more.
 
-    That is the arguments as a Namespace, and learning rates as numpy float64 scalars, under their names in old and new
-    numpy. None of them runs code when unpickled.
+    That is arguments as a Namespace, and numpy float64 scalars by their names in old and new numpy. None runs code.
     """
-    from _codecs import encode
-
-    scalar = np.float64(0).__reduce__()[0]
-    allowed = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), encode, scalar]
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5):  # which accepts (object, name) pairs
-        allowed += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+    allowed = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), encode]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        scalar = functools.partial(np.float64(0).__reduce__()[0])
+        scalar.__module__, scalar.__name__, scalar.__qualname__ = module, "scalar", "scalar"  # torch reads one of these
+        allowed.append(scalar)
     torch.serialization.add_safe_globals(allowed)
 
 
