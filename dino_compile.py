@@ -13,9 +13,9 @@ from utils import UserError
 
 def check_flags(args):
     """Raise UserError if a run can't be compiled as its arguments say."""
+    if args.compile and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5):
+        raise UserError(f"--compile needs torch 2.5, not {torch.__version__}. Use --compile false")
     if args.compile == "reduce-overhead":
-        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5):
-            raise UserError(f"--compile reduce-overhead needs torch 2.5, not {torch.__version__}. Use --compile true")
         for flag, off in {"grad_accum_steps": 1, "grad_checkpointing": False}.items():
             if getattr(args, flag) != off:
                 raise UserError(
