@@ -181,6 +181,8 @@ def useful_flop(args, batch_size):
         student, teacher = plain_network(args), plain_network(args)
         for network in (student, teacher) if dino_backbones.vit_factory(args.arch) else ():
             network.backbone.set_cls_only(True)
+        for network in (student, teacher):  # the same products: torch 2.4 has no weight norm without numbers
+            network.head.last_layer = torch.nn.Linear(network.head.last_layer.in_features, args.out_dim, bias=False)
         crops = [torch.empty(batch_size, 3, size, size) for size in crop_sizes(args)]
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
