@@ -231,7 +231,7 @@ def test_timm_has_a_network_for_each_vit(arch, patch_size, name):
     with torch.device("meta"):
         model, _ = dino_backbones.build_backbone(arch, patch_size)
         got, keywords = export.timm_network(model, (224, 224), arguments_of(export, *flags))
-        theirs = timm.create_model(got, **keywords)
+    theirs = timm.create_model(got, **keywords)
     assert got == name
     shapes = [{key: value.shape for key, value in m.state_dict().items()} for m in (model, theirs)]
     assert shapes[0] == shapes[1]

@@ -277,6 +277,10 @@ def test_the_rotation_stored_by_a_phone_is_applied(clip, tmp_path):
 def test_a_truncated_video_gives_a_warning(clip, tmp_path, capsys):
     whole = clip.read_bytes()
     (tmp_path / "half.mp4").write_bytes(whole[: len(whole) // 2])  # the index comes first, with all frames
+    if int(av.__version__.split(".")[0]) < 18:  # whose decoder takes the torn packet for damage
+        with pytest.raises(utils.UserError, match=r"half\.mp4 as a video after frame \d+: .* Is it complete\?"):
+            video_generation.extract_frames(tmp_path / "half.mp4", tmp_path / "frames")
+        return
     paths, _ = video_generation.extract_frames(tmp_path / "half.mp4", tmp_path / "frames")
     assert 0 < len(paths) < 12
     assert f"declares 12 frames, but only {len(paths)} can be read" in capsys.readouterr().out
