@@ -5,6 +5,7 @@ importing utils imports none of our files.
 """
 
 import argparse
+import atexit
 import contextlib
 import datetime
 import difflib
@@ -113,10 +114,7 @@ def derive_seed(*parts):
 
 
 def fix_random_seeds(seed=0, cpu_only=False):
-    """Seed torch (on all devices, or only on the CPU), numpy and Python.
-
-    Seeding all devices takes half a millisecond even if none is in use, which is much for one image.
-    """
+    """Seed torch (on all devices, which takes half a millisecond, or only on the CPU), numpy and Python."""
     (torch.default_generator if cpu_only else torch).manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -208,6 +206,7 @@ def join_processes(args, device):
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+    atexit.register(time.sleep, 0.1)  # for the same reason as in leave_processes, after an error
 
 
 def leave_processes(group=None):
