@@ -373,8 +373,6 @@ def is_first_to_say(message, patience=2.0):
         while utils.is_main_process() and ended < utils.get_world_size() and time.monotonic() < until:
             time.sleep(0.01)
             ended = store.add("ended", 0)
-        if not first:
-            time.sleep(1)  # torchrun repeats the message of the process that ends first
     except RuntimeError:  # rank 0 has ended
         return True
     return first
