@@ -108,17 +108,17 @@ def run_state(parts, args, progress):
 # ---- reading ----
 
 
+@functools.cache  # torch keeps what it is given at each call
 def _allow_public_checkpoints():
     """Let weights_only loading accept what public checkpoints contain besides tensors, and nothing more.
 
     That is arguments as a Namespace, and numpy float64 scalars by their names in old and new numpy. None runs code.
     """
-    allowed = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), encode]
+    torch.serialization.add_safe_globals([argparse.Namespace, np.dtype, type(np.dtype(np.float64)), encode])
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         scalar = functools.partial(np.float64(0).__reduce__()[0])
         scalar.__module__, scalar.__name__, scalar.__qualname__ = module, "scalar", "scalar"  # torch reads one of these
-        allowed.append(scalar)
-    torch.serialization.add_safe_globals(allowed)
+        torch.serialization.add_safe_globals([scalar])
 
 
 def load_checkpoint(path, verify=False):
