@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -473,6 +474,8 @@ class CropLoader(DataLoader):
     """A DataLoader of `pack`ed batches, which returns them as `collate` does."""
 
     def __iter__(self):
+        if utils.get_world_size() > 1:
+            time.sleep(0.1)  # a worker forked while a thread of gloo has Python's locks would wait for them forever
         for crops, indices, unreadable in super().__iter__():
             yield [crop for same in crops for crop in same], torch.from_numpy(indices), unreadable
 
