@@ -108,17 +108,16 @@ def run_state(parts, args, progress):
 # ---- reading ----
 
 
-@functools.cache  # torch keeps what it is given at each call
-def _allow_public_checkpoints():
-    """Let weights_only loading accept what public checkpoints contain besides tensors, and nothing more.
+@functools.cache
+def _public_types():
+    """What public checkpoints contain besides tensors; none of it runs code when unpickled.
 
-    That is arguments as a Namespace, and numpy float64 scalars by their names in old and new numpy. None runs code.
+    That is arguments as a Namespace, and numpy float64 scalars by their names in old and new numpy.
     """
-    torch.serialization.add_safe_globals([argparse.Namespace, np.dtype, type(np.dtype(np.float64)), encode])
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        scalar = functools.partial(np.float64(0).__reduce__()[0])
+    scalars = [functools.partial(np.float64(0).__reduce__()[0]) for _ in range(2)]
+    for scalar, module in zip(scalars, ("numpy.core.multiarray", "numpy._core.multiarray"), strict=True):
         scalar.__module__, scalar.__name__, scalar.__qualname__ = module, "scalar", "scalar"  # torch reads one of these
-        torch.serialization.add_safe_globals([scalar])
+    return [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), encode, *scalars]
 
 
 def load_checkpoint(path, verify=False):
@@ -127,7 +126,7 @@ def load_checkpoint(path, verify=False):
     `verify` compares it with the checksums that torch.save writes and torch.load ignores. Raises UserError if the file
     is missing, damaged, or contains anything else.
     """
-    _allow_public_checkpoints()
+    torch.serialization.add_safe_globals(_public_types())  # at each load: timm withdraws Namespace after its own
     if str(path).endswith(".onnx"):
         raise UserError(f"{path} is an ONNX graph, not weights. Use the checkpoint that it was exported from")
     try:
@@ -157,7 +156,7 @@ def load_checkpoint(path, verify=False):
 
 def load_args(path):
     """The arguments in a checkpoint file as a dict, {} if it has none. The tensors of a large file are not read."""
-    _allow_public_checkpoints()
+    torch.serialization.add_safe_globals(_public_types())
     try:
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # an old layout, or damaged: load_checkpoint names the problem

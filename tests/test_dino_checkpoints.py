@@ -62,6 +62,17 @@ def test_a_public_checkpoint_with_a_namespace_and_numpy_learning_rates_is_read(t
     assert loaded["optimizer"]["param_groups"] == groups
 
 
+def test_arguments_are_read_after_timm_loaded_a_file(tmp_path):
+    """timm allows Namespace for its own loads, and withdraws it after each."""
+    from timm.models import load_state_dict
+
+    torch.save({"args": argparse.Namespace(arch="vit_nano"), "state_dict": {}}, tmp_path / "c.pth")
+    for _ in range(2):
+        assert dino_checkpoints.load_args(tmp_path / "c.pth") == {"arch": "vit_nano"}
+        assert dino_checkpoints.load_checkpoint(tmp_path / "c.pth")["args"].arch == "vit_nano"
+        load_state_dict(str(tmp_path / "c.pth"))
+
+
 def test_safetensors_are_read_and_a_torn_file_is_named(tmp_path):
     from safetensors.torch import save_file
 
