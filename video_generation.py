@@ -147,7 +147,6 @@ def extract_frames(path, folder):
             if not container.streams.video or re.search(r"image|_pipe$|^tty$", container.format.name):
                 raise UserError(f"--input_path {path} is not a video. Use a video, or a folder of frames")
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
             rate = float(stream.average_rate or DEFAULT_FPS)
             for frame in progress(container.decode(stream), "reading frames", stream.frames or None):
                 if frame.is_corrupt:
