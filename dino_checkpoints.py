@@ -110,9 +110,9 @@ def run_state(parts, args, progress):
 
 @functools.cache
 def _public_types():
-    """What public checkpoints contain besides tensors; none of it runs code when unpickled.
+    """The types in public checkpoints besides tensors and plain ones. None runs code when unpickled.
 
-    That is arguments as a Namespace, and numpy float64 scalars by their names in old and new numpy.
+    These are Namespace, for arguments, and numpy's float64 scalars by their names in old and new numpy.
     """
     scalars = [functools.partial(np.float64(0).__reduce__()[0]) for _ in range(2)]
     for scalar, module in zip(scalars, ("numpy.core.multiarray", "numpy._core.multiarray"), strict=True):

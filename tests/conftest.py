@@ -33,7 +33,7 @@ import dino_sample
 ROOT = Path(__file__).resolve().parent.parent
 # A folder beside the checkout with goldens/ and data/. Tests that need it are skipped if there is none.
 SHARED = Path(os.environ.get("DINO_TEST_DATA", ROOT.parent / "shared"))
-# Decides for a mark, and for tests of whatever a recipe or a document has.
+# The mark is for tests that always compile. Tests of all recipes or documents skip the commands with --compile.
 CAN_COMPILE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 5)
 compiles = pytest.mark.skipif(not CAN_COMPILE, reason="--compile needs torch 2.5")
 torch.set_num_threads(1)

@@ -148,7 +148,7 @@ result = {{
     "meter": [meter.count, meter.total, meter.global_avg, meter.avg],
 }}
 print(json.dumps(result))
-torch.distributed.destroy_process_group()
+utils.leave_processes()
 """
 
 

@@ -135,6 +135,7 @@ import utils, vision_transformer
 assert utils.mine and vision_transformer.mine
 assert type(model) is type(again)
 assert sys.path[: len(before)] == before
+assert {str(ROOT)!r} not in sys.path[len(before) :]
 print(model(torch.zeros(1, 3, 32, 32)).shape)
 """
     assert "[1, 384]" in run_script("-c", code, fresh=True).stdout

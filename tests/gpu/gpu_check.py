@@ -873,7 +873,7 @@ def two_ranks(tools):
             everyone = [torch.zeros_like(totals) for _ in range(2)]
             dist.all_gather(everyone, totals)
             found.check(f"ranks_stay_alike_{arch}", everyone[0].equal(everyone[1]), [t.item() for t in everyone])
-    dist.destroy_process_group()
+    tools.utils.leave_processes()
 
 
 class Many(int):
