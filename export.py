@@ -156,13 +156,13 @@ def write_tensors(state, path):
         utils.write_whole(path, lambda file: file.write(data))
 
 
-def read_tensors(path):
-    """(state dict in a file that `write_tensors` wrote, the Python expression that reads it)."""
+def read_tensors(path, output):
+    """(state dict in a file that `write_tensors` wrote, the Python expression that reads it from `output`)."""
     if path.suffix == ".pth":
-        return dino_checkpoints.load_checkpoint(path), f'torch.load("{path.name}")'
+        return dino_checkpoints.load_checkpoint(path), f'torch.load("{output}")'
     from safetensors.torch import load_file
 
-    return load_file(path), f'safetensors.torch.load_file("{path.name}")'
+    return load_file(path), f'safetensors.torch.load_file("{output}")'
 
 
 # ---- kinds of export ----
@@ -174,7 +174,7 @@ def export_backbone(model, path, size, args, inputs=utils.RGB):
     write_tensors(plain_state(model), path)
     channels = {} if inputs.in_chans == 3 else {"in_chans": inputs.in_chans}
     opened, _ = dino_backbones.build_backbone(args.arch, args.patch_size, size[0], **channels)
-    state, expression = read_tensors(path)
+    state, expression = read_tensors(path, args.output)
     opened.load_state_dict(state, strict=True)
     words = "".join(f", {key}={value}" for key, value in {"img_size": size[0], **channels}.items())
     network = f'dino_backbones.build_backbone("{args.arch}", {args.patch_size}{words})[0]'
@@ -220,7 +220,7 @@ def export_timm(model, path, size, args, inputs=utils.RGB):
     except RuntimeError as e:  # from load_state_dict
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"timm's {name} has other tensors than --arch {args.arch}: {reason}") from e
-    words = "".join(f", {key}={value}" for key, value in {"checkpoint_path": f'"{path.name}"', **keywords}.items())
+    words = "".join(f", {key}={value}" for key, value in {"checkpoint_path": f'"{args.output}"', **keywords}.items())
     return opened.eval(), f"timm {timm.__version__}", f'timm.create_model("{name}"{words})'
 
 
@@ -262,7 +262,7 @@ def export_hf(model, path, size, args, inputs=utils.RGB):
     opened, found = transformers.ViTModel.from_pretrained(path, output_loading_info=True, **options)
     if any(found.values()):  # transformers only warns of missing and unexpected tensors
         raise RuntimeError(f"not all tensors match: {found}")
-    usage = f'transformers.ViTModel.from_pretrained("{path.name}", add_pooling_layer=False); last_hidden_state[:, 0]'
+    usage = f'transformers.ViTModel.from_pretrained("{args.output}", add_pooling_layer=False); last_hidden_state[:, 0]'
     return lambda images: opened(images).last_hidden_state[:, 0], f"transformers {transformers.__version__}", usage
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import socket
 import sys
@@ -150,8 +151,9 @@ def test_published_weights_are_exported_without_a_checkpoint_and_the_hub_loads_t
 
 
 def test_the_printed_line_opens_plain_weights(tmp_path, nano, capsys, monkeypatch):
-    run("--to", "backbone", "--output", tmp_path / "out.pth", *nano)
     monkeypatch.chdir(tmp_path)
+    os.mkdir("folder")
+    run("--to", "backbone", "--output", "folder/out.pth", *nano)
     names = {"dino_backbones": dino_backbones, "torch": torch}
     exec(printed_usage(capsys), names)
     assert not names["model"].training
@@ -243,7 +245,6 @@ def test_the_printed_line_makes_timm_give_the_same_features(tmp_path, nano, caps
     timm = pytest.importorskip("timm")
     sizes = ["--image_size", *size] if size != (48, 48) else []  # 48 is the size of the positions
     run("--to", "timm", "--output", tmp_path / f"out{ending}", *sizes, *nano)
-    monkeypatch.chdir(tmp_path)
     theirs = eval(printed_usage(capsys), {"timm": timm}).eval()
     images = tensor("timm", (2, 3, *size))
     assert_near(features(theirs, images), features(network(), images), 1e-5)
@@ -262,7 +263,6 @@ def test_other_networks_are_exported_to_timm_and_to_plain_files(tmp_path, capsys
     assert all(torch.equal(value, plain[key]) for key, value in model.state_dict().items())
     capsys.readouterr()
     run("--to", "timm", "--output", tmp_path / "timm.pth", *flags)
-    monkeypatch.chdir(tmp_path)
     theirs = eval(printed_usage(capsys), {"timm": timm}).eval()
     images = tensor("timm", (1, 3, 224, 224))
     assert_near(features(theirs, images), features(model, images), 1e-5)
