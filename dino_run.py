@@ -213,7 +213,8 @@ class Run(Bare):
             if utils.plain_args(progress["args"]).get("knn_data") != args.knn_data:
                 self.monitor.forget_best()  # it was measured on other images
             self.bad_images = dino_files.recheck_bad_images(progress["health"], images, utils.inputs_of(args))
-            dino_health.write_environment(args, self.parser)
+            if self.first_epoch < args.epochs:  # else run.json stays as it is, of the command that trained
+                dino_health.write_environment(args, self.parser)
             self.monitor.check_settings()
             self.stop = stack.enter_context(dino_signals.StopRequest())
             self.open = stack.pop_all()

@@ -678,8 +678,10 @@ def test_knn_replaces_unreadable_images_by_black_ones_and_evaluations_end(tmp_pa
 def test_a_run_resumes_with_moved_images_but_not_with_renamed_ones(tmp_path, capsys):
     root = make_images(tmp_path / "data", bad=0)
     student_of(root, tmp_path / "run", "--epochs", 1)
+    before = (tmp_path / "run" / "run.json").read_text()
     moved = root.rename(tmp_path / "moved")
     student_of(moved, tmp_path / "run", "--epochs", 1, "--init_from", "no.pth")
+    assert (tmp_path / "run" / "run.json").read_text() == before
     output = capsys.readouterr().out
     assert "nothing to do" in output
     assert "note: --init_from no.pth is not used" in output
