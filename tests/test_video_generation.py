@@ -290,6 +290,18 @@ def test_a_video_cut_between_two_frames_gives_a_warning(clip, tmp_path, capsys):
     assert "declares 12 frames, but only 6 can be read" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_matroska_file_that_is_cut_gives_a_warning(frames, tmp_path, capsys, whole):
+    """It declares its length, not its number of frames."""
+    path = tmp_path / "film.mkv"
+    video_generation.write_video(path, (read(frames / f"shot{i}.png") for i in range(12)), 10)
+    os.truncate(path, path.stat().st_size // (1 if whole else 2))
+    paths, _ = video_generation.extract_frames(path, tmp_path / "frames")
+    assert (len(paths) == 12) == whole
+    warning = f"is 1.2 s long, but its last frame is at {(len(paths) - 1) / 10} s. Is it complete?"
+    assert (warning in capsys.readouterr().out) != whole
+
+
 def test_a_file_name_may_contain_a_colon(clip, tmp_path, monkeypatch):
     monkeypatch.chdir(clip.parent)
     assert len(video_generation.extract_frames(clip.name, tmp_path / "frames")[0]) == 12
@@ -438,7 +450,7 @@ def bad(clip, frames, tmp_path_factory):
         (["--resize", "10"], "13 × 10 pixels are less than one patch"),
         (["--input_path", "TEXT"], "as a video: Invalid data found"),
         (["--input_path", "CUT"], "is not a video"),
-        (["--input_path", "HALF"], "HALF.avi: frame 18 is damaged"),
+        (["--input_path", "HALF"], "HALF.avi: frame 18 is damaged. Is it complete?"),
         (["--input_path", "SOUND"], "is not a video"),
         (["--input_path", "FRAMELESS"], "has no frames"),
         (["--input_path", "PICTURE", "--video_only"], "--video_only needs a folder of attention images"),
