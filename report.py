@@ -58,7 +58,8 @@ def get_args_parser():
         `sample`.""")
     parser.add_argument("--images", default=500, type=at_least(2), metavar="N",
         help="Number of images, evenly spread over the data set, to search for nearest neighbors. More take longer.")
-    parser.add_argument("--num_workers", default=2, type=at_least(0), metavar="N", help="Processes that load images.")
+    parser.add_argument("--num_workers", default=min(2, dino_cli.default_workers()), type=at_least(0), metavar="N",
+        help="Processes that load images.")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
         help="auto uses a GPU if there is one.")
     # fmt: on
