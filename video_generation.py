@@ -147,6 +147,7 @@ def extract_frames(path, folder):
             if not container.streams.video or re.search(r"image|_pipe$|^tty$", container.format.name):
                 raise UserError(f"--input_path {path} is not a video. Use a video, or a folder of frames")
             stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # several threads do not report damaged frames
             rate = float(stream.average_rate or DEFAULT_FPS)
             for frame in progress(container.decode(stream), "reading frames", stream.frames or None):
                 if frame.is_corrupt:
@@ -159,23 +160,14 @@ def extract_frames(path, folder):
                 if frame.rotation:  # degrees counterclockwise, stored by phones
                     image = image.rotate(frame.rotation, expand=True)
                 image.save(paths[-1], quality=95)
-            warn_of_missing_frames(path, container, times, rate)
+            if len(paths) < stream.frames:
+                utils.log(f"warning: {path} declares {stream.frames} frames, but only {len(paths)} can be read")
     except (av.FFmpegError, OSError) as e:
         where = f" after frame {len(paths)}" if paths else ""
         raise UserError(f"can't read --input_path {path} as a video{where}: {e.strerror}. Is it complete?") from e
     if not paths:
         raise UserError(f"--input_path {path} has no frames. Use another video")
     return paths, times if is_variable(times, rate) else rate
-
-
-def warn_of_missing_frames(path, container, times, rate):
-    """Log a warning if a file that ends between two frames declares more of them, or is longer than they are."""
-    declared, seconds = container.streams.video[0].frames, (container.duration or 0) / 1e6
-    if len(times) < declared:
-        utils.log(f"warning: {path} declares {declared} frames, but only {len(times)} can be read")
-    elif not declared and times and times[-1] and times[-1] < 0.9 * seconds - 1 / rate:  # sound may be a bit longer
-        end = f"{seconds:.1f} s long, but its last frame is at {times[-1]:.1f} s"
-        utils.log(f"warning: {path} is {end}. Is it complete?")
 
 
 def is_variable(times, rate):
