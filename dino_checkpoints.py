@@ -108,16 +108,17 @@ def run_state(parts, args, progress):
 # ---- reading ----
 
 
-@functools.cache
-def _public_types():
-    """The types in public checkpoints besides tensors and plain ones. None runs code when unpickled.
+# In public checkpoints besides tensors: arguments, and float64 by its names in old and new numpy. None of it runs code.
+PUBLIC = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), encode]
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+    _scalar = functools.partial(np.float64(0).__reduce__()[0])
+    _scalar.__module__, _scalar.__name__, _scalar.__qualname__ = _module, "scalar", "scalar"  # torch reads one of these
+    PUBLIC.append(_scalar)
 
-    These are Namespace, for arguments, and numpy's float64 scalars by their names in old and new numpy.
-    """
-    scalars = [functools.partial(np.float64(0).__reduce__()[0]) for _ in range(2)]
-    for scalar, module in zip(scalars, ("numpy.core.multiarray", "numpy._core.multiarray"), strict=True):
-        scalar.__module__, scalar.__name__, scalar.__qualname__ = module, "scalar", "scalar"  # torch reads one of these
-    return [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), encode, *scalars]
+
+def _allow_public_types():
+    """Before each load, because timm withdraws Namespace after its own; only once each, as torch 2.4 has a list."""
+    torch.serialization.add_safe_globals([t for t in PUBLIC if t not in torch.serialization.get_safe_globals()])
 
 
 def load_checkpoint(path, verify=False):
@@ -126,7 +127,7 @@ def load_checkpoint(path, verify=False):
     `verify` compares it with the checksums that torch.save writes and torch.load ignores. Raises UserError if the file
     is missing, damaged, or contains anything else.
     """
-    torch.serialization.add_safe_globals(_public_types())  # at each load: timm withdraws Namespace after its own
+    _allow_public_types()
     if str(path).endswith(".onnx"):
         raise UserError(f"{path} is an ONNX graph, not weights. Use the checkpoint that it was exported from")
     try:
@@ -156,7 +157,7 @@ def load_checkpoint(path, verify=False):
 
 def load_args(path):
     """The arguments in a checkpoint file as a dict, {} if it has none. The tensors of a large file are not read."""
-    torch.serialization.add_safe_globals(_public_types())
+    _allow_public_types()
     try:
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # an old layout, or damaged: load_checkpoint names the problem
