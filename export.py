@@ -159,10 +159,10 @@ def write_tensors(state, path):
 def read_tensors(path, output):
     """(state dict in a file that `write_tensors` wrote, the Python expression that reads it from `output`)."""
     if path.suffix == ".pth":
-        return dino_checkpoints.load_checkpoint(path), f'torch.load("{output}")'
+        return dino_checkpoints.load_checkpoint(path), f"torch.load({output!r})"
     from safetensors.torch import load_file
 
-    return load_file(path), f'safetensors.torch.load_file("{output}")'
+    return load_file(path), f"safetensors.torch.load_file({output!r})"
 
 
 # ---- kinds of export ----
@@ -220,7 +220,7 @@ def export_timm(model, path, size, args, inputs=utils.RGB):
     except RuntimeError as e:  # from load_state_dict
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"timm's {name} has other tensors than --arch {args.arch}: {reason}") from e
-    words = "".join(f", {key}={value}" for key, value in {"checkpoint_path": f'"{args.output}"', **keywords}.items())
+    words = "".join(f", {key}={value}" for key, value in {"checkpoint_path": repr(args.output), **keywords}.items())
     return opened.eval(), f"timm {timm.__version__}", f'timm.create_model("{name}"{words})'
 
 
@@ -262,7 +262,7 @@ def export_hf(model, path, size, args, inputs=utils.RGB):
     opened, found = transformers.ViTModel.from_pretrained(path, output_loading_info=True, **options)
     if any(found.values()):  # transformers only warns of missing and unexpected tensors
         raise RuntimeError(f"not all tensors match: {found}")
-    usage = f'transformers.ViTModel.from_pretrained("{args.output}", add_pooling_layer=False); last_hidden_state[:, 0]'
+    usage = f"transformers.ViTModel.from_pretrained({args.output!r}, add_pooling_layer=False); last_hidden_state[:, 0]"
     return lambda images: opened(images).last_hidden_state[:, 0], f"transformers {transformers.__version__}", usage
 
 

@@ -152,8 +152,8 @@ def test_published_weights_are_exported_without_a_checkpoint_and_the_hub_loads_t
 
 def test_the_printed_line_opens_plain_weights(tmp_path, nano, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    os.mkdir("folder")
-    run("--to", "backbone", "--output", "folder/out.pth", *nano)
+    os.mkdir('a "folder"')
+    run("--to", "backbone", "--output", 'a "folder"/out.pth', *nano)
     names = {"dino_backbones": dino_backbones, "torch": torch}
     exec(printed_usage(capsys), names)
     assert not names["model"].training
@@ -241,7 +241,7 @@ def test_timm_has_a_network_for_each_vit(arch, patch_size, name):
 
 
 @pytest.mark.parametrize(("size", "ending"), [((48, 48), ".pth"), ((32, 80), ".safetensors")])
-def test_the_printed_line_makes_timm_give_the_same_features(tmp_path, nano, capsys, monkeypatch, offline, size, ending):
+def test_the_printed_line_makes_timm_give_the_same_features(tmp_path, nano, capsys, offline, size, ending):
     timm = pytest.importorskip("timm")
     sizes = ["--image_size", *size] if size != (48, 48) else []  # 48 is the size of the positions
     run("--to", "timm", "--output", tmp_path / f"out{ending}", *sizes, *nano)
@@ -251,7 +251,7 @@ def test_the_printed_line_makes_timm_give_the_same_features(tmp_path, nano, caps
 
 
 @pytest.mark.parametrize("arch", ["xcit_nano_12_p16", "timm:resnet10t"])
-def test_other_networks_are_exported_to_timm_and_to_plain_files(tmp_path, capsys, monkeypatch, arch):
+def test_other_networks_are_exported_to_timm_and_to_plain_files(tmp_path, capsys, arch):
     timm = pytest.importorskip("timm")
     model, _ = dino_backbones.build_backbone(arch)
     fill(model, "shared").eval()
