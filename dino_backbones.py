@@ -576,8 +576,8 @@ def initial_weights(init_from, arch, patch_size):
     if init_from == "published":
         source, file = load_published(arch, patch_size, flag="--init_from")
         if file is None:
-            network = f"--arch {arch} --patch_size {patch_size}"
-            raise UserError(f"--init_from published: there are none for {network}. Name a file, or use '' for none")
+            what = f"no weights were published for --arch {arch} --patch_size {patch_size}"
+            raise UserError(f"--init_from published: {what}. Name a file, or use '' for none")
     else:
         source = dino_checkpoints.find_weights(init_from, "--init_from")
         dino_checkpoints.trained_args(source)  # raises for a network that is not as its tensors look

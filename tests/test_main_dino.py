@@ -881,8 +881,8 @@ def test_an_interrupted_run_resumes_from_its_own_weights_not_from_init_from(tiny
 
 def test_missing_or_unfit_initial_weights_are_one_line(monkeypatch, capsys, tiny_root, tmp_path):
     run = [*SMALL_RUN, "--data_path", tiny_root / "train", "--output_dir", tmp_path / "out", "--init_from"]
-    unpublished = "--init_from published: there are none for --arch vit_nano --patch_size 16. Name a file"
-    assert unpublished in ending(monkeypatch, capsys, main_dino, *run, "published")[1]
+    unpublished = "--init_from published: no weights were published for --arch vit_tiny --patch_size 16. Name a file"
+    assert unpublished in ending(monkeypatch, capsys, main_dino, *run, "published", "--arch", "vit_tiny")[1]
     assert "there is no file or folder nowhere.pth" in ending(monkeypatch, capsys, main_dino, *run, "nowhere.pth")[1]
     torch.save(vits.vit_tiny().state_dict(), tmp_path / "tiny.pth")
     assert "is [1, 1, 192] in" in ending(monkeypatch, capsys, main_dino, *run, tmp_path / "tiny.pth")[1]
