@@ -80,7 +80,8 @@ def conditions(numbers):
     if numbers["feature_std"] < 0.1 / math.sqrt(dim) and numbers["images"] > 2:  # views of one image are alike
         found["features"] = (
             f"features of different images are nearly the same (standard deviation {numbers['feature_std']:.5f}, "
-            f"where 1/sqrt(D) is {1 / math.sqrt(dim):.4f}). Lower --lr, or start again with --norm_last_layer true"
+            f"where 1/sqrt(D) is {1 / math.sqrt(dim):.4f}). Lower --lr. If --norm_last_layer is "
+            "false, start again with true"
         )
     return found
 
