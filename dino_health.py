@@ -70,7 +70,7 @@ def conditions(numbers):
         found["dominant"] = (
             f"the teacher's entropy is {numbers['entropy']:.4f}, near 0, and one prototype has "
             f"{100 * numbers['top_prototype']:.0f} % of the images (collapse onto one). Raise --teacher_temp a little, "
-            "or lower --lr"
+            "lower --lr, or use --centering sinkhorn"
         )
     if numbers["kl"] < 0.002 * ln_k:
         found["agreement"] = (
@@ -80,8 +80,8 @@ def conditions(numbers):
     if numbers["feature_std"] < 0.1 / math.sqrt(dim) and numbers["images"] > 2:  # views of one image are alike
         found["features"] = (
             f"features of different images are nearly the same (standard deviation {numbers['feature_std']:.5f}, "
-            f"where 1/sqrt(D) is {1 / math.sqrt(dim):.4f}). Lower --lr. If --norm_last_layer is "
-            "false, start again with true"
+            f"where 1/sqrt(D) is {1 / math.sqrt(dim):.4f}). Lower --lr. "
+            "If --norm_last_layer is false, start again with true"
         )
     return found
 

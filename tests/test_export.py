@@ -370,11 +370,11 @@ def test_an_export_with_a_wrong_tensor_is_not_kept(tmp_path, nano, monkeypatch, 
 
     monkeypatch.setattr(export, "plain_state", slightly_wrong)
     if kind != "hf":
-        (tmp_path / name).write_text("what was there")
+        (tmp_path / name).write_text("old content")
     code, line = end(monkeypatch, capsys, "--to", kind, "--output", tmp_path / name, *nano)
     assert code == 4
     assert re.search(rf"the features of {library} \S+ differ.*more than 1e-04: nothing was written", line)
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["what was there"] * (kind != "hf")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old content"] * (kind != "hf")
 
 
 def test_an_onnx_graph_with_wrong_positions_is_not_kept(tmp_path, nano, monkeypatch, capsys):
@@ -422,7 +422,7 @@ def test_a_diverged_network_is_not_exported(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_failed_export_leaves_the_old_file(tmp_path, nano, monkeypatch, capsys, raised, code, words):
-    (tmp_path / "a.pth").write_text("what was there")
+    (tmp_path / "a.pth").write_text("old content")
 
     def fail(model, path, *_):
         path.write_text("half of it")
@@ -432,7 +432,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, nano, monkeypatch, capsys
     got, line = end(monkeypatch, capsys, "--to", "backbone", "--output", tmp_path / "a.pth", *nano)
     assert got == code
     assert re.search(words, line), line
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["what was there"]
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old content"]
 
 
 @pytest.mark.parametrize(("kind", "name"), [("backbone", "a.pth"), ("hf", "a")])

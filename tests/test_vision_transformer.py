@@ -267,7 +267,7 @@ def interpolated(model, rows, columns, extra=0.1):
     return torch.cat((model.pos_embed[:, :1], grid.permute(0, 2, 3, 1).reshape(1, rows * columns, -1)), dim=1)
 
 
-# 16 x 64 has as many patches as the learned grid; 37 x 61 is no multiple of the patch.
+# 16 x 64 has the number of patches of the learned grid; 37 x 61 is no multiple of the patch.
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (40, 24), (16, 64), (37, 61)])
 def test_positional_encoding_is_interpolated_with_the_tenth_at_other_sizes(height, width):
     model, images = tiny_vit(), pictures(height, width)
