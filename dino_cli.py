@@ -352,30 +352,41 @@ def run(main, flags, description):
 
 
 def say_error(message):
-    """Print an error that several processes may have: once, by the first of them. torchrun repeats it at the end."""
-    rank = f" (rank {utils.get_rank()})" if dist.is_initialized() else ""
-    if dist.is_initialized() and not is_first_to_say(message):
-        return
-    print(f"error{rank}: {message}", file=sys.stderr, flush=True)
+    """Print an error that several processes may have: once, by the first of them. torchrun repeats it at the end.
+
+    It repeats the report of the process that it sees end first, so each of them writes one.
+    """
+    line = f"error (rank {utils.get_rank()}): {message}" if dist.is_initialized() else f"error: {message}"
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
         with contextlib.suppress(OSError):
-            Path(report).write_text(json.dumps({"message": f"error{rank}: {message}", "timestamp": int(time.time())}))
+            Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+    if is_first_to_say(message):
+        print(line, file=sys.stderr, flush=True)
+    wait_for_others()  # not before: torchrun ends all processes when it sees that one has ended
 
 
-def is_first_to_say(message, patience=2.0):
-    """Whether no other process has this error. Rank 0, which keeps the count, waits a moment for the others."""
+def is_first_to_say(message):
+    """Whether no other process has this error. Rank 0 keeps the count."""
+    if not dist.is_initialized():
+        return True
     digest = hashlib.blake2b(message.encode(errors="replace"), digest_size=8).hexdigest()
     try:
+        return dist.distributed_c10d._get_default_store().add(f"error {digest}", 1) == 1
+    except RuntimeError:  # rank 0 has ended
+        return True
+
+
+def wait_for_others(patience=2.0):
+    """Let rank 0, which keeps the count, wait a moment until the other processes have an error, too."""
+    if not dist.is_initialized():
+        return
+    with contextlib.suppress(RuntimeError):  # rank 0 has ended
         store = dist.distributed_c10d._get_default_store()
-        first = store.add(f"error {digest}", 1) == 1
         ended, until = store.add("ended", 1), time.monotonic() + patience
         while utils.is_main_process() and ended < utils.get_world_size() and time.monotonic() < until:
             time.sleep(0.01)
             ended = store.add("ended", 0)
-    except RuntimeError:  # rank 0 has ended
-        return True
-    return first
 
 
 def reduce_dict(input_dict, average=True):
