@@ -363,7 +363,7 @@ def say_error(message):
             Path(report).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
     if is_first_to_say(message):
         print(line, file=sys.stderr, flush=True)
-    wait_for_others()  # not before: torchrun ends all processes when it sees that one has ended
+    wait_for_others()  # after printing: torchrun ends all processes when it sees that one has ended
 
 
 def is_first_to_say(message):

@@ -304,13 +304,18 @@ def test_a_refused_start_leaves_no_empty_folder(tmp_path):
 
 ON_A_BUSY_MACHINE = """
 import os, time
+from pathlib import Path
 import dino_cli, main_dino
 
-sleep, say = time.sleep, dino_cli.say_error
+sleep, say, waits = time.sleep, dino_cli.say_error, Path(__file__).with_name("waits")
 if os.environ["RANK"] == "0":  # it has the error first, and then wakes only after the other has ended
-    time.sleep = lambda seconds: sleep(max(seconds, 3))
+    time.sleep = lambda seconds: (waits.touch(), sleep(max(seconds, 3)))
 else:
-    dino_cli.say_error = lambda message: (sleep(0.5), say(message))
+    def say_later(message):
+        while not waits.exists():
+            sleep(0.01)
+        say(message)
+    dino_cli.say_error = say_later
 dino_cli.run(main_dino.train_dino, main_dino.get_args_parser(), "")
 """
 
