@@ -354,7 +354,7 @@ def run(main, flags, description):
 def say_error(message):
     """Print an error that several processes may have: once, by the first of them. torchrun repeats it at the end.
 
-    It repeats the report of the process that it sees end first, so each of them writes one.
+    It repeats the report of the process that ended first, so every process writes one.
     """
     line = f"error (rank {utils.get_rank()}): {message}" if dist.is_initialized() else f"error: {message}"
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
